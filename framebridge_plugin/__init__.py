@@ -1,0 +1,34 @@
+"""FrameBridge image-to-video training and sampling for finetrainers.
+
+Importing this package imports neither torch nor finetrainers: its attributes load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
+    from framebridge_plugin.schedulers.framebridge_scheduler import FrameBridgeScheduler
+    from framebridge_plugin.training.registration import register
+
+__version__ = "0.1.0"
+
+_MODULE_OF_ATTRIBUTE = {
+    "FrameBridgeCogVideoXPipeline": "framebridge_plugin.pipelines.cogvideox",
+    "FrameBridgeScheduler": "framebridge_plugin.schedulers.framebridge_scheduler",
+    "register": "framebridge_plugin.training.registration",
+}
+
+__all__ = ["FrameBridgeCogVideoXPipeline", "FrameBridgeScheduler", "__version__", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF_ATTRIBUTE:
+        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,193 @@
+"""The bridge process between the video latent z_0 and the prior latent z_T, in closed form.
+
+Zero drift and g(t)^2 = beta_min + (beta_max - beta_min) t on t in [0, 1] (the "gmax" schedule of Bridge-TTS,
+arXiv 2312.03491; FrameBridge, arXiv 2410.15371):
+
+    sigma_t^2 = beta_min t + (beta_max - beta_min) t^2 / 2          sbar_t^2 = sigma_1^2 - sigma_t^2
+    q(z_t | z_0, z_T) = N(a z_0 + b z_T, c^2 I)
+    a = sbar_t^2 / sigma_1^2      b = sigma_t^2 / sigma_1^2      c = sigma_t sbar_t / sigma_1
+
+The training grid has N indices, t_i = (i + 1) / (N + 1), so that neither end of the process is on it. A continuous
+time is a real-valued index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from framebridge_plugin.errors import FrameBridgeError
+
+Index = int | float | torch.Tensor
+"""A time: one real-valued index, or one per sample as a [B] tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeCoefficients:
+    """The process at one time, or at one time per sample: float64 tensors, all of shape [] or all of shape [B].
+
+    Attributes:
+        a: Weight of z_0 in the mean, in [0, 1].
+        b: Weight of the prior z_T in the mean, 1 - a.
+        c: Standard deviation of z_t given both ends.
+        sigma: Standard deviation of the un-pinned process, sigma_t.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    sigma: torch.Tensor
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """sqrt(a^2 + c^2): what makes z_t - b z_T a variance-preserving sample."""
+        return torch.hypot(self.a, self.c)
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        """Signal-to-noise ratio a / c of z_t - b z_T, decreasing in time."""
+        return self.a / self.c
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """log(a / c), the variable in which the multistep sampler takes its steps."""
+        return self.ratio.log()
+
+
+@dataclass(frozen=True)
+class BridgeSchedule:
+    """The noise schedule of the bridge: float64 tables on the CPU and the formulas at any real-valued index.
+
+    Attributes:
+        beta_min: g(0)^2, at least 0.
+        beta_max: g(1)^2, at least 0 and not 0 together with `beta_min`.
+        num_train_timesteps: Number of indices N of the training grid, at least 2.
+    """
+
+    beta_min: float = 0.01
+    beta_max: float = 50.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (self.beta_min >= 0 and self.beta_max >= 0 and 0 < self.beta_min + self.beta_max < float("inf")):
+            raise FrameBridgeError(
+                f"bridge schedule: beta_min={self.beta_min} and beta_max={self.beta_max} must be finite, at least 0 "
+                "and not both 0 (the reference uses 0.01 and 50)"
+            )
+        if self.num_train_timesteps < 2:
+            raise FrameBridgeError(
+                f"bridge schedule: num_train_timesteps={self.num_train_timesteps} must be at least 2 (usually 1000)"
+            )
+
+    @property
+    def last_index(self) -> int:
+        """The index nearest to the prior, N - 1."""
+        return self.num_train_timesteps - 1
+
+    @property
+    def sigma_1_squared(self) -> float:
+        """Variance sigma_1^2 of the un-pinned process at its end, (beta_min + beta_max) / 2."""
+        return (self.beta_min + self.beta_max) / 2
+
+    @cached_property
+    def _table(self) -> BridgeCoefficients:
+        return self.coefficients(torch.arange(self.num_train_timesteps, device="cpu"))
+
+    @property
+    def a(self) -> torch.Tensor:
+        """Weight of z_0 at every index of the grid, float64 [N]."""
+        return self._table.a
+
+    @property
+    def b(self) -> torch.Tensor:
+        """Weight of z_T at every index of the grid, float64 [N]."""
+        return self._table.b
+
+    @property
+    def c(self) -> torch.Tensor:
+        """Standard deviation of z_t at every index of the grid, float64 [N]."""
+        return self._table.c
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """sigma_t at every index of the grid, float64 [N]."""
+        return self._table.sigma
+
+    def coefficients(self, index: Index) -> BridgeCoefficients:
+        """Evaluate the closed form at real-valued indices; nothing is interpolated.
+
+        Args:
+            index: A number or a tensor of shape [] or [B], in [0, N - 1]. Values down to -1 (the data, t = 0) and up
+                to N (the prior, t = 1) are defined too.
+
+        Returns:
+            Coefficients in float64, of the shape of `index` and on its device.
+
+        Raises:
+            FrameBridgeError: An index lies outside the process.
+        """
+        index = as_float64(index)
+        # Not checked on an accelerator, where the answer would have to be waited for: the result there is NaN.
+        if index.device.type == "cpu" and not ((index >= -1) & (index <= self.num_train_timesteps)).all():
+            raise FrameBridgeError(
+                f"bridge index {index.tolist()} is outside the process: indices run from 0 to {self.last_index}"
+            )
+        t = (index + 1) / (self.num_train_timesteps + 1)
+        rest = (self.num_train_timesteps - index) / (self.num_train_timesteps + 1)
+        half_slope = (self.beta_max - self.beta_min) / 2
+        sigma_squared = t * (self.beta_min + half_slope * t)
+        # sigma_1^2 - sigma_t^2 with its factor 1 - t taken out: the difference itself would cancel near t = 1.
+        sbar_squared = rest * (self.beta_min + half_slope * (1 + t))
+        a = sbar_squared / self.sigma_1_squared
+        return BridgeCoefficients(
+            a=a,
+            b=sigma_squared / self.sigma_1_squared,
+            c=torch.sqrt(sigma_squared * a),
+            sigma=torch.sqrt(sigma_squared),
+        )
+
+    def index_of_ratio(self, ratio: float | torch.Tensor) -> torch.Tensor:
+        """Find the real-valued index at which a / c has a given value: the inverse of `coefficients(index).ratio`.
+
+        From (a / c)^2 = sbar_t^2 / (sigma_1^2 sigma_t^2) follows sigma_t^2, and from it t as the root of a quadratic.
+
+        Args:
+            ratio: Values of a / c, at least 0: a number or a tensor of shape [] or [B].
+
+        Returns:
+            Indices in float64, of the shape of `ratio` and on its device, between -1 (infinite ratio) and N (ratio 0).
+        """
+        ratio = as_float64(ratio)
+        sigma_squared = self.sigma_1_squared / (1 + self.sigma_1_squared * ratio**2)
+        root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * sigma_squared)
+        # The form of the quadratic formula without a difference of nearly equal numbers.
+        t = 2 * sigma_squared / (self.beta_min + root)
+        return t * (self.num_train_timesteps + 1) - 1
+
+
+def as_float64(value: int | float | torch.Tensor) -> torch.Tensor:
+    """Return a number as a tensor on the CPU, whatever the default device is, and a tensor where it is, in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.to(torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Shape a coefficient so that it multiplies a batch, in at least float32.
+
+    Args:
+        coefficient: Shape [] or [B].
+        tensor: The batch it will multiply, [B, ...].
+
+    Returns:
+        The coefficient as [1, 1, ...] or [B, 1, ...] on the device of `tensor`, in its dtype or, for half precision,
+        in float32.
+    """
+    return coefficient.to(tensor.device, widen(tensor).dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in at least float32: half precision is for networks, not for this arithmetic."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

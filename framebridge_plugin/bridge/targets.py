@@ -1,0 +1,135 @@
+"""What the network predicts, and the way back from its output to z_0 (FrameBridge, arXiv 2410.15371).
+
+    name      target                                  z_0 from the output
+    v         (a eps - c z_0) / n                     (a / n) (z_t - b z_T) / n - (c / n) output
+    eps_psi   (z_t - z_0) / sigma                     z_t - sigma output
+    noise     eps                                     (z_t - b z_T - c output) / a
+    data      z_0                                     output
+
+with n = sqrt(a^2 + c^2). All four carry the same information and convert into each other exactly; `noise` loses digits
+near the prior, where a is small. All tensors are [B, ...]; coefficients are scalars or [B]. Arithmetic is done in at
+least float32, results come back in the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from framebridge_plugin.bridge.schedule import BridgeCoefficients, broadcast, widen
+from framebridge_plugin.errors import FrameBridgeError
+
+TARGETS = ("v", "eps_psi", "noise", "data")
+
+
+def sample_bridge(
+    z_0: torch.Tensor, z_T: torch.Tensor, eps: torch.Tensor, coefficients: BridgeCoefficients
+) -> torch.Tensor:
+    """Draw from q(z_t | z_0, z_T): z_t = a z_0 + b z_T + c eps.
+
+    Args:
+        z_0: Video latents [B, ...].
+        z_T: Prior latents, of the shape of `z_0`.
+        eps: Standard normal noise, of the shape of `z_0`.
+        coefficients: The process at the wanted times, scalars or [B].
+
+    Returns:
+        z_t, of the shape and dtype of `z_0`.
+    """
+    k = coefficients
+    z_t = broadcast(k.a, z_0) * widen(z_0) + broadcast(k.b, z_0) * widen(z_T) + broadcast(k.c, z_0) * widen(eps)
+    return z_t.to(z_0.dtype)
+
+
+def compute_target(
+    target: str,
+    z_0: torch.Tensor,
+    z_t: torch.Tensor,
+    z_T: torch.Tensor,
+    eps: torch.Tensor,
+    coefficients: BridgeCoefficients,
+) -> torch.Tensor:
+    """Compute what the network is trained to return, with z_t = a z_0 + b z_T + c eps.
+
+    Args:
+        target: One of `TARGETS`.
+        z_0: Video latents [B, ...].
+        z_t: Bridge samples, of the shape of `z_0`.
+        z_T: Prior latents, of the shape of `z_0`.
+        eps: The noise in `z_t`.
+        coefficients: The process at the times of `z_t`, scalars or [B].
+
+    Returns:
+        The target, of the shape and dtype of `z_0`.
+
+    Raises:
+        FrameBridgeError: The target's name is unknown.
+    """
+    k = coefficients
+    if target == "v":
+        out = broadcast(k.a / k.norm, z_0) * widen(eps) - broadcast(k.c / k.norm, z_0) * widen(z_0)
+    elif target == "eps_psi":
+        out = (widen(z_t) - widen(z_0)) / broadcast(k.sigma, z_0)
+    elif target == "noise":
+        out = eps
+    elif target == "data":
+        out = z_0
+    else:
+        raise FrameBridgeError(_unknown(target))
+    return out.to(z_0.dtype)
+
+
+def predict_z_0(
+    target: str,
+    output: torch.Tensor,
+    z_t: torch.Tensor,
+    z_T: torch.Tensor,
+    coefficients: BridgeCoefficients,
+) -> torch.Tensor:
+    """Turn the network's output into its prediction of z_0: the inverse of `compute_target`.
+
+    Args:
+        target: One of `TARGETS`: what the network was trained to return.
+        output: The network's output [B, ...].
+        z_t: The bridge samples that it was computed from, of the shape of `output`.
+        z_T: Prior latents, of the shape of `output`.
+        coefficients: The process at the times of `z_t`, scalars or [B].
+
+    Returns:
+        The prediction of z_0, of the shape and dtype of `z_t`.
+
+    Raises:
+        FrameBridgeError: The target's name is unknown.
+    """
+    k = coefficients
+    if target == "v":
+        y = widen(z_t) - broadcast(k.b, z_t) * widen(z_T)
+        z_0 = broadcast(k.a / k.norm**2, z_t) * y - broadcast(k.c / k.norm, z_t) * widen(output)
+    elif target == "eps_psi":
+        z_0 = widen(z_t) - broadcast(k.sigma, z_t) * widen(output)
+    elif target == "noise":
+        y = widen(z_t) - broadcast(k.b, z_t) * widen(z_T)
+        z_0 = (y - broadcast(k.c, z_t) * widen(output)) / broadcast(k.a, z_t)
+    elif target == "data":
+        z_0 = output
+    else:
+        raise FrameBridgeError(_unknown(target))
+    return z_0.to(z_t.dtype)
+
+
+def weight_from_v_to_eps_psi(coefficients: BridgeCoefficients) -> torch.Tensor:
+    """Compute the factor that turns a squared error on v into the squared error on eps_psi.
+
+    It is c^2 / (sigma^2 (a^2 + c^2)), and because c^2 = sigma^2 a also a / (a^2 + c^2), which loses no digits near
+    either end of the process.
+
+    Args:
+        coefficients: The process at the wanted times, scalars or [B].
+
+    Returns:
+        The weights in float64, of the coefficients' shape.
+    """
+    return coefficients.a / coefficients.norm**2
+
+
+def _unknown(target: str) -> str:
+    return f"unknown target {target!r}: choose one of {', '.join(TARGETS)}"

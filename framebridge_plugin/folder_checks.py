@@ -1,0 +1,203 @@
+"""What can be told about a CogVideoX folder without loading it: is it there, is it whole, which clips fit it.
+
+Needs the standard library alone, so that a wrong path costs a second and not a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_PARTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
+_PARTS = (*_PARTS_WITH_WEIGHTS, "tokenizer", "scheduler")
+_CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+
+
+@dataclass(frozen=True)
+class ClipShapeRule:
+    """Which clips a model can take and return.
+
+    Attributes:
+        frames_step: `num_frames` must be 1 or a multiple of this, plus 1. It is twice the VAE's temporal compression:
+            AutoencoderKLCogVideoX decodes an even number of latent frames to the wrong number of frames.
+        size_step: Height and width must be multiples of this many pixels: the VAE's spatial compression times the
+            transformer's patch size.
+    """
+
+    frames_step: int = 8
+    size_step: int = 16
+
+    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
+        """Say what does not fit.
+
+        Args:
+            num_frames: Frames of the clip; None is not checked.
+            height: Pixels; None is not checked.
+            width: Pixels; None is not checked.
+
+        Yields:
+            The name of an argument, and what is wrong with it.
+        """
+        if num_frames is not None and num_frames % self.frames_step != 1:
+            nearest = _nearest(num_frames - 1, self.frames_step, least=0) + 1
+            rule = f"{self.frames_step} k + 1 frames"
+            yield "num_frames", f"the VAE returns only {rule}, not {num_frames}; the nearest is {nearest}"
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and size % self.size_step:
+                nearest = _nearest(size, self.size_step, least=self.size_step)
+                yield name, f"should be a multiple of {self.size_step} for this model, not {size}; try {nearest}"
+
+
+def _nearest(value: int, step: int, least: int) -> int:
+    return max(least, (value + step // 2) // step * step)
+
+
+def local_path(name: str) -> Path | None:
+    """Tell a folder from an id on the Hugging Face Hub.
+
+    Args:
+        name: What the user gave.
+
+    Returns:
+        The path, which need not exist, or None for an id: `owner/name` where no folder `owner` is beside us.
+    """
+    path = Path(name).expanduser()
+    looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
+
+
+def folder_problem(path: Path) -> str | None:
+    """Examine a whole CogVideoX folder in diffusers' format.
+
+    Args:
+        path: The folder that holds `model_index.json`.
+
+    Returns:
+        What is wrong and what to do, or None.
+    """
+    if (problem := _not_a_folder(path)) is not None:
+        return problem
+    try:
+        class_name = read_json(path / "model_index.json").get("_class_name")
+    except ValueError as error:
+        return f"{error}; give the folder of a whole CogVideoX model in diffusers' format"
+    class_name = class_name[-1] if isinstance(class_name, list) and class_name else class_name
+    if "CogVideoX" not in str(class_name):
+        return f"{path} holds a {class_name}, not a CogVideoX pipeline"
+    return next((problem for part in _PARTS if (problem := part_problem(path / part, part)) is not None), None)
+
+
+def part_problem(path: Path, part: str) -> str | None:
+    """Examine one component's folder.
+
+    Args:
+        path: The folder of the component.
+        part: Which component it should be: transformer, vae, text_encoder, tokenizer or scheduler.
+
+    Returns:
+        What is wrong and what to do, or None.
+    """
+    if (problem := _not_a_folder(path)) is not None:
+        return problem
+    if part not in _PARTS_WITH_WEIGHTS:
+        return None
+    try:
+        class_name = read_json(path / "config.json").get("_class_name")
+        if part in _CLASSES and class_name != _CLASSES[part]:
+            return f"{path} holds a {class_name}, not a {_CLASSES[part]}"
+        for index in path.glob("*.index.json"):
+            for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+                if not (path / name).is_file():
+                    return f"{path / name} is missing, although {index.name} lists it; download the model again"
+    except ValueError as error:
+        return str(error)
+    weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
+    if not weights:
+        return f"{path} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
+    return next((problem for file in weights if (problem := _weights_problem(file)) is not None), None)
+
+
+def clip_shape_rule(vae: Path | None, transformer: Path | None) -> ClipShapeRule:
+    """Read the rule for clips off a model's configurations.
+
+    Args:
+        vae: Folder of the VAE; None, or one that cannot be read, stands for CogVideoX's own.
+        transformer: Folder of the transformer, likewise.
+
+    Returns:
+        The rule.
+    """
+    compression, levels, patch = 4, 4, 2
+    if vae is not None and (config := _config(vae)):
+        compression = int(config.get("temporal_compression_ratio", compression))
+        levels = len(config.get("block_out_channels", range(levels)))
+    if transformer is not None and (config := _config(transformer)):
+        patch = int(config.get("patch_size", patch))
+    return ClipShapeRule(frames_step=2 * compression, size_step=2 ** (levels - 1) * patch)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose content is an object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If it is missing or anything else; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return content
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json")
+    except ValueError:
+        return {}  # reported by part_problem
+
+
+def _not_a_folder(path: Path) -> str | None:
+    if not path.exists():
+        return f"no such folder: {path}"
+    if not path.is_dir():
+        return f"{path} is a file, not a folder"
+    if not any(path.iterdir()):
+        return f"{path} is empty"
+    return None
+
+
+def _weights_problem(path: Path) -> str | None:
+    size = path.stat().st_size
+    if size == 0:
+        return f"{path} is empty; download it again"
+    if path.suffix != ".safetensors":
+        return None
+    # A safetensors file is 8 bytes with the header's length, the header in JSON, and the tensors' bytes.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        return f"{path} is no safetensors file, or cut off in its header; download it again"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        return f"{path} has {size} bytes, its header announces {expected}; download it again"
+    return None

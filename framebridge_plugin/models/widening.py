@@ -1,0 +1,117 @@
+"""More input channels for a pretrained CogVideoX transformer.
+
+A FrameBridge network sees [aligned latent, image latent] on the channel axis: twice the channels that the
+text-to-video checkpoint was trained with. The new channels start at zero, so that the widened network computes
+exactly what the pretrained one does until it is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+
+ensure_torchvision_operators()
+
+from diffusers import CogVideoXTransformer3DModel  # noqa: E402  (the repair comes first)
+
+
+def widen_input_channels(
+    transformer: CogVideoXTransformer3DModel, in_channels: int | None = None
+) -> CogVideoXTransformer3DModel:
+    """Gives `patch_embed.proj` more input channels, in place: old channels copied, new ones zero, config updated.
+
+    Args:
+        transformer: A CogVideoX 1.0 transformer (2B, or 5B with rotary embeddings). One that has `in_channels`
+            input channels already is returned as it is.
+        in_channels: Input channels afterwards; by default twice `out_channels`.
+
+    Returns:
+        The same transformer.
+
+    Raises:
+        FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has more channels than asked for.
+    """
+    config = transformer.config
+    if config.patch_size_t is not None:
+        raise FrameBridgeError(
+            "the transformer is a CogVideoX 1.5 (patch_size_t is set), which is not supported; "
+            "use a CogVideoX 1.0 checkpoint such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b"
+        )
+    in_channels = 2 * config.out_channels if in_channels is None else in_channels
+    if config.in_channels == in_channels:
+        return transformer
+    if config.in_channels != config.out_channels:
+        raise FrameBridgeError(
+            f"the transformer has {config.in_channels} input and {config.out_channels} output channels; expected "
+            f"{config.out_channels} inputs (a text-to-video checkpoint) or {in_channels} (a widened one)"
+        )
+
+    old = transformer.patch_embed.proj
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        kernel_size=old.kernel_size,
+        stride=old.stride,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels].copy_(old.weight)
+        if old.bias is not None:
+            new.bias.copy_(old.bias)
+    new.requires_grad_(old.weight.requires_grad)
+    transformer.patch_embed.proj = new
+    transformer.register_to_config(in_channels=in_channels)
+    return transformer
+
+
+def load_bridge_transformer(
+    pretrained_model_name_or_path: str, *, subfolder: str | None = None, **kwargs: Any
+) -> CogVideoXTransformer3DModel:
+    """Loads a CogVideoX transformer and widens it where that is needed.
+
+    Args:
+        pretrained_model_name_or_path: A folder or hub id: a whole CogVideoX model (with `subfolder="transformer"`),
+            plain or widened already, or a `transformer/` folder alone.
+        subfolder: The folder of the transformer inside a whole model.
+        **kwargs: Passed to diffusers' `from_pretrained` (`torch_dtype`, `revision`, `cache_dir`, ...).
+
+    Returns:
+        A transformer with twice as many input as output channels.
+    """
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+    )
+    return widen_input_channels(transformer)
+
+
+def train_input_projection(transformer: CogVideoXTransformer3DModel) -> None:
+    """Makes `patch_embed.proj` trainable as a whole, as LoRA needs it: new channels cannot be learned by old layers.
+
+    Its weights may be kept in a higher precision than the activations around it (LoRA trains in float32 inside a
+    bfloat16 network), so its input is cast to the weights' precision and its output back.
+
+    Args:
+        transformer: The network, with or without LoRA layers.
+    """
+    proj = transformer.patch_embed.proj
+    proj.requires_grad_(True)
+    proj.register_forward_pre_hook(_cast_input_to_weight)
+    proj.register_forward_hook(_cast_output_to_input)
+
+
+def _cast_input_to_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    (hidden_states,) = args
+    module._activation_dtype = hidden_states.dtype  # type: ignore[assignment]
+    return (hidden_states.to(module.weight.dtype),)
+
+
+def _cast_output_to_input(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(module._activation_dtype)

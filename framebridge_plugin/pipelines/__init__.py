@@ -1,0 +1,1 @@
+"""Image-to-video pipelines in diffusers' conventions, and the conditioning that training shares with them."""

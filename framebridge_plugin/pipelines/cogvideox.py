@@ -1,0 +1,373 @@
+"""Image-to-video with a channel-expanded CogVideoX, as a bridge or as the matched diffusion baseline.
+
+Layouts: B batch, T latent frames, C channels, H and W height and width (of latents or pixels).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_checks import ClipShapeRule
+from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
+from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
+from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+
+ensure_torchvision_operators()
+
+from diffusers import (  # noqa: E402  (the repair comes first)
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput  # noqa: E402
+from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
+from transformers import T5EncoderModel, T5Tokenizer  # noqa: E402
+
+from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
+
+ImageInput = Image.Image | torch.Tensor | list[Image.Image]
+
+
+class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
+    """Image-to-video pipeline for a CogVideoX transformer with doubled input channels.
+
+    With a `FrameBridgeScheduler` it runs the bridge backwards, from the latent of the still image to the video
+    (FrameBridge, arXiv 2410.15371). With a CogVideoX scheduler it samples the diffusion baseline, which has the same
+    network and the same image condition but starts from noise.
+
+    Text encoding, latent decoding, LoRA loading, slicing, tiling and offloading are diffusers' own.
+
+    Args:
+        tokenizer: T5 tokenizer.
+        text_encoder: T5 encoder.
+        vae: Video autoencoder.
+        transformer: The widened network: input channels [aligned latent, image latent].
+        scheduler: `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
+        num_frames: Frames that the model was trained on, the default of a call.
+        height: Height in pixels that it was trained on, the default of a call.
+        width: Width in pixels that it was trained on, the default of a call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: T5Tokenizer,
+        text_encoder: T5EncoderModel,
+        vae: AutoencoderKLCogVideoX,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.register_to_config(num_frames=num_frames, height=height, width=width)
+        if transformer is not None and transformer.config.in_channels != 2 * transformer.config.out_channels:
+            raise FrameBridgeError(
+                f"the transformer has {transformer.config.in_channels} input channels, a FrameBridge model has "
+                f"{2 * transformer.config.out_channels}; train one with `finetrainers train`, or give a fine-tuned "
+                "transformer folder"
+            )
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: ImageInput,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> CogVideoXPipelineOutput | tuple:
+        """Generates videos that start at the given images.
+
+        Args:
+            image: One image for all prompts or one for each: PIL images, or pixels in [0, 1] of shape [3, H, W] or
+                [B, 3, H, W]. The shorter side is resized to fit, the centre is cropped, as in training.
+            prompt: One text for all images or one for each; exclusive with `prompt_embeds`.
+            negative_prompt: What to steer away from; by default the empty text.
+            height: Height in pixels; by default what the model was trained on.
+            width: Width in pixels; by default what the model was trained on.
+            num_frames: Number of frames, 8 k + 1 for CogVideoX; by default what the model was trained on.
+            num_inference_steps: Calls of the network (twice as many with guidance).
+            guidance_scale: Weight w of uncond + w (cond - uncond), on the text only; 1 or less switches it off.
+            num_videos_per_prompt: Videos for each pair of image and prompt.
+            generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
+            latents: Where the sampler starts, [B, T, C, h, w], in place of the scheduler's own start.
+            prompt_embeds: Text embeddings [B, L, D] in place of `prompt`.
+            negative_prompt_embeds: Text embeddings of the negative prompt.
+            output_type: "pil", "np", "pt" (in [0, 1], [B, F, 3, H, W]) or "latent" (float32 [B, T, C, h, w]).
+            return_dict: Whether to return a `CogVideoXPipelineOutput` or a plain tuple.
+            attention_kwargs: Passed to the attention processors (LoRA's `scale`).
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
+                returns under "latents" replaces them.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets; by default ["latents"].
+            max_sequence_length: Tokens of a prompt; by default what the transformer was built for.
+
+        Returns:
+            The videos, as `.frames` or as the only element of a tuple.
+
+        Raises:
+            FrameBridgeError: If a size or the number of frames or images does not fit.
+        """
+        config = self.transformer.config
+        height = height or self.config.height or config.sample_height * self.vae_scale_factor_spatial
+        width = width or self.config.width or config.sample_width * self.vae_scale_factor_spatial
+        num_frames = num_frames or self.config.num_frames or config.sample_frames
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        rule = ClipShapeRule(2 * self.vae_scale_factor_temporal, self.vae_scale_factor_spatial * config.patch_size)
+        for name, problem in rule.problems(num_frames, height, width):
+            raise FrameBridgeError(f"{name}: {problem}")
+        image_BCHW = self._preprocess_image(image, height, width)
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        num_prompts = len(prompt) if prompt is not None else 1 if prompt_embeds is None else prompt_embeds.shape[0]
+        batch_size = max(num_prompts, image_BCHW.shape[0])
+        if {num_prompts, image_BCHW.shape[0]} - {1, batch_size}:
+            raise FrameBridgeError(
+                f"{image_BCHW.shape[0]} images but {num_prompts} prompts; give one for all, or one for each"
+            )
+        if prompt is not None and num_prompts == 1:
+            prompt = prompt * batch_size
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            callback_on_step_end_tensor_inputs,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        device = self._execution_device
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt,
+            do_classifier_free_guidance=guidance_scale > 1.0,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length or config.max_text_seq_length,
+            device=device,
+        )
+
+        num_videos = batch_size * num_videos_per_prompt
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        image_latents = encode_image(self.vae, image_BCHW, device)
+        image_latents = image_latents.repeat_interleave(num_videos // image_latents.shape[0], dim=0)
+        image_latents = image_latents.expand(-1, num_latent_frames, -1, -1, -1)
+
+        latents = self.denoise(
+            image_latents=image_latents,
+            prior=image_latents,
+            prompt_embeds=_expand_batch(prompt_embeds, num_videos),
+            negative_prompt_embeds=_expand_batch(negative_prompt_embeds, num_videos),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            image_rotary_emb=self._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)
+            if config.use_rotary_positional_embeddings
+            else None,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        if output_type == "latent":
+            video: Any = latents
+        else:
+            video = self.decode_latents(latents)
+            video = self.video_processor.postprocess_video(video=video, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return CogVideoXPipelineOutput(frames=video) if return_dict else (video,)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        image_latents: torch.Tensor,
+        prior: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> torch.Tensor:
+        """The sampling loop on latents: what `__call__` runs between encoding and decoding.
+
+        Args:
+            image_latents: Latent of the condition image, repeated over time, [B, T, C, h, w].
+            prior: End point z_T of the bridge, [B, T, C, h, w]; not used by the diffusion baseline.
+            prompt_embeds: Text embeddings [B, L, D].
+            negative_prompt_embeds: Text embeddings of the negative prompt; needed with guidance.
+            num_inference_steps: Calls of the network.
+            guidance_scale: Weight of classifier-free guidance on the text; 1 or less switches it off.
+            generator: The source of every draw; a list gives one to each video.
+            latents: Where the sampler starts, in place of the scheduler's own start.
+            image_rotary_emb: Cosines and sines of the rotary embedding, for networks that have one.
+            attention_kwargs: Passed to the attention processors.
+            callback_on_step_end: As in `__call__`.
+            callback_on_step_end_tensor_inputs: As in `__call__`.
+
+        Returns:
+            Float32 latents of the videos, [B, T, C, h, w].
+        """
+        self._current_timestep = None
+        self._interrupt = False
+        device, dtype = image_latents.device, self.transformer.dtype
+        guided = guidance_scale > 1.0
+        if guided:
+            assert negative_prompt_embeds is not None
+            text = torch.cat([negative_prompt_embeds, prompt_embeds]).to(dtype)
+        else:
+            text = prompt_embeds.to(dtype)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        is_bridge = isinstance(self.scheduler, FrameBridgeScheduler)
+        if latents is not None:
+            latents = latents.to(device=device, dtype=torch.float32)
+        elif is_bridge:
+            latents = self.scheduler.initial_latent(prior, generator=generator)
+        else:
+            latents = randn_tensor(prior.shape, generator=generator, device=device) * self.scheduler.init_noise_sigma
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        old_pred_original_sample = None
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                if is_bridge:
+                    network_latents, network_time = self.scheduler.align(latents, prior, t)
+                else:
+                    network_latents, network_time = latents, t.expand(latents.shape[0])
+                hidden_states = torch.cat([network_latents, image_latents], dim=2).to(dtype)
+                if guided:
+                    hidden_states, network_time = torch.cat([hidden_states] * 2), torch.cat([network_time] * 2)
+                output = self.transformer(
+                    hidden_states=hidden_states,
+                    encoder_hidden_states=text,
+                    timestep=network_time,
+                    image_rotary_emb=image_rotary_emb,
+                    attention_kwargs=attention_kwargs,
+                    return_dict=False,
+                )[0].float()
+                if guided:
+                    unconditional, conditional = output.chunk(2)
+                    output = unconditional + guidance_scale * (conditional - unconditional)
+
+                if is_bridge:
+                    latents = self.scheduler.step(output, t, latents, prior, generator=generator).prev_sample
+                elif isinstance(self.scheduler, CogVideoXDPMScheduler):
+                    latents, old_pred_original_sample = self.scheduler.step(
+                        output,
+                        old_pred_original_sample,
+                        t,
+                        timesteps[i - 1] if i > 0 else None,
+                        latents,
+                        generator=generator,
+                        return_dict=False,
+                    )
+                else:
+                    latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
+                latents = latents.float()
+
+                if callback_on_step_end is not None:
+                    available = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs or ["latents"]}
+                    latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                progress_bar.update()
+        self._current_timestep = None
+        return latents
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes scaled latents.
+
+        Args:
+            latents: [B, T, C, h, w], any precision.
+
+        Returns:
+            Pixels in about [-1, 1], [B, 3, F, H, W].
+        """
+        latents_BCTHW = latents.transpose(1, 2) / latent_scale(self.vae)
+        return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads LoRA layers as diffusers does, and the trained input projection where one lies beside them.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: A folder that a LoRA run wrote, or anything that diffusers takes.
+            *args: As in diffusers: `adapter_name`, ...
+            **kwargs: As in diffusers.
+        """
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        if isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike)):
+            folder = Path(pretrained_model_name_or_path_or_dict)
+            if (folder / PROJECTION_FILE).is_file():
+                self._base_projection = load_projection(self.transformer, folder)
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Removes LoRA layers, and puts the base model's input projection back.
+
+        Args:
+            *args: As in diffusers.
+            **kwargs: As in diffusers.
+        """
+        super().unload_lora_weights(*args, **kwargs)
+        base = self.__dict__.pop("_base_projection", None)
+        if base is not None:
+            self.transformer.patch_embed.proj.load_state_dict(base)
+
+    def _preprocess_image(self, image: ImageInput, height: int, width: int) -> torch.Tensor:
+        """Images to pixels in [-1, 1], [B, 3, H, W], resized and cropped as in training."""
+        images = image if isinstance(image, (list, torch.Tensor)) else [image]
+        if isinstance(images, torch.Tensor):
+            tensors = list(images if images.ndim == 4 else images.unsqueeze(0))
+        else:
+            tensors = [image_to_tensor(item) for item in images]
+        if not tensors:
+            raise FrameBridgeError("no image given; pass at least one")
+        return torch.stack([resize_and_crop(tensor.unsqueeze(0), height, width)[0] for tensor in tensors]) * 2.0 - 1.0
+
+
+def _expand_batch(tensor: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+    """Repeats a batch of one; anything else is returned as it is."""
+    return tensor.expand(batch_size, -1, -1) if tensor is not None and tensor.shape[0] == 1 else tensor

@@ -1,0 +1,88 @@
+"""From an image to the latents that a bridge starts from: the same code for training and for sampling.
+
+Layouts: B batch, F video frames, T latent frames, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+
+ensure_torchvision_operators()
+
+from diffusers import AutoencoderKLCogVideoX  # noqa: E402  (the repair comes first)
+
+
+def latent_scale(vae: AutoencoderKLCogVideoX) -> float:
+    """The factor from the autoencoder's latents to the network's.
+
+    Args:
+        vae: The autoencoder.
+
+    Returns:
+        `scaling_factor`, or its inverse where the config says `invert_scale_latents`.
+    """
+    factor = vae.config.scaling_factor
+    return 1.0 / factor if vae.config.invert_scale_latents else factor
+
+
+@torch.no_grad()
+def encode_video(
+    vae: AutoencoderKLCogVideoX, video_BFCHW: torch.Tensor, device: torch.device | None = None
+) -> torch.Tensor:
+    """Encodes videos to scaled latents: the mode of the posterior, nothing is drawn.
+
+    Args:
+        vae: The autoencoder; the computation has its precision.
+        video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
+        device: Where to compute; by default where the autoencoder is (offloading hooks move it only when it runs).
+
+    Returns:
+        Float32 latents of shape [B, T, C, h, w].
+    """
+    video_BCFHW = video_BFCHW.to(device=device or vae.device, dtype=vae.dtype).transpose(1, 2).contiguous()
+    latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode()
+    return latents_BCTHW.transpose(1, 2).float() * latent_scale(vae)
+
+
+@torch.no_grad()
+def encode_image(
+    vae: AutoencoderKLCogVideoX, image_BCHW: torch.Tensor, device: torch.device | None = None
+) -> torch.Tensor:
+    """Encodes still images as one frame each.
+
+    A still video has a still latent (the causal padding repeats the first frame), so that
+    `encode_image(vae, image).expand(-1, T, -1, -1, -1)` equals `encode_video` of the repeated image, at a fraction
+    of its cost.
+
+    Args:
+        vae: The autoencoder.
+        image_BCHW: Pixels in [-1, 1], shape [B, 3, H, W].
+        device: As for `encode_video`.
+
+    Returns:
+        Float32 latents of shape [B, 1, C, h, w].
+    """
+    return encode_video(vae, image_BCHW.unsqueeze(1), device)
+
+
+def add_pixel_noise(
+    pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Adds Gaussian noise whose standard deviation is log-normal: exp(N(log_mean, log_std^2)), one draw a sample.
+
+    Args:
+        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame gets its own noise.
+        log_mean: Mean of the logarithm of the standard deviation (the reference uses -3, about .05 in [-1, 1]).
+        log_std: Standard deviation of that logarithm (.5 in the reference).
+        generator: The source of every draw; the noise is drawn on its device.
+
+    Returns:
+        The noisy pixels; shape, dtype and device as given.
+    """
+    device = generator.device if generator is not None else pixels.device
+    log_sigma = torch.randn(pixels.shape[0], generator=generator, device=device) * log_std + log_mean
+    noise = torch.randn(pixels.shape, generator=generator, device=device)
+    noise = noise * log_sigma.exp().view(-1, *[1] * (pixels.ndim - 1))
+    return pixels + noise.to(device=pixels.device, dtype=pixels.dtype)

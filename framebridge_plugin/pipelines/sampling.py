@@ -1,0 +1,176 @@
+"""`finetrainers sample`: opens what a run, a base model or the authors' release left on the disk, and samples from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import contact_sheet, read_image, write_video
+from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, local_folder
+from framebridge_plugin.sample_request import SampleRequest
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sample(request: SampleRequest) -> list[Path]:
+    """Samples videos and writes them, with a contact sheet of all.
+
+    Args:
+        request: What to sample, checked.
+
+    Returns:
+        The videos' files.
+
+    Raises:
+        FrameBridgeError: If the model cannot be opened, or a size does not fit it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default_dtype = "bf16" if device.type == "cuda" else "fp32"
+    pipeline = open_pipeline(
+        request.model, transformer=request.transformer, torch_dtype=_DTYPES[request.dtype or default_dtype]
+    )
+    if isinstance(pipeline.scheduler, FrameBridgeScheduler):
+        pipeline.scheduler = FrameBridgeScheduler.from_config(
+            pipeline.scheduler.config,
+            sampler=request.sampler,
+            order=request.order,
+            eta=request.eta,
+            grid=request.grid,
+            start=request.start,
+        )
+    else:
+        _say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
+    pipeline.to(device)
+
+    paths, videos, labels = request.video_paths(), [], []
+    for number, path in enumerate(paths):
+        image = number // request.num_videos
+        seed = request.seed + number
+        pipeline.set_progress_bar_config(desc=f"Video {number + 1} of {len(paths)}")
+        video = pipeline(
+            image=read_image(request.images[image]),
+            prompt=request.prompt_of(image),
+            num_frames=request.num_frames,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        ).frames[0]
+        write_video(video, path)
+        videos.append(video)
+        labels.append(f"{path.name}: seed {seed}, {request.prompt_of(image)}")
+        _say(f"video: {path}")
+    contact_sheet(videos, request.contact_sheet_path(), labels=labels)
+    _say(f"contact sheet: {request.contact_sheet_path()}")
+    return paths
+
+
+def open_pipeline(
+    model: str, *, transformer: str | None = None, torch_dtype: torch.dtype | None = None
+) -> FrameBridgeCogVideoXPipeline:
+    """Opens a model, wherever a run or a release left it.
+
+    Args:
+        model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id.
+        transformer: A fine-tuned `transformer/` folder or id to put into `model`, with the bridge settings beside it
+            if there are any, and those of the reference if not.
+        torch_dtype: Precision of the weights; float32 by default.
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        FrameBridgeError: If something is missing, damaged or of another kind.
+    """
+    source = _find_model(model)
+    try:
+        if isinstance(source, Path) and (source / LORA_INFO_FILE).is_file():
+            return _open_lora(source, torch_dtype)
+        return _open_model(str(source), transformer, torch_dtype)
+    except FrameBridgeError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FrameBridgeError(
+            f"cannot open model {str(source)!r}: {line}; give a run's folder, or a complete CogVideoX model in "
+            "diffusers format"
+        ) from error
+
+
+def _find_model(model: str) -> Path | str:
+    """The model or LoRA folder inside a run's folder; what is not a folder is returned as it is."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    for candidate in (folder, folder / "model", folder / "lora"):
+        if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
+            return candidate
+    checkpoints = [path for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")))
+        _say(f"the run has not ended: its newest checkpoint {newest} is used")
+        return _find_model(str(newest))
+    raise FrameBridgeError(
+        f"{folder} is no model: it has no model_index.json, and no model/, lora/ or checkpoints/ of a run; give a "
+        "run's folder or a model in diffusers format"
+    )
+
+
+def _open_lora(folder: Path, torch_dtype: torch.dtype | None) -> FrameBridgeCogVideoXPipeline:
+    info = json.loads((folder / LORA_INFO_FILE).read_text())
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(
+        info["base_model"],
+        transformer=load_bridge_transformer(info["base_model"], subfolder="transformer", torch_dtype=torch_dtype),
+        scheduler=_load_scheduler(folder / "scheduler"),
+        torch_dtype=torch_dtype,
+        num_frames=info["num_frames"],
+        height=info["height"],
+        width=info["width"],
+    )
+    pipeline.load_lora_weights(folder)
+    return pipeline
+
+
+def _open_model(model: str, transformer: str | None, torch_dtype: torch.dtype | None) -> FrameBridgeCogVideoXPipeline:
+    folder = local_folder(model)
+    class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    replaced: dict[str, Any] = {}
+    if transformer is not None:
+        replaced["transformer"] = CogVideoXTransformer3DModel.from_pretrained(transformer, torch_dtype=torch_dtype)
+    beside = Path(transformer).parent / "scheduler" if transformer is not None else None
+    if beside is not None and beside.is_dir():
+        replaced["scheduler"] = _load_scheduler(beside)
+    elif class_name == "CogVideoXPipeline":
+        backbone = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        replaced["scheduler"] = FrameBridgeScheduler.from_backbone(backbone, target="v", alignment_edge="reference")
+        _say("the model has no bridge settings: the reference's are used (target v, SNR-aligned, beta .01 to 50)")
+    elif class_name != FrameBridgeCogVideoXPipeline.__name__:
+        raise FrameBridgeError(
+            f"{model} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model with "
+            "`finetrainers train`"
+        )
+    return FrameBridgeCogVideoXPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **replaced)
+
+
+def _load_scheduler(folder: Path) -> Any:
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    scheduler_class = FrameBridgeScheduler if name == FrameBridgeScheduler.__name__ else getattr(diffusers, name)
+    return scheduler_class.from_pretrained(folder)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

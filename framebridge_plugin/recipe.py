@@ -1,0 +1,276 @@
+"""Recipes: one YAML file is a whole run. Finding, reading, overriding and checking them.
+
+Nothing here imports torch: a wrong recipe is refused in a second, with all of its errors at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.recipe_checks import Problem, launch_problems, recipe_problems
+from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.recipe_yaml import Document, parse_value, read_yaml
+
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "shipped_recipes"]
+
+_LARGEST_RECIPE = 1_000_000  # bytes; more is some other file
+
+# Stand-ins for required values that are missing, so that the other rules can still be checked and all errors
+# come at once; whatever is said about a stand-in is not reported.
+_STAND_INS: dict[str, Any] = {
+    "model.pretrained_model_name_or_path": "owner/name",
+    "training.training_type": "lora",
+    "checkpoints.output_dir": "runs",
+    "framebridge.data.num_frames": 1,
+    "framebridge.data.height": 16,
+    "framebridge.data.width": 16,
+}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package.
+
+    Returns:
+        Name to path, in alphabetical order.
+    """
+    package = Path(__file__).resolve().parent
+    # In the wheel they lie inside the package, in a checkout at the top of the repository.
+    folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_summary(path: Path) -> str:
+    """The first comment line of a recipe.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        Its text without the hash, or an empty string.
+    """
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Find a recipe by its path, or by the name of one that is shipped.
+
+    Args:
+        name_or_path: A file, or a name such as `cogvideox_bridge`.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    path, shipped = Path(name_or_path).expanduser(), shipped_recipes()
+    if path.is_file():
+        return path
+    name = str(name_or_path).removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    if path.exists():
+        raise UsageError(f"--recipe {path}: is not a file")
+    nearest = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"shipped are {', '.join(shipped)}"
+    raise UsageError(f"--recipe {name_or_path}: no such file, nor a shipped recipe; {hint}")
+
+
+def load_recipe(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Read a recipe, apply overrides, and check the whole.
+
+    Args:
+        name_or_path: See `find_recipe`.
+        overrides: `dotted.path=value` each, the value in YAML; a later one replaces an earlier one, and an empty
+            value or `null` takes a key (or a whole section) away.
+        environment: Environment variables of a launch (`os.environ`) to check the number of processes against;
+            None leaves that out.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        UsageError: With every error on a line of its own: file and line, dotted path, what is wrong, what to do.
+    """
+    path = find_recipe(name_or_path)
+    document = _read(path)
+    data = {} if document.data is None else document.data
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of sections")
+    overridden = _apply(overrides, data)
+    # A section whose keys are all commented out reads as null; one that is left out lacks its required keys.
+    required = {name: None for name, field in Recipe.model_fields.items() if field.is_required()}
+    data = {key: {} if value is None else value for key, value in (required | data).items()}
+
+    problems: list[tuple[str, str, int | None]] = [
+        (where, f"stands here again, after line {first}", line) for where, line, first in document.duplicates
+    ]
+    recipe, schema_problems = _validate(data)
+    problems += [(where, message, None) for where, message in schema_problems]
+    if recipe is not None:
+        reported = {where for where, _, _ in problems}
+        found: Iterable[Problem] = [
+            *recipe_problems(recipe),
+            *(launch_problems(recipe, environment) if environment is not None else ()),
+        ]
+        problems += [(where, message, None) for where, message in found if where not in reported]
+    if problems or recipe is None:
+        located = sorted(_locate(document, overridden, *problem) for problem in problems)
+        lines = [f"{path}:{line}: {text}" if line else f"command line: {text}" for line, text in located]
+        raise UsageError("\n".join(dict.fromkeys(lines)))
+    return recipe
+
+
+def _read(path: Path) -> Document:
+    if path.stat().st_size > _LARGEST_RECIPE:
+        raise UsageError(f"{path}: too large for a recipe")
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not a text file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _apply(overrides: Sequence[str], data: dict[str, Any]) -> set[str]:
+    """Put overrides into `data`; return their dotted paths."""
+    paths = set()
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", path):
+            raise UsageError(f"{override!r}: an override is dotted.path=value, such as optimization.lr=2e-5")
+        try:
+            value = parse_value(text)
+        except UsageError as error:
+            raise UsageError(f"command line: {path}: {text!r} cannot be read ({error})") from None
+        *parents, last = path.split(".")
+        section = data
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            section = section[parent]
+        section[last] = value
+        paths.add(path)
+    return paths
+
+
+def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """Check the single values; the recipe that comes back with problems lacks the wrong ones."""
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as failure:
+        errors = failure.errors(include_url=False)
+    problems = [(_dotted(error["loc"]), _message(dict(error))) for error in errors]
+    repaired = copy.deepcopy(data)
+    for error in errors:
+        _take_away(repaired, error["loc"])
+    for path, value in _STAND_INS.items():
+        if any(path == where or path.startswith(f"{where}.") for where, _ in problems):
+            _insert(repaired, path, value)
+    try:
+        return Recipe.model_validate(repaired), problems
+    except ValidationError:
+        return None, problems
+
+
+def _take_away(data: Any, location: tuple[int | str, ...]) -> None:
+    # A wrong list item takes the whole list away.
+    keys = list(itertools.takewhile(lambda key: isinstance(key, str), location))
+    for key in keys[:-1]:
+        data = data.get(key) if isinstance(data, dict) else None
+    if isinstance(data, dict) and keys:
+        data.pop(keys[-1], None)
+
+
+def _insert(data: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+    data.setdefault(last, value)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _message(error: dict[str, Any]) -> str:
+    path, kind, value = _dotted(error["loc"]), error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key; the nearest is {_nearest_key(path)}"
+    if kind == "missing":
+        return "is required"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"should be a section with keys of its own, not {value!r}"
+    text = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    text = f"{text}, not {value!r}" if len(repr(value)) < 100 else text
+    if kind == "literal_error" and isinstance(value, str):
+        nearest = difflib.get_close_matches(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]), n=1, cutoff=0.4)
+        text += f"; did you mean {nearest[0]}?" if nearest else ""
+    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+        text += " (without quotes)" if _parses_as(value, kind) else ""
+    if kind == "string_type" and isinstance(value, int | float):
+        text += " (put it in quotes)"
+    return text
+
+
+def _parses_as(text: str, kind: str) -> bool:
+    try:
+        return type(parse_value(text)).__name__ in (kind.removesuffix("_type"), "int")
+    except UsageError:
+        return False
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted path that a recipe knows, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for option in options:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from _keys(option, f"{prefix}{name}.")
+
+
+def _nearest_key(path: str) -> str:
+    known = list(_keys(Recipe))
+    parent, _, name = path.rpartition(".")
+    same_name = [key for key in known if key.rpartition(".")[2] == name]
+    if same_name:
+        return same_name[0]  # the right key in the wrong section
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    for keys, cutoff in ((siblings, 0.6), (known, 0.75), (siblings or known, 0.0)):
+        by_name = {key.rpartition(".")[2]: key for key in keys}
+        matches = difflib.get_close_matches(name, by_name, n=1, cutoff=cutoff)
+        if matches:
+            return by_name[matches[0]]
+    return known[0]
+
+
+def _locate(
+    document: Document, overridden: set[str], where: str, message: str, line: int | None = None
+) -> tuple[int, str]:
+    """The line of a problem, 0 for the command line, and its text."""
+    text = f"{where}: {message}"
+    if line is not None:
+        return line, text
+    if any(where == key or where.startswith(f"{key}.") or key.startswith(f"{where}.") for key in overridden):
+        return 0, text
+    # What is missing has no line of its own: take its section's.
+    parts = where.split(".")
+    candidates = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
+    return next((document.lines[key] for key in candidates if key in document.lines), 1), text

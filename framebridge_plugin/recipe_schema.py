@@ -1,0 +1,405 @@
+"""What a recipe may say: one pydantic model per section, help and units beside each field.
+
+The sections only group: the name of a field is the name of finetrainers' argument, except in the section
+``framebridge``, which is this package's own. Rules that need more than one field, or a look at the disk, are in
+`framebridge_plugin.recipe_checks`. Importing this module imports neither torch nor finetrainers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+ATTENTION_PROVIDERS_TRAINING = (
+    "flash", "flash_varlen", "flex", "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math",
+    "xformers",
+)  # fmt: skip
+ATTENTION_PROVIDERS_INFERENCE = (
+    *ATTENTION_PROVIDERS_TRAINING, "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90", "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton",
+)  # fmt: skip
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_resume(value: Any) -> int | str | None:
+    if value is None or value == "latest" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("should be the number of an update, or 'latest'")
+
+
+def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
+    def check(value: str) -> str:
+        component, _, provider = value.partition(":")
+        if not component or provider not in providers:
+            raise ValueError(f"should be <component>:<provider>, with a provider among {', '.join(providers)}")
+        return value
+
+    return AfterValidator(check)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, types are strict, values are fixed once checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which pretrained model to start from."""
+
+    model_name: Literal["cogvideox_bridge"] = Field(default="cogvideox_bridge", description="model specification")
+    pretrained_model_name_or_path: Text = Field(description="diffusers folder, or id on the Hugging Face Hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    variant: str | None = Field(default=None, description="weight files to take, such as fp16; none: the plain ones")
+    cache_dir: str | None = Field(default=None, description="folder for downloads; none: Hugging Face's own")
+    tokenizer_id: str | None = Field(default=None, description="folder or id that replaces the model's tokenizer")
+    tokenizer_2_id: str | None = Field(default=None, description="as above; CogVideoX has no second tokenizer")
+    tokenizer_3_id: str | None = Field(default=None, description="as above; CogVideoX has no third tokenizer")
+    text_encoder_id: str | None = Field(
+        default=None, description="folder or id that replaces the model's text encoder"
+    )
+    text_encoder_2_id: str | None = Field(default=None, description="as above; CogVideoX has no second text encoder")
+    text_encoder_3_id: str | None = Field(default=None, description="as above; CogVideoX has no third text encoder")
+    transformer_id: str | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
+    vae_id: str | None = Field(default=None, description="folder or id that replaces the model's VAE")
+
+
+class DatasetSection(Section):
+    """finetrainers' way to name the data, and its precomputation; `framebridge.data` is the short way."""
+
+    dataset_config: str | None = Field(
+        default=None, description="JSON file that lists data sets, in finetrainers' format"
+    )
+    dataset_shuffle_buffer_size: Count = Field(
+        default=1, description="clips; without effect: our order is a permutation"
+    )
+    enable_precomputation: bool = Field(
+        default=False, description="encode clips and captions first, then train on the files"
+    )
+    precomputation_items: Count = Field(default=512, description="clips encoded at a time, per process")
+    precomputation_dir: str | None = Field(
+        default=None, description="folder for the encoded clips; none: in output_dir"
+    )
+    precomputation_once: bool = Field(default=False, description="encode everything once, before the first update")
+
+
+class DataloaderSection(Section):
+    """How clips are read."""
+
+    dataloader_num_workers: int = Field(default=0, ge=0, description="reading processes per training process; 0: none")
+    pin_memory: bool = Field(default=False, description="page-locked host memory: faster copies to a GPU")
+
+
+class DiffusionSection(Section):
+    """finetrainers' flow-matching settings; the bridge objective does not use them."""
+
+    flow_resolution_shifting: bool = Field(default=False, description="shift timesteps by resolution")
+    flow_base_seq_len: Count = Field(default=256, description="tokens")
+    flow_max_seq_len: Count = Field(default=4096, description="tokens")
+    flow_base_shift: float = Field(default=0.5, description="shift at flow_base_seq_len")
+    flow_max_shift: float = Field(default=1.15, description="shift at flow_max_seq_len")
+    flow_shift: Positive = Field(default=1.0, description="s -> shift s / (1 + (shift - 1) s)")
+    flow_weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = Field(
+        default="none", description="distribution of the timesteps and weight of the loss"
+    )
+    flow_logit_mean: float = Field(default=0.0, description="mean for logit_normal")
+    flow_logit_std: Positive = Field(default=1.0, description="standard deviation for logit_normal")
+    flow_mode_scale: float = Field(default=1.29, description="scale for mode")
+
+
+class TrainingSection(Section):
+    """What is trained, and on how much at a time."""
+
+    training_type: Literal["full-finetune", "lora"] = Field(description="all weights, or low-rank adapters")
+    seed: int = Field(default=42, ge=0, description="seeds every random draw of the run")
+    batch_size: Count = Field(default=1, description="clips per process and micro-step")
+    gradient_accumulation_steps: Count = Field(default=1, description="micro-steps per update")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, about 30 % slower"
+    )
+    max_data_samples: Count = Field(default=2**64, description="clips after which training stops")
+    enable_slicing: bool = Field(default=False, description="the VAE takes one clip at a time: less memory")
+    enable_tiling: bool = Field(default=False, description="the VAE takes one tile at a time: less memory")
+
+
+class OptimizationSection(Section):
+    """The optimiser, its learning rate, and for how long."""
+
+    train_steps: Count = Field(default=1000, description="updates (not micro-steps)")
+    optimizer: Literal[
+        "adam", "adamw", "adam-bnb", "adamw-bnb", "adam-bnb-8bit", "adamw-bnb-8bit", "adamw-torchao-8bit"
+    ] = Field(default="adamw", description="bnb: bitsandbytes, to be installed by you; torchao: its 8-bit AdamW")
+    lr: Positive = Field(default=1e-4, description="learning rate after the warm-up")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field(default="constant", description="course of the learning rate")
+    lr_warmup_steps: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
+    lr_num_cycles: Count = Field(default=1, description="restarts of cosine_with_restarts")
+    lr_power: Positive = Field(default=1.0, description="power of polynomial")
+    beta1: BelowOne = Field(default=0.9, description="decay of the first moment")
+    beta2: BelowOne = Field(default=0.95, description="decay of the second moment")
+    beta3: BelowOne | None = Field(
+        default=None, description="decay used by some optimisers of finetrainers; none: theirs"
+    )
+    weight_decay: NonNegative = Field(default=1e-4, description="decoupled weight decay for the AdamW family")
+    epsilon: Positive = Field(default=1e-8, description="keeps the division finite")
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are scaled down to this norm, once per update")
+
+
+class ParallelismSection(Section):
+    """How the processes share the work; their product is the number of processes."""
+
+    parallel_backend: Literal["ptd", "accelerate"] = Field(
+        default="ptd", description="ptd: torch's own (DDP, FSDP2); accelerate: one process only"
+    )
+    dp_degree: Count = Field(default=1, description="replicas of the model")
+    dp_shards: Count = Field(default=1, description="processes over which each replica is sharded (FSDP2)")
+    pp_degree: Count = Field(default=1, description="pipeline stages; only 1 works in finetrainers 0.2.0")
+    cp_degree: Count = Field(default=1, description="context parallelism; only 1 works in finetrainers 0.2.0")
+    tp_degree: Count = Field(default=1, description="tensor parallelism; CogVideoX has no plan for it: only 1")
+    init_timeout: Count = Field(default=300, description="seconds to wait for all processes at the start")
+    nccl_timeout: Count = Field(default=600, description="seconds to wait for a collective operation")
+
+
+class PrecisionSection(Section):
+    """Number formats."""
+
+    transformer_dtype: Dtype = Field(default="bf16", description="the trained network; time stays float32")
+    vae_dtype: Dtype = Field(default="bf16", description="the VAE")
+    text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder")
+    text_encoder_2_dtype: Dtype = Field(default="bf16", description="CogVideoX has no second text encoder")
+    text_encoder_3_dtype: Dtype = Field(default="bf16", description="CogVideoX has no third text encoder")
+    allow_tf32: bool = Field(default=False, description="float32 products in TF32 on GPUs that have it")
+    float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
+        default="highest", description="float32 matrix products; high: TF32"
+    )
+    layerwise_upcasting_modules: list[Literal["transformer"]] = Field(
+        default=[], description="stored in fp8, LoRA only"
+    )
+    layerwise_upcasting_storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] = Field(
+        default="float8_e4m3fn", description="storage format for layerwise_upcasting_modules"
+    )
+    layerwise_upcasting_skip_modules_pattern: Annotated[list[Text], Field(min_length=1)] = Field(
+        default=["patch_embed", "pos_embed", "x_embedder", "context_embedder", "^proj_in$", "^proj_out$", "norm"],
+        description="regular expressions for the modules that keep their precision",
+    )
+
+
+class CheckpointsSection(Section):
+    """Where the run writes, and how often."""
+
+    output_dir: Text = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
+    checkpointing_steps: Count = Field(default=500, description="updates between checkpoints")
+    checkpointing_limit: Count | None = Field(default=None, description="checkpoints to keep; none: all")
+    resume_from_checkpoint: Annotated[int | str | None, BeforeValidator(_check_resume)] = Field(
+        default=None, description="number of an update, or 'latest'; none: start afresh"
+    )
+
+
+class ValidationSection(Section):
+    """Sampling during training."""
+
+    validation_dataset_file: str | None = Field(
+        default=None,
+        description=".csv, .json, .parquet or .arrow with columns caption and image_path; none: no validation",
+    )
+    validation_steps: Count = Field(default=500, description="updates between validations")
+    enable_model_cpu_offload: bool = Field(default=False, description="one GPU only: less memory, slower")
+
+
+class TrackingSection(Section):
+    """What is logged; JSON lines and TensorBoard are always written."""
+
+    report_to: Literal["none", "wandb"] = Field(default="none", description="further tracker")
+    tracker_name: Text = Field(default="finetrainers", description="project name at the tracker")
+    logging_dir: Text = Field(default="logs", description="folder inside output_dir")
+    logging_steps: Count = Field(default=1, description="updates between log entries")
+    verbose: int = Field(
+        default=0, ge=0, le=3, description="0: warnings, 1: info, 2: debug, 3: debug on every process"
+    )
+
+
+class HubSection(Section):
+    """Upload of the result to the Hugging Face Hub."""
+
+    push_to_hub: bool = Field(default=False, description="upload at the end")
+    hub_token: str | None = Field(
+        default=None, repr=False, description="better: `hf auth login`; never written to output_dir"
+    )
+    hub_model_id: str | None = Field(default=None, description="repository; none: the name of output_dir")
+
+
+class CompileSection(Section):
+    """torch.compile."""
+
+    compile_modules: list[Text] = Field(default=[], description="components to compile, such as transformer")
+    compile_scopes: Annotated[list[Literal["regional", "full"]] | None, BeforeValidator(_one_or_many)] = Field(
+        default=None, description="one for all, or one per module; none: regional"
+    )
+
+
+class AttentionSection(Section):
+    """Attention implementations, as <component>:<provider>."""
+
+    attn_provider_training: list[Annotated[str, _check_providers(ATTENTION_PROVIDERS_TRAINING)]] | None = Field(
+        default=None, description="such as transformer:flash; none: torch's own"
+    )
+    attn_provider_inference: list[Annotated[str, _check_providers(ATTENTION_PROVIDERS_INFERENCE)]] | None = Field(
+        default=None, description="the same, in validation"
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters; only with training_type: lora."""
+
+    rank: Count = Field(default=64, description="rank of the adapters")
+    lora_alpha: Count = Field(default=64, description="the adapters are scaled by lora_alpha / rank")
+    target_modules: Annotated[list[Text], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+        default=["(transformer_blocks|single_transformer_blocks).*(to_q|to_k|to_v|to_out.0)"],
+        description="one regular expression, or several names",
+    )
+
+
+class DataSection(Section):
+    """One data set, and the shape of its clips; paths are relative to the working directory."""
+
+    data_root: str | None = Field(
+        default=None, description="folder of clips and captions in one of finetrainers' layouts"
+    )
+    csv: str | None = Field(
+        default=None, description="table with the columns videoid and name (WebVid); needs video_root"
+    )
+    video_root: str | None = Field(default=None, description="folder that holds <videoid>.mp4")
+    num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
+    height: Count = Field(description="pixels, a multiple of 16 for CogVideoX")
+    width: Count = Field(description="pixels, a multiple of 16 for CogVideoX")
+    frame_stride: Count = Field(default=1, description="every n-th frame of the file")
+    window: Literal["random", "start"] = Field(default="random", description="where in the file the clip begins")
+    horizontal_flip: bool = Field(default=False, description="mirror every other clip, at random")
+    id_token: str | None = Field(default=None, description="put in front of every caption")
+
+
+class FrameBridgeSection(Section):
+    """What is this package's own: the objective and the data."""
+
+    objective: Literal["bridge", "diffusion"] = Field(
+        default="bridge", description="diffusion: the matched baseline, ordinary v-prediction"
+    )
+    target: Literal["v", "eps_psi", "noise", "data"] = Field(default="v", description="what the network predicts")
+    snr_aligned: bool = Field(default=True, description="SNR-aligned fine-tuning (SAF)")
+    alignment_edge: Literal["exact", "reference"] = Field(
+        default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
+    )
+    beta_min: NonNegative = Field(default=0.01, description="bridge schedule: g^2 at t = 0")
+    beta_max: NonNegative = Field(default=50.0, description="bridge schedule: g^2 at t = 1")
+    image_noise: bool = Field(default=True, description="noise on the pixels of the condition image")
+    prior_noise: bool = Field(default=True, description="noise on the pixels of the prior, drawn per frame")
+    noise_log_mean: float = Field(
+        default=-3.0, description="the noise's std is exp(N(mean, std^2)), pixels in [-1, 1]"
+    )
+    noise_log_std: NonNegative = Field(default=0.5, description="see noise_log_mean")
+    caption_dropout: BelowOne = Field(default=0.1, description="probability of an empty caption")
+    data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
+
+
+class Recipe(Section):
+    """A whole run, checked.
+
+    Read one with `framebridge_plugin.recipe.load_recipe`, which also checks what concerns several fields and the
+    disk. All relative paths are relative to the working directory of the command.
+    """
+
+    model: ModelSection
+    framebridge: FrameBridgeSection = FrameBridgeSection()
+    dataset: DatasetSection = DatasetSection()
+    dataloader: DataloaderSection = DataloaderSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    training: TrainingSection
+    optimization: OptimizationSection = OptimizationSection()
+    parallelism: ParallelismSection = ParallelismSection()
+    precision: PrecisionSection = PrecisionSection()
+    checkpoints: CheckpointsSection
+    validation: ValidationSection = ValidationSection()
+    tracking: TrackingSection = TrackingSection()
+    hub: HubSection = HubSection()
+    compile: CompileSection = CompileSection()
+    attention: AttentionSection = AttentionSection()
+    lora: LoraSection = LoraSection()
+
+    def dataset_config(self) -> dict[str, Any]:
+        """The content of finetrainers' dataset JSON for `framebridge.data`, with absolute paths.
+
+        Returns:
+            `{"datasets": [entry]}`; the clip's shape is the only entry of `video_resolution_buckets`,
+            [num_frames, height, width].
+
+        Raises:
+            ValueError: If the recipe names its data by `dataset.dataset_config` instead.
+        """
+        data = self.framebridge.data
+        if data is None:
+            raise ValueError("the recipe has no framebridge.data: its data is dataset.dataset_config")
+        entry: dict[str, Any] = {"dataset_type": "video"}
+        paths = {"data_root": data.data_root, "csv": data.csv, "video_root": data.video_root}
+        entry |= {key: str(Path(path).expanduser().absolute()) for key, path in paths.items() if path is not None}
+        entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
+        entry |= data.model_dump(include={"frame_stride", "window", "horizontal_flip"})
+        if data.id_token is not None:
+            entry["id_token"] = data.id_token
+        return {"datasets": [entry]}
+
+    def to_finetrainers_argv(self, dataset_config: str | Path | None = None) -> list[str]:
+        """The command line that gives finetrainers' parser every value of this recipe.
+
+        Every value is passed, also where it equals finetrainers' default, so that a run does not depend on those.
+
+        Args:
+            dataset_config: Path of the dataset JSON; None takes `dataset.dataset_config`.
+
+        Returns:
+            Arguments without the program's name, such as `["--model_name=cogvideox_bridge", ...]`.
+
+        Raises:
+            ValueError: If neither this call nor the recipe gives a dataset JSON.
+        """
+        dataset_config = dataset_config if dataset_config is not None else self.dataset.dataset_config
+        if dataset_config is None:
+            raise ValueError(
+                "finetrainers needs a dataset JSON: write Recipe.dataset_config() to a file, pass its path"
+            )
+        sections = self.model_dump(exclude={"framebridge"} | self._unused_sections())
+        values = {name: value for section in sections.values() for name, value in section.items()}
+        values["dataset_config"] = str(dataset_config)
+        argv: list[str] = []
+        for name, value in values.items():
+            if value is True:
+                argv.append(f"--{name}")
+            elif isinstance(value, list):
+                argv += [f"--{name}", *map(str, value)] if value else []
+            elif value is not None and value is not False:
+                argv.append(f"--{name}={value}")
+        return argv
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
+        from framebridge_plugin.recipe_yaml import dump_yaml
+
+        return dump_yaml(self.model_dump(exclude={name: True for name in self._unused_sections()} | _SECRETS))
+
+    def _unused_sections(self) -> set[str]:
+        # finetrainers' parser knows the adapters' arguments only in a LoRA run.
+        return set() if self.training.training_type == "lora" else {"lora"}
+
+
+_SECRETS: dict[str, Any] = {"hub": {"hub_token": True}}

@@ -1,0 +1,120 @@
+"""YAML for recipes: duplicate keys and line numbers are kept, and `1e-5` is a number."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from framebridge_plugin.errors import UsageError
+
+# YAML 1.1, which PyYAML reads, takes 1e-5 for a string; YAML 1.2 and every user take it for a number.
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # An alias can make a document endless, and a recipe has no use for one.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data out of YAML, with the line of every key.
+
+    Attributes:
+        data: Dictionaries, lists and scalars.
+        lines: Line (from 1) of every dotted path, list items included: `lora.target_modules.0`.
+        duplicates: Dotted path, its second line and its first line, for every key that stands there twice.
+    """
+
+    data: Any
+    lines: dict[str, int]
+    duplicates: list[tuple[str, int, int]]
+
+
+def read_yaml(text: str) -> Document:
+    """Read one YAML document.
+
+    Args:
+        text: The document; an empty one reads as None.
+
+    Returns:
+        Its data.
+
+    Raises:
+        UsageError: If it is not YAML, with the line.
+    """
+    lines: dict[str, int] = {}
+    duplicates: list[tuple[str, int, int]] = []
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = None if node is None else _read(loader, node, "", lines, duplicates)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UsageError(f"line {mark.line + 1}: {error.problem}" if mark else str(error.problem)) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise UsageError("nested too deeply") from None
+    return Document(data, lines, duplicates)
+
+
+def _read(
+    loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int], duplicates: list[tuple[str, int, int]]
+) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        return [_read(loader, item, f"{path}.{i}", lines, duplicates) for i, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UsageError(f"line {line}: a key must be a word")
+        key = key_node.value
+        key_path = f"{path}.{key}" if path else key
+        if key in mapping:
+            duplicates.append((key_path, line, lines[key_path]))
+        lines.setdefault(key_path, line)
+        mapping[key] = _read(loader, value_node, key_path, lines, duplicates)
+    return mapping
+
+
+def parse_value(text: str) -> Any:
+    """The value of a command-line override, typed as in a recipe: `2e-5`, `true`, `[a, b]`, `null`.
+
+    Args:
+        text: What stands after the equals sign.
+
+    Returns:
+        The value; None for an empty text. What is not YAML is refused as by `read_yaml`.
+    """
+    return read_yaml(text).data
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """YAML in the order of `data`, which `read_yaml` reads back to the same values.
+
+    Args:
+        data: Dictionaries, lists and scalars.
+
+    Returns:
+        The document.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,414 @@
+"""A diffusers scheduler over the bridge: the settings of a model, its training targets and its sampler.
+
+The maths is in `framebridge_plugin.bridge`; this class chooses among it by name, saves the choice beside the model,
+and keeps the little state that a sampling loop has. As in every diffusers scheduler the loop is
+
+    scheduler.set_timesteps(50, device)
+    latents = scheduler.initial_latent(prior, generator)
+    for t in scheduler.timesteps:
+        network_input, network_time = scheduler.align(latents, prior, t)
+        output = ...
+        latents = scheduler.step(output, t, latents, prior, generator).prev_sample
+
+Every draw comes from the caller's generator; without one, a step that draws is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from framebridge_plugin.bridge.alignment import (
+    EDGES,
+    Alignment,
+    FlowMatchingAlignment,
+    NoAlignment,
+    VariancePreservingAlignment,
+)
+from framebridge_plugin.bridge.samplers import (
+    GRIDS,
+    booted_start,
+    dbim_step,
+    extrapolate_z_0,
+    sde_step,
+    timestep_grid,
+)
+from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, Index, widen
+from framebridge_plugin.bridge.targets import TARGETS, compute_target, predict_z_0, sample_bridge
+from framebridge_plugin.errors import FrameBridgeError
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "target": TARGETS,
+    "alignment": ("variance_preserving", "flow_matching", "none"),
+    "alignment_edge": EDGES,
+    "sampler": ("sde", "dbim"),
+    "order": (1, 2),
+    "grid": GRIDS,
+    "start": ("booted", "clean_prior"),
+}
+
+
+@dataclass
+class FrameBridgeSchedulerOutput(BaseOutput):
+    """What one sampling step returns.
+
+    Attributes:
+        prev_sample: The latents at the next, earlier time of the grid, [B, ...]; after the last step the video's.
+        pred_original_sample: The prediction of the video latents z_0 at this step, of the same shape.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the two differ on config_name
+    """The bridge from a still image's latents to a video's (FrameBridge, arXiv 2410.15371), as a diffusers scheduler.
+
+    Args:
+        beta_min: g(0)^2 of the bridge, at least 0.
+        beta_max: g(1)^2 of the bridge, at least 0.
+        num_train_timesteps: Number of bridge indices of training, N.
+        target: What the network returns: "v", "eps_psi", "noise" or "data".
+        alignment: What the network is shown: "variance_preserving" or "flow_matching" (SNR-aligned to a backbone of
+            that kind) or "none" (z_t and its index). By default "variance_preserving" with a `backbone`, else "none".
+        alignment_edge: "exact", or "reference" for the authors' rule near the highest ratios of a variance-preserving
+            backbone.
+        backbone: Config of the pretrained backbone's own diffusers scheduler, its "_class_name" included. Needed for
+            "variance_preserving".
+        sampler: "sde" (the reference's) or "dbim".
+        order: 1, or 2 for the multistep dbim sampler.
+        eta: Share of fresh noise in a dbim step, from 0 to 1, by default 0. The sde is eta = 1.
+        grid: "trailing", "linspace" or "lambda", see `timestep_grid`.
+        start: "booted" (the prior with the noise of the first index) or "clean_prior" (the bare prior, as the
+            reference).
+
+    Attributes:
+        order: Network calls per step, which diffusers' pipelines ask for: 1, whatever `config.order` is.
+
+    Raises:
+        FrameBridgeError: A value is unknown or out of range, or two of them exclude each other.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        beta_min: float = 0.01,
+        beta_max: float = 50.0,
+        num_train_timesteps: int = 1000,
+        target: str = "v",
+        alignment: str | None = None,
+        alignment_edge: str = "exact",
+        backbone: dict[str, Any] | None = None,
+        sampler: str = "sde",
+        order: int = 1,
+        eta: float | None = None,
+        grid: str = "trailing",
+        start: str = "booted",
+    ) -> None:
+        if alignment is None:
+            alignment = "none" if backbone is None else "variance_preserving"
+            self.register_to_config(alignment=alignment)
+        for name, choices in _CHOICES.items():
+            if self.config[name] not in choices:
+                raise FrameBridgeError(
+                    f"FrameBridgeScheduler: {name}={self.config[name]!r} is not one of {', '.join(map(str, choices))}"
+                )
+        self.eta = eta if eta is not None else {"sde": 1.0, "dbim": 0.0}[sampler]
+        if not all(isinstance(number, int | float) for number in (beta_min, beta_max, num_train_timesteps, self.eta)):
+            raise FrameBridgeError(
+                "FrameBridgeScheduler: beta_min, beta_max, num_train_timesteps, eta must be numbers"
+            )
+        if not 0 <= self.eta <= 1:
+            raise FrameBridgeError(f"eta={eta} is out of range: 0 is deterministic, 1 the SDE")
+        if sampler == "sde" and self.eta != 1:
+            raise FrameBridgeError(f"the sde sampler has eta=1, not {eta}: choose sampler='dbim' for another eta")
+        if sampler == "sde" and order != 1:
+            raise FrameBridgeError("the sde sampler has order 1: choose sampler='dbim' for order=2")
+        if start == "clean_prior" and self.eta < 1:
+            raise FrameBridgeError(
+                f"start='clean_prior' needs eta=1, not {self.eta:g}: from one noise-free point the videos would be "
+                "(nearly) all the same; use start='booted'"
+            )
+        self.schedule = BridgeSchedule(beta_min, beta_max, num_train_timesteps)
+        self.alignment = self._build_alignment(alignment, alignment_edge)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.num_inference_steps: int | None = None
+        self._grid: list[float] = []
+        self._position = 0
+        self._previous: tuple[torch.Tensor, BridgeCoefficients] | None = None
+
+    def __len__(self) -> int:
+        return self.schedule.num_train_timesteps
+
+    # Loading
+
+    @classmethod
+    def from_backbone(
+        cls, scheduler_or_config: SchedulerMixin | Mapping[str, Any], **settings: Any
+    ) -> FrameBridgeScheduler:
+        """Build the bridge for a pretrained diffusion model.
+
+        Args:
+            scheduler_or_config: The model's own diffusers scheduler, or its config with "_class_name".
+            **settings: Arguments of this class, all but `backbone`.
+
+        Returns:
+            The scheduler, aligned to the backbone unless the settings say otherwise.
+        """
+        config: Any = getattr(scheduler_or_config, "config", scheduler_or_config)
+        class_name = config.get("_class_name", type(scheduler_or_config).__name__)
+        backbone = {key: value for key, value in config.items() if not key.startswith("_")}
+        return cls(backbone={"_class_name": class_name, **backbone}, **settings)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build the scheduler from a config, refusing keys that it does not have (diffusers only warns).
+
+        Args:
+            config: A config of this class, as `.config` or `from_pretrained` gives it.
+            return_unused_kwargs: Return the pair of the scheduler and a dictionary, as diffusers does.
+            **kwargs: Arguments of this class that replace those of the config.
+
+        Returns:
+            The scheduler, or the pair.
+
+        Raises:
+            FrameBridgeError: A key is unknown, or the config belongs to another scheduler.
+        """
+        class_name = config.get("_class_name", cls.__name__) if isinstance(config, Mapping) else cls.__name__
+        if class_name != cls.__name__:
+            raise FrameBridgeError(
+                f"this is the config of a {class_name}, not of a {cls.__name__}: use {cls.__name__}.from_backbone "
+                "to build a bridge for that model"
+            )
+        known = cls._get_init_keys(cls) - {"self"}
+        for key in [*(config or {}), *kwargs]:
+            if key not in known and not key.startswith("_"):
+                nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
+                raise FrameBridgeError(
+                    f"{cls.__name__} config: unknown key {key!r}, the nearest valid one is {nearest!r}"
+                )
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def backbone_scheduler(self) -> Any:
+        """Build the backbone's own diffusers scheduler.
+
+        Returns:
+            The scheduler, or None where the config has no `backbone`.
+
+        Raises:
+            FrameBridgeError: The backbone's "_class_name" is not a scheduler of diffusers.
+        """
+        backbone = self.config["backbone"]
+        if backbone is None:
+            return None
+        name = backbone.get("_class_name")
+        scheduler_class: Any = getattr(diffusers, str(name), None)
+        if not hasattr(scheduler_class, "set_timesteps"):
+            raise FrameBridgeError(
+                f"backbone config: _class_name={name!r} is not a scheduler of diffusers {diffusers.__version__}; "
+                "give the content of the model's scheduler/scheduler_config.json"
+            )
+        return scheduler_class.from_config(backbone)
+
+    def _build_alignment(self, name: str, edge: str) -> Alignment:
+        if name == "none":
+            return NoAlignment()
+        if name == "flow_matching":
+            return FlowMatchingAlignment(self.schedule)
+        backbone = self.backbone_scheduler()
+        alphas_cumprod = getattr(backbone, "alphas_cumprod", None)
+        if alphas_cumprod is None:
+            raise FrameBridgeError(
+                "alignment='variance_preserving' needs the config of the backbone's own diffusion scheduler: "
+                "use FrameBridgeScheduler.from_backbone, or alignment='none'"
+            )
+        return VariancePreservingAlignment(self.schedule, alphas_cumprod, edge)
+
+    # Training
+
+    def add_noise(self, z_0: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
+        """Draw from the bridge: z_t = a z_0 + b prior + c noise.
+
+        Args:
+            z_0: Video latents [B, ...].
+            prior: Prior latents z_T, of the shape of `z_0`.
+            noise: Standard normal noise, of the shape of `z_0`.
+            index: Bridge indices in [0, N - 1], real-valued, a scalar or [B].
+
+        Returns:
+            z_t, of the shape and dtype of `z_0`.
+        """
+        return sample_bridge(z_0, prior, noise, self.schedule.coefficients(index))
+
+    def align(self, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what the network is shown instead of z_t and its index.
+
+        Args:
+            z_t: Bridge samples [B, ...].
+            prior: Prior latents z_T, of the shape of `z_t`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The network's latent input, of the shape and dtype of `z_t`, and its time, float32 [B].
+        """
+        time = self.alignment.timestep(index).to(z_t.device)
+        return self.alignment.latent(z_t, prior, index), time.expand(z_t.shape[0])
+
+    def get_target(
+        self, z_0: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index
+    ) -> torch.Tensor:
+        """Compute what the network is trained to return.
+
+        Args:
+            z_0: Video latents [B, ...].
+            z_t: What `add_noise` made of them.
+            prior: Prior latents z_T, of the shape of `z_0`.
+            noise: The noise in `z_t`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The target, of the shape and dtype of `z_0`.
+        """
+        return compute_target(self.config["target"], z_0, z_t, prior, noise, self.schedule.coefficients(index))
+
+    def predict_z_0(self, output: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> torch.Tensor:
+        """Turn the network's output into its prediction of the video latents.
+
+        Args:
+            output: The network's output [B, ...].
+            z_t: The bridge samples it was computed from.
+            prior: Prior latents z_T, of the shape of `z_t`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The prediction of z_0, of the shape and dtype of `z_t`.
+        """
+        return predict_z_0(self.config["target"], output, z_t, prior, self.schedule.coefficients(index))
+
+    # Sampling
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the times of the network calls and forget the run before.
+
+        Args:
+            num_inference_steps: Number of network calls, at least 1; at most N for the integer grids.
+            device: Where `timesteps` shall be.
+        """
+        # float32 here and everywhere below, so that the network and the sampler mean the very same time.
+        grid = timestep_grid(self.config["grid"], num_inference_steps, self.schedule).to(torch.float32)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = grid.to(device)
+        self._grid = grid.tolist()
+        self._position = 0
+        self._previous = None
+
+    def initial_latent(
+        self, prior: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Make the latents at the first time of the grid.
+
+        Args:
+            prior: Prior latents z_T [B, ...].
+            generator: Where the booted start's noise comes from, one or one per sample. Not needed for `clean_prior`.
+
+        Returns:
+            The latents to start from, of the shape and dtype of `prior`.
+
+        Raises:
+            FrameBridgeError: The start needs a generator and none is given, or `set_timesteps` was not called.
+        """
+        if not self._grid:
+            raise FrameBridgeError("FrameBridgeScheduler: call set_timesteps before initial_latent")
+        if self.config["start"] == "clean_prior":
+            return prior
+        return booted_start(prior, self._draw(prior, generator), self.schedule.coefficients(self._grid[0]))
+
+    def step(
+        self,
+        output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        prior: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> FrameBridgeSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Go from one time of the grid to the next; the last step returns the prediction of the video latents.
+
+        Args:
+            output: The network's output at `timestep`, [B, ...].
+            timestep: One of `timesteps`.
+            sample: The latents at `timestep`, of the shape of `output`.
+            prior: Prior latents z_T, of the shape of `output`.
+            generator: Where the step's noise comes from, one or one per sample. Not needed where none is drawn: in the
+                last step, and with eta = 0.
+            return_dict: Return an output object rather than a tuple.
+
+        Returns:
+            `prev_sample` and `pred_original_sample`, both of the shape and dtype of `sample`.
+        """
+        self._find_position(float(timestep))
+        s = self.schedule.coefficients(self._grid[self._position])
+        wide = widen(sample)
+        z_0 = predict_z_0(self.config["target"], output, wide, prior, s)
+        if self._position == len(self._grid) - 1:
+            next_sample = z_0
+        else:
+            t = self.schedule.coefficients(self._grid[self._position + 1])
+            next_sample = self._step_to(t, s, wide, z_0, prior, generator)
+        self._position += 1
+        self._previous = (z_0, s)
+        result = (next_sample.to(sample.dtype), z_0.to(sample.dtype))
+        return FrameBridgeSchedulerOutput(*result) if return_dict else result
+
+    def _step_to(
+        self,
+        t: BridgeCoefficients,
+        s: BridgeCoefficients,
+        z_s: torch.Tensor,
+        z_0: torch.Tensor,
+        prior: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        if self.config["sampler"] == "sde":
+            return sde_step(z_s, z_0, self._draw(z_s, generator), s, t)
+        if self.config["order"] == 2 and self._previous is not None:
+            z_0 = extrapolate_z_0(z_0, *self._previous, s, t)
+        eps = self._draw(z_s, generator) if self.eta > 0 else None
+        return dbim_step(z_s, z_0, prior, s, t, self.eta, eps)
+
+    def _find_position(self, timestep: float) -> None:
+        """Take the next place on the grid, or look the time up where a loop starts again or jumps."""
+        if self._position < len(self._grid) and self._grid[self._position] == timestep:
+            return
+        if timestep not in self._grid:
+            raise FrameBridgeError(
+                f"FrameBridgeScheduler: time {timestep:g} is not on the grid of {len(self._grid)} steps; "
+                "call set_timesteps and pass its timesteps one by one"
+            )
+        self._position = self._grid.index(timestep)
+        # The prediction of another time than the one before is no base for an extrapolation.
+        self._previous = None
+
+    @staticmethod
+    def _draw(like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        """Draw standard normal noise from the caller's generators, in at least float32."""
+        if generator is None:
+            raise FrameBridgeError(
+                "FrameBridgeScheduler draws noise only from the caller's generator: pass generator=torch.Generator()"
+                ".manual_seed(...), or one per sample"
+            )
+        if isinstance(generator, list) and len(generator) != len(like):
+            raise FrameBridgeError(f"{len(generator)} generators for {len(like)} samples: pass one, or one per sample")
+        return randn_tensor(tuple(like.shape), generator=generator, device=like.device, dtype=widen(like).dtype)

@@ -1,0 +1,33 @@
+"""The only place that imports finetrainers: what makes it work today, our specifications and our trainer.
+
+The attributes load on first use, after `registration.register()` has made finetrainers importable.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from framebridge_plugin.training.specifications.cogvideox import CogVideoXBridgeSpecification
+    from framebridge_plugin.training.trainer import FrameBridgeTrainer
+
+_MODULE_OF_ATTRIBUTE = {
+    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications.cogvideox",
+    "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
+}
+
+__all__ = ["CogVideoXBridgeSpecification", "FrameBridgeTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF_ATTRIBUTE:
+        from framebridge_plugin.training.registration import register
+
+        register()
+        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

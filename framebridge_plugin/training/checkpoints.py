@@ -1,0 +1,275 @@
+"""Checkpoints that a killed run can be trusted to have: whole or not there at all, and no pickle in them.
+
+    <output_dir>/checkpoints/step_000500/
+        model/ or lora/             what `finetrainers sample` opens
+        trainer/weights.safetensors the trained parameters (LoRA only: a full fine-tune has them in model/transformer)
+        trainer/optimizer.safetensors
+        trainer/state.json          step, samples seen, learning-rate schedule, numbers of the optimizer
+
+A checkpoint is written beside its final name and renamed when everything is on disk. Weights are gathered whole, so
+that a run can be resumed with another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from framebridge_plugin.errors import FrameBridgeError
+
+_FOLDER = re.compile(r"step_(\d{6,})")
+_GATHER = {"full_state_dict": True, "cpu_offload": True}
+
+
+@dataclass
+class TrainingState:
+    """The progress of a run: all that is not in the weights, the optimizer and the learning-rate schedule.
+
+    Args:
+        step: Updates done.
+        samples_seen: Clips that all ranks together have trained on.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+
+
+class Checkpointer:
+    """Saves and loads a run's checkpoints.
+
+    Every method is called by all ranks together; rank 0 alone writes.
+
+    Args:
+        output_dir: The run's folder.
+        model: The network, sharded or not.
+        optimizer: The torch optimizer.
+        lr_scheduler: The torch learning-rate schedule.
+        export: Called as `export(folder, state_dict)` on rank 0 with the whole weights: writes what sampling opens.
+        trainable_only: Whether a checkpoint holds the trained parameters alone (LoRA).
+        limit: How many checkpoints to keep; None for all.
+        is_main_process: Whether this is rank 0.
+        barrier: Waits for all ranks.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        model: ModelMixin,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        export: Callable[[Path, Mapping[str, torch.Tensor]], None],
+        *,
+        trainable_only: bool,
+        limit: int | None,
+        is_main_process: bool,
+        barrier: Callable[[], None],
+    ) -> None:
+        self.root = output_dir / "checkpoints"
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.export = export
+        self.trainable_only = trainable_only
+        self.limit = limit
+        self.is_main_process = is_main_process
+        self.barrier = barrier
+
+    def save(self, state: TrainingState) -> Path:
+        """Writes the checkpoint of a step, then removes the oldest beyond the limit.
+
+        Args:
+            state: The progress to store.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            FrameBridgeError: If the disk does not take it; older checkpoints are left as they were.
+        """
+        weights = get_model_state_dict(
+            self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only, **_GATHER)
+        )
+        optimizer_state = get_optimizer_state_dict(
+            self.model, self.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True, **_GATHER)
+        )
+        folder = self.root / f"step_{state.step:06d}"
+        if self.is_main_process:
+            partial = folder.with_name(f".{folder.name}.partial")
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "trainer").mkdir(parents=True)
+                self.export(partial, weights)
+                if self.trainable_only:
+                    save_file(_plain_tensors(weights), partial / "trainer" / "weights.safetensors")
+                tensors, numbers = _split_optimizer_state(optimizer_state)
+                save_file(tensors, partial / "trainer" / "optimizer.safetensors")
+                content = {
+                    "step": state.step,
+                    "samples_seen": state.samples_seen,
+                    "lr_scheduler": self.lr_scheduler.state_dict(),
+                    "optimizer": numbers,
+                }
+                (partial / "trainer" / "state.json").write_text(json.dumps(content))
+                _flush_to_disk(partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise FrameBridgeError(
+                    f"cannot write checkpoint {folder}: {error}; free disk space or lower checkpoints.checkpointing_limit, "
+                    "then resume from the last checkpoint"
+                ) from error
+            self._remove_oldest()
+        self.barrier()
+        return folder
+
+    def find(self, which: int | str) -> Path:
+        """The folder of a checkpoint.
+
+        Args:
+            which: A step, or "latest".
+
+        Returns:
+            The folder; it is complete, since it has its final name.
+
+        Raises:
+            FrameBridgeError: If there is none.
+        """
+        found = self.existing()
+        if which == "latest" and found:
+            return found[max(found)]
+        if which != "latest" and int(which) in found:
+            return found[int(which)]
+        available = ", ".join(map(str, sorted(found))) or "none"
+        raise FrameBridgeError(
+            f"no checkpoint {which!r} in {self.root} (steps there: {available}); give one of these steps as "
+            "checkpoints.resume_from_checkpoint, or leave it out to start anew"
+        )
+
+    def existing(self) -> dict[int, Path]:
+        """Complete checkpoints of the run.
+
+        Returns:
+            Folders by step.
+        """
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
+
+    def load(self, folder: Path) -> TrainingState:
+        """Restores weights, optimizer and learning-rate schedule.
+
+        Args:
+            folder: What `find` returned.
+
+        Returns:
+            The stored progress.
+
+        Raises:
+            FrameBridgeError: If a file is missing, damaged or of another model.
+        """
+        try:
+            content = json.loads((folder / "trainer" / "state.json").read_text())
+            stored = self._read_weights(folder)
+            set_model_state_dict(
+                self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
+            )
+            # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
+            live = get_optimizer_state_dict(
+                self.model, self.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True, **_GATHER)
+            )
+            tensors = load_file(folder / "trainer" / "optimizer.safetensors")
+            set_optimizer_state_dict(
+                self.model,
+                self.optimizer,
+                _join_optimizer_state(tensors, content["optimizer"], live),
+                options=StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True),
+            )
+            self.lr_scheduler.load_state_dict(content["lr_scheduler"])
+            return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise FrameBridgeError(
+                f"cannot resume from {folder}: {line}; remove that folder to resume from the checkpoint before it, and "
+                "resume with the model settings of the run's recipe.yaml"
+            ) from error
+
+    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        if self.trainable_only:
+            return load_file(folder / "trainer" / "weights.safetensors")
+        dtype = next(self.model.parameters()).dtype
+        stored = type(self.model).from_pretrained(folder / "model" / "transformer", torch_dtype=dtype)
+        return dict(stored.state_dict())
+
+    def _remove_oldest(self) -> None:
+        if self.limit is None or self.limit <= 0:
+            return
+        found = self.existing()
+        for step in sorted(found)[: -self.limit]:
+            shutil.rmtree(found[step], ignore_errors=True)
+
+
+def _plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors refuses tensors that share memory or are views.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors for safetensors, everything else for JSON.
+
+    Quantised states (torchao's 8-bit AdamW) are tensor subclasses made of plain tensors, stored one by one.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            numbers[name] = value
+        elif hasattr(value, "__tensor_flatten__"):
+            parts, _ = value.__tensor_flatten__()
+            tensors.update({f"{name}#{part}": getattr(value, part) for part in parts})
+        else:
+            tensors[name] = value
+    return _plain_tensors(tensors), numbers
+
+
+def _join_optimizer_state(
+    tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any], live: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The inverse of `_split_optimizer_state`; `live` says which states are tensor subclasses."""
+    state: dict[str, Any] = {}
+    for name, value in live.items():
+        if hasattr(value, "__tensor_flatten__"):
+            parts, context = value.__tensor_flatten__()
+            inner = {part: tensors[f"{name}#{part}"] for part in parts}
+            state[name] = type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
+        else:
+            state[name] = tensors[name] if isinstance(value, torch.Tensor) else numbers[name]
+    return state
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Asks the disk to have every file before the rename makes the checkpoint count."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,71 @@
+"""Where the numbers of a run go: JSON lines and TensorBoard always, Weights & Biases by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricsLogger:
+    """Writes metrics on the main process; on the others it does nothing.
+
+    A resumed run goes on with the same files: lines of steps after the checkpoint, which will be done again, are
+    dropped.
+
+    Args:
+        output_dir: The run's folder: `metrics.jsonl` and `tensorboard/` go there.
+        enabled: Whether this is the main process.
+        first_step: The step after which this run starts.
+    """
+
+    def __init__(self, output_dir: Path, *, enabled: bool, first_step: int = 0) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self._enabled = enabled
+        if not enabled:
+            return
+        kept = []
+        if first_step and self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = self.path.open("a")
+        self._tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=first_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of one step.
+
+        Args:
+            step: The update that they belong to.
+            metrics: Numbers by name.
+        """
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._enabled:
+            self._file.close()
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a kill cut short counts as one after every checkpoint."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

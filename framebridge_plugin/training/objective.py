@@ -1,0 +1,156 @@
+"""The training objective: what the network is shown, and what its output is compared with.
+
+Layouts: B batch, T latent frames, C channels, H and W height and width of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+
+ensure_torchvision_operators()
+
+from diffusers import CogVideoXDDIMScheduler  # noqa: E402  (the repair comes first)
+
+from framebridge_plugin.bridge import TARGETS  # noqa: E402
+from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
+
+OBJECTIVES = ("bridge", "diffusion")
+
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input [B, T, 2C, H, W], time [B]) -> output [B, T, C, H, W]; text and positions are bound already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What is trained, as the recipe's section `framebridge` says it.
+
+    Args:
+        objective: "bridge", or "diffusion": the backbone's own v-prediction loss with the same network, data and image
+            condition, as the matched baseline.
+        target: What the network predicts in a bridge: "v", "eps_psi", "noise" or "data".
+        snr_aligned: SNR-aligned fine-tuning (SAF): show the network latents and times of the diffusion process that
+            it was pretrained on.
+        alignment_edge: "exact" clamps the aligned time to the backbone's range; "reference" is the rule of the
+            authors' code at the 14 indices nearest to the data.
+        beta_min: g(0)^2 of the bridge.
+        beta_max: g(1)^2 of the bridge.
+        image_noise: Whether to add pixel noise to the condition image.
+        prior_noise: Whether to add pixel noise to every frame of the prior.
+        noise_log_mean: Mean of the logarithm of the noise's standard deviation, pixels in [-1, 1].
+        noise_log_std: Standard deviation of that logarithm.
+        caption_dropout: Share of samples whose caption is replaced by the empty one, for classifier-free guidance.
+
+    Raises:
+        UsageError: If a value is out of range.
+    """
+
+    objective: str = "bridge"
+    target: str = "v"
+    snr_aligned: bool = True
+    alignment_edge: str = "exact"
+    beta_min: float = 0.01
+    beta_max: float = 50.0
+    image_noise: bool = True
+    prior_noise: bool = True
+    noise_log_mean: float = -3.0
+    noise_log_std: float = 0.5
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective={self.objective!r}; use one of {', '.join(OBJECTIVES)}")
+        if self.target not in TARGETS:
+            raise UsageError(f"target={self.target!r}; use one of {', '.join(TARGETS)}")
+        if not 0.0 <= self.caption_dropout < 1.0:
+            raise UsageError(f"caption_dropout={self.caption_dropout}; use a share in [0, 1)")
+
+
+def build_scheduler(
+    backbone: CogVideoXDDIMScheduler, settings: ObjectiveSettings
+) -> FrameBridgeScheduler | CogVideoXDDIMScheduler:
+    """The scheduler that a model is trained with and saved with.
+
+    Args:
+        backbone: The pretrained model's own scheduler.
+        settings: The objective.
+
+    Returns:
+        A `FrameBridgeScheduler` over the backbone, or the backbone itself for the diffusion baseline.
+    """
+    if settings.objective == "diffusion":
+        return backbone
+    return FrameBridgeScheduler.from_backbone(
+        backbone,
+        beta_min=settings.beta_min,
+        beta_max=settings.beta_max,
+        target=settings.target,
+        alignment="variance_preserving" if settings.snr_aligned else "none",
+        alignment_edge=settings.alignment_edge,
+    )
+
+
+def bridge_prediction(
+    network: Network,
+    scheduler: FrameBridgeScheduler,
+    z_0: torch.Tensor,
+    prior: torch.Tensor,
+    image_latents: torch.Tensor,
+    noise: torch.Tensor,
+    index: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's output and the target of the bridge loss, whose mean squared difference is minimised.
+
+    FrameBridge (arXiv 2410.15371): z_t = a z_0 + b z_T + c eps; the network sees [aligned z_t, z_img] and the aligned
+    time.
+
+    Args:
+        network: The network with everything but input and time bound.
+        scheduler: Bridge, alignment and target.
+        z_0: Latents of the video, [B, T, C, H, W].
+        prior: End point z_T of the bridge, [B, T, C, H, W].
+        image_latents: Latents of the condition image, repeated over time, [B, T, C, H, W].
+        noise: eps, standard normal, [B, T, C, H, W].
+        index: Real-valued bridge indices in [0, N - 1], [B].
+
+    Returns:
+        (prediction, target), both [B, T, C, H, W].
+    """
+    z_t = scheduler.add_noise(z_0, prior, noise, index)
+    network_latents, network_time = scheduler.align(z_t, prior, index)
+    prediction = network(torch.cat([network_latents, image_latents], dim=2), network_time)
+    return prediction, scheduler.get_target(z_0, z_t, prior, noise, index)
+
+
+def diffusion_prediction(
+    network: Network,
+    scheduler: CogVideoXDDIMScheduler,
+    z_0: torch.Tensor,
+    image_latents: torch.Tensor,
+    noise: torch.Tensor,
+    timestep: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prediction and target of the diffusion baseline, as finetrainers weighs them.
+
+    Both are data predictions. finetrainers multiplies their squared difference with 1 / (1 - alphas_cumprod), which
+    makes it the ordinary mean squared error on v.
+
+    Args:
+        network: The network with everything but input and time bound.
+        scheduler: The backbone's scheduler.
+        z_0: Latents of the video, [B, T, C, H, W].
+        image_latents: Latents of the condition image, repeated over time, [B, T, C, H, W].
+        noise: Standard normal, [B, T, C, H, W].
+        timestep: Integer diffusion timesteps, [B].
+
+    Returns:
+        (predicted data, data), both [B, T, C, H, W].
+    """
+    noisy = scheduler.add_noise(z_0, noise, timestep)
+    velocity = network(torch.cat([noisy, image_latents], dim=2), timestep)
+    return scheduler.get_velocity(velocity, noisy, timestep), z_0

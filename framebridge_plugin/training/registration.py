@@ -1,0 +1,353 @@
+"""Makes finetrainers importable and enters our model, objective and optimiser into its own tables."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.training.compat import after_adding_arguments, apply_repairs
+
+if TYPE_CHECKING:
+    from finetrainers import BaseArgs
+
+MODEL_NAME = "cogvideox_bridge"
+TRAINING_TYPES = ("lora", "full-finetune")
+TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
+
+_SPECIFICATIONS = {
+    MODEL_NAME: ("framebridge_plugin.training.specifications.cogvideox", "CogVideoXBridgeSpecification")
+}
+_lock = threading.RLock()
+_registered = False
+
+
+def register() -> None:
+    """Makes `import finetrainers` work in this process and registers what this package adds to it.
+
+    After it, finetrainers' tables and its argument parser know the model name `cogvideox_bridge`, the arguments of
+    our objective and the optimiser `adamw-torchao-8bit`, and its training loop knows `FrameBridgeScheduler`. Programs
+    that use finetrainers alone work as well. Calling it again does nothing.
+
+    Raises:
+        FrameBridgeError: If finetrainers cannot be imported.
+    """
+    global _registered
+    with _lock:
+        if _registered:
+            return
+        apply_repairs()
+        # Set before the rest: what is imported below may itself call this function.
+        _registered = True
+        _register_specifications()
+        _register_arguments()
+        _register_optimizer()
+        _register_scheduler()
+
+
+# --- Model names and arguments -----------------------------------------------------------------------------------------
+
+
+class LazySpecifications(dict[str, Any]):
+    """Training type -> specification class, imported when it is first looked up.
+
+    A specification imports finetrainers, so it cannot be imported before finetrainers has been.
+
+    Args:
+        module: Where the class is.
+        name: Name of the class.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__(dict.fromkeys(TRAINING_TYPES))
+        self._load = functools.cache(lambda: getattr(importlib.import_module(module), name))
+
+    def __getitem__(self, training_type: str) -> Any:
+        super().__getitem__(training_type)
+        return self._load()
+
+    def get(self, training_type: str, default: Any = None) -> Any:
+        """Returns the class, or `default` for a training type that it does not support."""
+        return self[training_type] if training_type in self else default
+
+    def values(self) -> Any:
+        """Returns the classes."""
+        return [self[training_type] for training_type in self]
+
+    def items(self) -> Any:
+        """Returns pairs of training type and class."""
+        return [(training_type, self[training_type]) for training_type in self]
+
+
+def _register_specifications() -> None:
+    from finetrainers.config import SUPPORTED_MODEL_CONFIGS
+
+    for model_name, (module, name) in _SPECIFICATIONS.items():
+        SUPPORTED_MODEL_CONFIGS[model_name] = LazySpecifications(module, name)
+
+
+class FrameBridgeArgs:
+    """The arguments of our objective, in the form of finetrainers' `ArgsConfigMixin`.
+
+    They arrive as `args.framebridge_objective`, an `ObjectiveSettings`. Every switch is on by default, so only the
+    flags that turn one off exist: `--no_snr_alignment`, `--no_image_noise`, `--no_prior_noise`.
+    """
+
+    def __init__(self) -> None:
+        from framebridge_plugin.training.objective import ObjectiveSettings
+
+        self.objective = ObjectiveSettings()
+
+    def add_args(self, parser: argparse.ArgumentParser) -> None:
+        """Adds one argument for each field of `ObjectiveSettings`.
+
+        Args:
+            parser: finetrainers' parser.
+        """
+        group = parser.add_argument_group("framebridge", f"the objective of {MODEL_NAME}")
+        for name, default in self._defaults().items():
+            if isinstance(default, bool):
+                flag = "--no_snr_alignment" if name == "snr_aligned" else f"--no_{name}"
+                group.add_argument(flag, dest=name, action="store_false")
+            else:
+                group.add_argument(f"--{name}", type=type(default), default=default)
+
+    def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
+        """Hands the parsed values over.
+
+        Args:
+            argparse_args: What the parser returned.
+            mapped_args: finetrainers' arguments.
+
+        Raises:
+            UsageError: If a value is out of range.
+        """
+        values = {name: getattr(argparse_args, name) for name in self._defaults()}
+        self.objective = dataclasses.replace(self.objective, **values)
+        mapped_args.framebridge_objective = self.objective
+
+    def validate_args(self, args: BaseArgs) -> None:
+        """Does nothing: `ObjectiveSettings` checks its values itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values that were parsed last, for finetrainers' trackers."""
+        return dataclasses.asdict(self.objective)
+
+    def _defaults(self) -> dict[str, Any]:
+        return {field.name: field.default for field in dataclasses.fields(self.objective)}
+
+
+def _register_arguments() -> None:
+    from finetrainers.args import BaseArgs
+
+    ours = FrameBridgeArgs()
+    original = BaseArgs.__init__
+
+    @functools.wraps(original)
+    def __init__(self: BaseArgs) -> None:
+        original(self)
+        self.register_args(ours)
+
+    BaseArgs.__init__ = __init__
+    BaseArgs.framebridge_objective = ours.objective
+    after_adding_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
+    after_adding_arguments(
+        "_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER])
+    )
+
+
+def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:
+    for action in parser._actions:
+        if action.dest == name:
+            action.choices = [*(action.choices or ()), *choices]
+
+
+def parse_arguments(argv: Sequence[str]) -> BaseArgs:
+    """Parses finetrainers' and our arguments, as `BaseArgs().parse_args()` does, and refuses what that drops silently.
+
+    Args:
+        argv: Arguments without the program's name, for example `["--model_name", "cogvideox_bridge", ...]`.
+
+    Returns:
+        finetrainers' arguments, with ours as `framebridge_objective`.
+
+    Raises:
+        UsageError: If a flag is unknown or abbreviated, a required one is missing, or a value is wrong.
+    """
+    register()
+    from finetrainers import BaseArgs
+    from finetrainers.trainer.sft_trainer import SFTFullRankConfig, SFTLowRankConfig
+
+    args = BaseArgs()
+    args.register_args(SFTLowRankConfig() if _training_type(argv) == "lora" else SFTFullRankConfig())
+    args.register_args(_StrictParsing(argv))
+    try:
+        return args.parse_args()
+    except UsageError:
+        raise
+    except (ValueError, AssertionError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except KeyError as error:
+        raise UsageError(f"unknown type {error}; use bf16, fp16, fp32, float8_e4m3fn or float8_e5m2") from error
+
+
+class _StrictParsing:
+    """Makes one parser of finetrainers' read `argv`, and raise where it would exit or put up with unknown flags.
+
+    It is registered like a group of arguments, because `BaseArgs.parse_args` builds its parser itself and shows it
+    to nobody else. It comes last, so that the parser is complete when it arrives here.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.argv = list(argv)
+
+    def add_args(self, parser: argparse.ArgumentParser) -> None:
+        parse_known_args = parser.parse_known_args
+
+        def parse_strictly() -> tuple[argparse.Namespace, list[str]]:
+            namespace, unknown = parse_known_args(self.argv)
+            if unknown:
+                flag = unknown[0].split("=")[0]
+                nearest = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1)
+                _refuse(f"unknown argument {flag}" + (f"; the nearest is {nearest[0]}" if nearest else ""))
+            return namespace, []
+
+        parser.allow_abbrev = False
+        parser.error = _refuse  # type: ignore[method-assign,assignment]
+        parser.parse_known_args = parse_strictly  # type: ignore[method-assign,assignment]
+
+    def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
+        pass
+
+    def validate_args(self, args: BaseArgs) -> None:
+        pass
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def _training_type(argv: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--training_type")
+    parser.error = _refuse  # type: ignore[method-assign,assignment]
+    training_type = parser.parse_known_args(list(argv))[0].training_type
+    if training_type is not None and training_type not in TRAINING_TYPES:
+        _refuse(f"--training_type {training_type}; use one of {', '.join(TRAINING_TYPES)}")
+    return training_type
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(" ".join(message.split()))
+
+
+# --- Optimiser ---------------------------------------------------------------------------------------------------------
+
+
+def _register_optimizer() -> None:
+    module = importlib.import_module("finetrainers.optimizer")
+    original = module.get_optimizer
+
+    @functools.wraps(original)
+    def get_optimizer(parallel_backend: str, name: str, model_parts: list[torch.nn.Module], **settings: Any) -> Any:
+        if name.lower() != TORCHAO_OPTIMIZER:
+            return original(parallel_backend=parallel_backend, name=name, model_parts=model_parts, **settings)
+        from torchao.optim import AdamW8bit
+
+        build = module.get_optimizer_ptd if parallel_backend == "ptd" else module.get_optimizer_accelerate
+        return build(
+            model_parts,
+            AdamW8bit,
+            {
+                "lr": settings["learning_rate"],
+                "betas": (settings["beta1"], settings["beta2"]),
+                "eps": settings["epsilon"],
+                "weight_decay": settings["weight_decay"],
+            },
+        )
+
+    module.get_optimizer = get_optimizer
+
+
+# --- Scheduler ---------------------------------------------------------------------------------------------------------
+
+
+def get_scheduler_sigmas(scheduler: Any) -> torch.Tensor:
+    """Returns index / N for every index of a `FrameBridgeScheduler`, float32 [N]."""
+    count = scheduler.config.num_train_timesteps
+    return torch.arange(count, dtype=torch.float32) / count
+
+
+def get_scheduler_alphas(scheduler: Any) -> None:
+    """Returns None: finetrainers uses these only to weight its own loss."""
+
+
+def prepare_sigmas(
+    scheduler: Any,
+    sigmas: torch.Tensor,
+    batch_size: int,
+    num_train_timesteps: int,
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    **flow_settings: Any,
+) -> torch.Tensor:
+    """Draws uniform indices of a `FrameBridgeScheduler`.
+
+    Args:
+        scheduler: The scheduler.
+        sigmas: What `get_scheduler_sigmas` returned.
+        batch_size: Number of draws B.
+        num_train_timesteps: Number of indices N.
+        device: Where the generator lives.
+        generator: Source of the draws.
+        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
+
+    Returns:
+        index / N, float32 [B].
+    """
+    index_B = torch.randint(num_train_timesteps, (batch_size,), device=device, generator=generator)
+    return sigmas[index_B]
+
+
+def prepare_loss_weights(
+    scheduler: Any, alphas: torch.Tensor | None = None, sigmas: torch.Tensor | None = None, **flow_settings: Any
+) -> torch.Tensor:
+    """Returns ones [B]: the bridge loss is not weighted.
+
+    Args:
+        scheduler: The scheduler.
+        alphas: None for a `FrameBridgeScheduler`.
+        sigmas: What the specification's `forward` returned, [B, ...].
+        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
+
+    Returns:
+        Ones, float32 [B].
+    """
+    assert sigmas is not None
+    return torch.ones(len(sigmas), device=sigmas.device)
+
+
+def _register_scheduler() -> None:
+    from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+    for ours in (get_scheduler_sigmas, get_scheduler_alphas, prepare_sigmas, prepare_loss_weights):
+        # The training loop looks these functions up in `finetrainers.utils`, which copies them from `.diffusion`.
+        for name in ("finetrainers.utils", "finetrainers.utils.diffusion"):
+            module = importlib.import_module(name)
+            setattr(module, ours.__name__, _dispatch(FrameBridgeScheduler, ours, getattr(module, ours.__name__)))
+
+
+def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def by_scheduler(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        return (ours if isinstance(scheduler, scheduler_class) else original)(scheduler, *args, **kwargs)
+
+    return by_scheduler

@@ -1,0 +1,124 @@
+"""From a checked recipe to a finished run: what `finetrainers train` does once the recipe is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from framebridge_plugin.errors import UsageError
+
+if TYPE_CHECKING:
+    from framebridge_plugin.recipe import Recipe
+
+_VERSIONS_OF = (
+    "framebridge-plugin",
+    "finetrainers",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "av",
+    "torchao",
+)
+
+
+def train(recipe: Recipe) -> None:
+    """Trains what the recipe says, in this process and the others that torchrun started beside it.
+
+    The run's folder gets the resolved recipe (`recipe.yaml`), the versions of the packages (`versions.json`), metrics,
+    checkpoints, validation videos and, at the end, the model.
+
+    Args:
+        recipe: A checked recipe.
+
+    Raises:
+        UsageError: If the folder holds another run, or the arguments exclude each other.
+        FrameBridgeError: If a file cannot be read or the loss is not finite.
+    """
+    output_dir = Path(recipe.checkpoints.output_dir)
+    _refuse_overwriting(recipe, output_dir)
+    _set_launch_environment()
+    dataset_config = _write_run_files(recipe, output_dir)
+
+    from framebridge_plugin.training.registration import parse_arguments, register
+
+    register()
+    args = parse_arguments(recipe.to_finetrainers_argv(dataset_config))
+
+    from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
+    from framebridge_plugin.training.objective import ObjectiveSettings
+
+    names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
+    specification = CogVideoXBridgeSpecification(
+        args.pretrained_model_name_or_path,
+        objective=ObjectiveSettings(**{name: getattr(recipe.framebridge, name) for name in names}),
+        tokenizer_id=args.tokenizer_id,
+        text_encoder_id=args.text_encoder_id,
+        transformer_id=args.transformer_id,
+        vae_id=args.vae_id,
+        text_encoder_dtype=args.text_encoder_dtype,
+        transformer_dtype=args.transformer_dtype,
+        vae_dtype=args.vae_dtype,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    FrameBridgeTrainer(args, specification).run()
+    if _is_main_process():
+        _write_loss_curve(output_dir)
+
+
+def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:
+    if recipe.checkpoints.resume_from_checkpoint is None and any((output_dir / "checkpoints").glob("step_*")):
+        raise UsageError(
+            f"checkpoints.output_dir: {output_dir} holds the checkpoints of another run; choose another folder, or go "
+            "on with that run by checkpoints.resume_from_checkpoint=latest"
+        )
+
+
+def _set_launch_environment() -> None:
+    """What torchrun sets for many processes, for one process that was started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _write_run_files(recipe: Recipe, output_dir: Path) -> Path:
+    """Writes recipe, versions and data set description; returns the path of the last."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if _is_main_process():
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml())
+        versions = {"python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+        (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    if recipe.framebridge.data is None:
+        assert recipe.dataset.dataset_config is not None
+        return Path(recipe.dataset.dataset_config)
+    # Every rank reads this file: each writes the same content and renames it into place.
+    path = output_dir / "dataset_config.json"
+    partial = output_dir / f".dataset_config.{os.environ['RANK']}"
+    partial.write_text(json.dumps(recipe.dataset_config(), indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def _write_loss_curve(output_dir: Path) -> None:
+    from framebridge_plugin.media import loss_curve
+
+    loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    print(f"loss curve: {output_dir / 'loss.png'}", file=sys.stderr)

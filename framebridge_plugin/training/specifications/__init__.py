@@ -1,0 +1,1 @@
+"""finetrainers model specifications, one file each."""

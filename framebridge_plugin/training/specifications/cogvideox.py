@@ -1,0 +1,458 @@
+"""CogVideoX image-to-video as a finetrainers model specification: `--model_name cogvideox_bridge`.
+
+Layouts: B batch, F video frames, T latent frames, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from finetrainers.data import VideoArtifact
+from finetrainers.models.cogvideox import CogVideoXModelSpecification
+from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embeddings
+from PIL import Image
+from safetensors import SafetensorError
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.widening import load_bridge_transformer, train_input_projection
+from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
+from framebridge_plugin.pipelines.saving import (
+    UNCHANGED_COMPONENTS,
+    local_folder,
+    save_lora_folder,
+    save_model_folder,
+)
+from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.objective import (
+    ObjectiveSettings,
+    bridge_prediction,
+    build_scheduler,
+    diffusion_prediction,
+)
+
+
+class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
+    """A FrameBridge, or its diffusion baseline, on a CogVideoX text-to-video checkpoint (2B, or 5B with rotary).
+
+    `pretrained_model_name_or_path` may be a plain CogVideoX folder or id, whose `patch_embed.proj` is widened when it
+    is loaded, or a model with doubled input channels, which is loaded as it is; `transformer_id` may be a fine-tuned
+    `transformer/` folder alone.
+
+    Works with finetrainers' stock `SFTTrainer` and with `FrameBridgeTrainer`.
+
+    Args:
+        pretrained_model_name_or_path: Folder or hub id of the base model.
+        objective: What is trained; by default the reference's settings.
+        **kwargs: As for finetrainers' `CogVideoXModelSpecification`: `transformer_id`, `vae_dtype`, `revision`, ...
+    """
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str = "THUDM/CogVideoX-2b",
+        *,
+        objective: ObjectiveSettings | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(pretrained_model_name_or_path, **kwargs)
+        self.objective = objective or ObjectiveSettings()
+        self.clip_shape: tuple[int, int, int] | None = None
+        """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
+        self._transformer: CogVideoXTransformer3DModel | None = None
+
+    # Loading
+
+    def load_diffusion_models(self) -> dict[str, Any]:
+        """The widened transformer and the scheduler of the objective.
+
+        Returns:
+            {"transformer": ..., "scheduler": ...}
+
+        Raises:
+            FrameBridgeError: If a file is missing or damaged, or the model is of another kind.
+        """
+        common = {"revision": self.revision, "cache_dir": self.cache_dir}
+        source = self.transformer_id or self.pretrained_model_name_or_path
+        try:
+            self._transformer = load_bridge_transformer(
+                source,
+                subfolder=None if self.transformer_id else "transformer",
+                torch_dtype=self.transformer_dtype,
+                **common,
+            )
+            backbone = self._load_backbone_scheduler(**common)
+        except FrameBridgeError:
+            raise
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise _cannot_load("transformer and scheduler", source, error) from error
+        self.transformer_config = self._transformer.config
+        return {"transformer": self._transformer, "scheduler": build_scheduler(backbone, self.objective)}
+
+    def _load_backbone_scheduler(self, **kwargs: Any) -> CogVideoXDDIMScheduler:
+        config = CogVideoXDDIMScheduler.load_config(
+            self.pretrained_model_name_or_path, subfolder="scheduler", **kwargs
+        )
+        if config.get("_class_name") == FrameBridgeScheduler.__name__:
+            # A model that was fine-tuned before: its own bridge is replaced by the recipe's.
+            config = FrameBridgeScheduler.from_config(config).config.backbone
+        # 5B names the DPM scheduler; its noise schedule is the same, and this class is the one finetrainers knows.
+        return CogVideoXDDIMScheduler.from_config(
+            {key: value for key, value in config.items() if key != "_class_name"}
+        )
+
+    def load_condition_models(self) -> dict[str, Any]:
+        """Tokenizer and text encoder.
+
+        Returns:
+            {"tokenizer": ..., "text_encoder": ...}
+
+        Raises:
+            FrameBridgeError: If a file is missing or damaged.
+        """
+        try:
+            return super().load_condition_models()
+        except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+            source = self.text_encoder_id or self.pretrained_model_name_or_path
+            raise _cannot_load("tokenizer and text encoder", source, error) from error
+
+    def load_latent_models(self) -> dict[str, Any]:
+        """The video autoencoder.
+
+        Returns:
+            {"vae": ...}
+
+        Raises:
+            FrameBridgeError: If a file is missing or damaged.
+        """
+        try:
+            return super().load_latent_models()
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            source = self.vae_id or self.pretrained_model_name_or_path
+            raise _cannot_load("autoencoder", source, error) from error
+
+    def load_pipeline(self, transformer: CogVideoXTransformer3DModel | None = None, **kwargs: Any) -> Any:
+        """A pipeline around the components that are given; the others are loaded.
+
+        Args:
+            transformer: The network that is being trained; loaded from the base model if None.
+            **kwargs: `tokenizer`, `text_encoder`, `vae`, `scheduler` and finetrainers' switches `enable_slicing`,
+                `enable_tiling`, `enable_model_cpu_offload` and `training`.
+
+        Returns:
+            A `FrameBridgeCogVideoXPipeline`.
+        """
+        components = {name: kwargs.get(name) for name in (*UNCHANGED_COMPONENTS, "scheduler")}
+        if transformer is None or components["scheduler"] is None:
+            loaded = self.load_diffusion_models()
+            transformer = transformer or loaded["transformer"]
+            components["scheduler"] = components["scheduler"] or loaded["scheduler"]
+        if components["tokenizer"] is None or components["text_encoder"] is None:
+            components.update(self.load_condition_models())
+        if components["vae"] is None:
+            components.update(self.load_latent_models())
+        num_frames, height, width = self.clip_shape or (None, None, None)
+        pipeline = FrameBridgeCogVideoXPipeline(
+            transformer=transformer, num_frames=num_frames, height=height, width=width, **components
+        )
+        if kwargs.get("enable_slicing"):
+            pipeline.vae.enable_slicing()
+        if kwargs.get("enable_tiling"):
+            pipeline.vae.enable_tiling()
+        if kwargs.get("enable_model_cpu_offload"):
+            pipeline.enable_model_cpu_offload()
+        return pipeline
+
+    # From a clip to what the network sees
+
+    @torch.no_grad()
+    def prepare_conditions(  # type: ignore[override]
+        self,
+        tokenizer: Any,
+        text_encoder: torch.nn.Module,
+        caption: str | list[str],
+        generator: torch.Generator | None = None,
+        sample_seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Text embeddings of a caption, or of the empty one for the share that `caption_dropout` says.
+
+        Args:
+            tokenizer: T5 tokenizer.
+            text_encoder: T5 encoder.
+            caption: The text, or a list with one text (as a loader of batches of one gives it).
+            generator: The source of the dropout's draw where no `sample_seed` is given.
+            sample_seed: Seed of this sample's draws, from `ClipStream`.
+            **kwargs: The other parts of the sample; not used.
+
+        Returns:
+            {"encoder_hidden_states": [1, L, D]}
+        """
+        caption = caption if isinstance(caption, str) else caption[0]
+        draw = _sample_generator(sample_seed, "caption dropout", generator)
+        device = draw.device if draw is not None else "cpu"
+        if torch.rand((), generator=draw, device=device) < self.objective.caption_dropout:
+            caption = ""
+        return super().prepare_conditions(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            caption=caption,
+            max_sequence_length=self.transformer_config.max_text_seq_length,
+        )
+
+    @torch.no_grad()
+    def prepare_latents(  # type: ignore[override]
+        self,
+        vae: AutoencoderKLCogVideoX,
+        video: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        sample_seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Latents of a clip, of its first frame as the condition image, and of a noisy prior if noise is on.
+
+        Always the mode of the autoencoder's posterior. Without noise the condition image and the prior share one
+        latent, encoded as one frame.
+
+        Args:
+            vae: The autoencoder.
+            video: Pixels in [-1, 1], [F, 3, H, W] or [1, F, 3, H, W].
+            generator: The source of the noise where no `sample_seed` is given.
+            sample_seed: Seed of this sample's draws, from `ClipStream`.
+            **kwargs: The other parts of the sample; not used.
+
+        Returns:
+            "latents" [1, T, C, h, w], "image_latents" [1, 1, C, h, w], and "prior_latents": [1, T, C, h, w] with
+            noise on the prior.
+
+        Raises:
+            FrameBridgeError: If the sample has no video.
+        """
+        if video is None:
+            raise FrameBridgeError("a sample has no video; image-to-video training needs clips, not images")
+        settings = self.objective
+        video_BFCHW = video if video.ndim == 5 else video.unsqueeze(0)
+        image_BCHW = video_BFCHW[:, 0]
+        noise = (settings.noise_log_mean, settings.noise_log_std)
+
+        result = {"latents": encode_video(vae, video_BFCHW)}
+        condition = image_BCHW
+        if settings.image_noise:
+            condition = add_pixel_noise(image_BCHW, *noise, _sample_generator(sample_seed, "image noise", generator))
+        result["image_latents"] = encode_image(vae, condition)
+        if settings.objective == "bridge":
+            if settings.prior_noise:
+                prior = image_BCHW.unsqueeze(1).expand_as(video_BFCHW)
+                prior = add_pixel_noise(prior, *noise, _sample_generator(sample_seed, "prior noise", generator))
+                result["prior_latents"] = encode_video(vae, prior)
+            elif settings.image_noise:
+                result["prior_latents"] = encode_image(vae, image_BCHW)
+        return result
+
+    def forward(  # type: ignore[override]
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler,
+        condition_model_conditions: dict[str, torch.Tensor],
+        latent_model_conditions: dict[str, torch.Tensor],
+        sigmas: torch.Tensor,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One evaluation of the objective on a batch.
+
+        Args:
+            transformer: The widened network.
+            scheduler: What `load_diffusion_models` returned.
+            condition_model_conditions: What `prepare_conditions` returned, collated.
+            latent_model_conditions: What `prepare_latents` returned, collated.
+            sigmas: Index (bridge) or timestep (diffusion) divided by the number of training steps; any shape of B
+                elements.
+            generator: The source of eps; torch's global one if None (the stock trainer passes none).
+            **kwargs: finetrainers' other arguments; not used.
+
+        Returns:
+            (prediction, target, sigmas): both [B, T, C, h, w] in float32, and the sigmas that finetrainers' loss
+            weights are looked up with.
+        """
+        z_0 = latent_model_conditions["latents"].float()
+        image_latents = latent_model_conditions["image_latents"].float()
+        prior = latent_model_conditions.get("prior_latents", image_latents)
+        image_latents, prior = image_latents.expand_as(z_0), prior.float().expand_as(z_0)
+        noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
+
+        num_train_timesteps = scheduler.config.num_train_timesteps
+        index = (sigmas.flatten().double() * num_train_timesteps).round().clamp(0, num_train_timesteps - 1)
+        network = self.bind_network(transformer, condition_model_conditions["encoder_hidden_states"], z_0.shape)
+        if isinstance(scheduler, FrameBridgeScheduler):
+            prediction, target = bridge_prediction(network, scheduler, z_0, prior, image_latents, noise, index)
+        else:
+            prediction, target = diffusion_prediction(network, scheduler, z_0, image_latents, noise, index.long())
+        # finetrainers truncates sigma * 1000 to find the loss weight: half a step keeps it on this index.
+        sigmas = ((index + 0.5) / num_train_timesteps).float()
+        return prediction, target, sigmas
+
+    def bind_network(
+        self, transformer: CogVideoXTransformer3DModel, encoder_hidden_states: torch.Tensor, shape: torch.Size
+    ) -> Any:
+        """The transformer with text and positions bound, as the objective calls it.
+
+        Args:
+            transformer: The widened network.
+            encoder_hidden_states: Text embeddings [B, L, D].
+            shape: Shape of the latents, [B, T, C, h, w].
+
+        Returns:
+            A callable (input [B, T, 2C, h, w], time [B]) -> float32 output [B, T, C, h, w].
+        """
+        config, dtype = self.transformer_config, encoder_hidden_states.dtype
+        scale = 2 ** (len(self.vae_config.block_out_channels) - 1)
+        _, num_frames, _, height, width = shape
+        image_rotary_emb = None
+        if config.use_rotary_positional_embeddings:
+            image_rotary_emb = prepare_rotary_positional_embeddings(
+                height=height * scale,
+                width=width * scale,
+                num_frames=num_frames,
+                vae_scale_factor_spatial=scale,
+                patch_size=config.patch_size,
+                attention_head_dim=config.attention_head_dim,
+                device=encoder_hidden_states.device,
+                base_height=config.sample_height * scale,
+                base_width=config.sample_width * scale,
+            )
+
+        def network(hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return transformer(
+                hidden_states=hidden_states.to(dtype),
+                encoder_hidden_states=encoder_hidden_states,
+                timestep=timestep,
+                image_rotary_emb=image_rotary_emb,
+                return_dict=False,
+            )[0].float()
+
+        return network
+
+    # What is trained, validated and saved
+
+    def prepare_trainable_parameters(self, transformer: CogVideoXTransformer3DModel, training_type: str) -> None:
+        """Trains the widened input projection too when LoRA freezes everything else.
+
+        Args:
+            transformer: The network after finetrainers chose its trainable parameters.
+            training_type: "lora" or "full-finetune".
+        """
+        if training_type == "lora":
+            train_input_projection(transformer)
+
+    def validation(  # type: ignore[override]
+        self,
+        pipeline: FrameBridgeCogVideoXPipeline,
+        prompt: str,
+        image: Image.Image | None = None,
+        video: list[Image.Image] | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> list[VideoArtifact]:
+        """Samples one video from an image, or from the first frame of a video.
+
+        Args:
+            pipeline: What `load_pipeline` returned.
+            prompt: The text.
+            image: The image.
+            video: A video, used where no image is given.
+            generator: The source of every draw.
+            **kwargs: `height`, `width`, `num_frames`, `num_inference_steps` and `guidance_scale` of the validation
+                file; other columns are not used.
+
+        Returns:
+            One video.
+
+        Raises:
+            FrameBridgeError: If there is neither image nor video.
+        """
+        if image is None and not video:
+            raise FrameBridgeError(
+                f"validation sample {prompt!r} has no image; add an image_path (or video_path) to the validation file"
+            )
+        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+        call = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        frames = pipeline(
+            image=image if image is not None else video[0],  # type: ignore[index]
+            prompt=prompt,
+            generator=generator,
+            output_type="pil",
+            **call,
+        ).frames[0]
+        return [VideoArtifact(value=frames)]
+
+    def _save_model(  # type: ignore[override]
+        self,
+        directory: str,
+        transformer: CogVideoXTransformer3DModel,
+        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        assert transformer_state_dict is not None
+        save_model_folder(
+            directory,
+            transformer_config=transformer.config,
+            transformer_state_dict=transformer_state_dict,
+            scheduler=scheduler,
+            component_folders={name: self._component_folder(name) for name in UNCHANGED_COMPONENTS},
+            clip_shape=self.clip_shape,
+        )
+
+    def _save_lora_weights(  # type: ignore[override]
+        self,
+        directory: str,
+        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
+        scheduler: Any = None,
+        metadata: Mapping[str, str] | None = None,
+        projection_state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        assert transformer_state_dict is not None
+        assert metadata is not None
+        if projection_state_dict is None:
+            # The stock trainer hands over the LoRA layers alone; it runs in one process, where the weights are whole.
+            assert self._transformer is not None
+            projection_state_dict = self._transformer.patch_embed.proj.state_dict()
+        save_lora_folder(
+            directory,
+            lora_state_dict=transformer_state_dict,
+            adapter_metadata=json.loads(metadata["lora_config"]),
+            projection_state_dict=projection_state_dict,
+            scheduler=scheduler,
+            base_model=self.pretrained_model_name_or_path,
+            clip_shape=self.clip_shape,
+        )
+
+    def _component_folder(self, name: str) -> Path:
+        override = getattr(self, f"{name}_id")
+        common = {"revision": self.revision, "cache_dir": self.cache_dir}
+        if override is not None:
+            return local_folder(override, **common)
+        patterns = [f"{component}/*" for component in UNCHANGED_COMPONENTS]
+        return local_folder(self.pretrained_model_name_or_path, patterns=patterns, **common) / name
+
+
+def _sample_generator(
+    sample_seed: int | None, purpose: str, generator: torch.Generator | None
+) -> torch.Generator | None:
+    """The generator of one draw: keyed on the sample where its seed is known, else the caller's."""
+    if sample_seed is None:
+        return generator
+    return torch.Generator().manual_seed(derive_seed(int(sample_seed), purpose))
+
+
+def _cannot_load(what: str, source: str, error: BaseException) -> FrameBridgeError:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return FrameBridgeError(
+        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in diffusers "
+        "format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
+    )

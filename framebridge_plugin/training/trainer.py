@@ -1,0 +1,357 @@
+"""The trainer: finetrainers' SFTTrainer with a loop that resumes exactly, on any number of processes.
+
+finetrainers prepares models, parallelism, optimizer and precomputation. What is ours is what it gets wrong (see
+docs/finetrainers.md): the order of the data and every random draw are computed from (seed, step, rank), gradients are
+clipped once per update, validation uses the weights that are being trained and draws nothing from training, and
+checkpoints are whole or not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from finetrainers import data as finetrainers_data
+from finetrainers import logging, utils
+from finetrainers.config import TrainingType
+from finetrainers.trainer import SFTTrainer
+from peft import get_peft_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from framebridge_plugin.data import ClipStream, load_dataset_config
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
+from framebridge_plugin.training.metrics import MetricsLogger
+from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
+
+logger = logging.get_logger()
+
+_LORA = "lora"
+_PROJECTION = "patch_embed.proj."
+
+
+class FrameBridgeTrainer(SFTTrainer):
+    """Trains a model specification, in LoRA or full, on one process or many.
+
+    `train_steps`, `lr_warmup_steps`, `checkpointing_steps`, `validation_steps` and `logging_steps` count updates; an
+    update sees `batch_size * gradient_accumulation_steps` clips on every data-parallel rank.
+
+    Args:
+        args: finetrainers' arguments.
+        model_specification: A specification with the interface of finetrainers'.
+
+    Raises:
+        UsageError: If the arguments ask for what does not work.
+    """
+
+    def __init__(self, args: Any, model_specification: Any) -> None:
+        _refuse_unsupported(args)
+        args.seed = 42 if args.seed is None else args.seed
+        self.progress = TrainingState()
+        self._validation_samples: list[dict[str, Any]] = []
+        super().__init__(args, model_specification)
+
+    # Preparation
+
+    def _prepare_dataset(self) -> None:
+        self._datasets = load_dataset_config(self.args.dataset_config)
+        shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in self._datasets}
+        if len(shapes) > 1:
+            raise UsageError(
+                f"the data sets ask for clips of {len(shapes)} shapes {sorted(shapes)}; one run trains on one shape, "
+                "set the same video_resolution_buckets for all"
+            )
+        self.model_specification.clip_shape = shapes.pop()
+        if self.args.validation_dataset_file is not None:
+            self._validation_samples = read_validation_file(self.args.validation_dataset_file)
+            for sample in self._validation_samples:
+                if sample.get("image") is None and sample.get("video") is None:
+                    raise UsageError(
+                        f"{self.args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be "
+                        "read; give an image_path (or video_path) in every row"
+                    )
+
+    def _prepare_checkpointing(self) -> None:
+        is_lora = self.args.training_type == TrainingType.LORA
+        self.checkpointer = Checkpointer(
+            Path(self.args.output_dir),
+            self.transformer,
+            _inner_optimizer(self.optimizer),
+            _inner_scheduler(self.lr_scheduler),
+            export=self._export,
+            trainable_only=is_lora,
+            limit=self.args.checkpointing_limit,
+            is_main_process=self.state.parallel_backend.is_main_process,
+            barrier=self.state.parallel_backend.wait_for_everyone,
+        )
+        if self.args.resume_from_checkpoint is not None:
+            folder = self.checkpointer.find(self.args.resume_from_checkpoint)
+            self.progress = self.checkpointer.load(folder)
+            logger.info(f"Resumed from {folder}")
+
+    def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Writes what sampling opens: a model folder, or LoRA layers with the projection."""
+        if self.args.training_type != TrainingType.LORA:
+            self.model_specification._save_model(
+                str(folder / "model"), self.transformer, dict(state_dict), self.scheduler
+            )
+            return
+        metadata = {
+            "r": self.args.rank,
+            "lora_alpha": self.args.lora_alpha,
+            "init_lora_weights": True,
+            "target_modules": self.args.target_modules,
+        }
+        self.model_specification._save_lora_weights(
+            str(folder / "lora"),
+            get_peft_model_state_dict(self.transformer, dict(state_dict)),
+            self.scheduler,
+            {"lora_config": json.dumps(metadata)},
+            {name.removeprefix(_PROJECTION): v for name, v in state_dict.items() if name.startswith(_PROJECTION)},
+        )
+
+    # Training
+
+    def _train(self) -> None:
+        args, backend, progress = self.args, self.state.parallel_backend, self.progress
+        output_dir = Path(args.output_dir)
+        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
+        self.transformer.train()
+        batches = self._batches()
+        started, first_step, saved_step = time.monotonic(), progress.step, progress.step if progress.step else None
+        progress_bar = tqdm(
+            total=args.train_steps,
+            initial=progress.step,
+            desc="Training",
+            unit="update",
+            disable=not backend.is_local_main_process,
+        )
+        with (
+            progress_bar,
+            MetricsLogger(output_dir, enabled=backend.is_main_process, first_step=progress.step) as metrics,
+        ):
+            while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
+                step = progress.step + 1
+                learning_rate = _inner_optimizer(self.optimizer).param_groups[0]["lr"]
+                loss = self._accumulate_gradients(batches, step)
+                grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise FrameBridgeError(
+                        f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. "
+                        f"Resume from the last checkpoint in {self.checkpointer.root} with a lower learning rate, or "
+                        "in float32"
+                    )
+                self.optimizer.step()
+                self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+                progress.step = step
+                progress.samples_seen += clips_per_update
+
+                speed = (step - first_step) * clips_per_update / (time.monotonic() - started)
+                progress_bar.update()
+                progress_bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", clips_per_s=f"{speed:.2f}")
+                if step % args.logging_steps == 0:
+                    numbers = {
+                        "loss": loss,
+                        "grad_norm": grad_norm,
+                        "lr": learning_rate,
+                        "samples_per_second": speed,
+                        "samples_seen": progress.samples_seen,
+                    }
+                    metrics.log(step, numbers)
+                    backend.log(numbers, step=step)
+                if args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0:
+                    self.checkpointer.save(progress)
+                    saved_step = step
+                if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
+                    self._validate(step)
+
+        folder = self.checkpointer.find(progress.step) if saved_step == progress.step else None
+        self._publish(folder or self.checkpointer.save(progress), output_dir)
+        self._validate(progress.step, final_validation=True)
+        backend.destroy()
+
+    def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
+        """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
+        args, device = self.args, self.state.parallel_backend.device
+        alphas = utils.get_scheduler_alphas(self.scheduler)
+        total = torch.zeros((), device=device)
+        for micro_step in range(args.gradient_accumulation_steps):
+            conditions, latents = next(batches)
+            seed = derive_seed("step", args.seed, step, micro_step, self._data_rank)
+            # Dropout inside a network draws from torch's global generator, all else from this one.
+            torch.manual_seed(seed)
+            generator = torch.Generator(device).manual_seed(seed)
+            sigmas = utils.prepare_sigmas(
+                scheduler=self.scheduler,
+                sigmas=utils.get_scheduler_sigmas(self.scheduler).to(device),
+                batch_size=args.batch_size,
+                num_train_timesteps=self.scheduler.config.num_train_timesteps,
+                device=device,
+                generator=generator,
+            )
+            with self.attention_provider_ctx(training=True):
+                prediction, target, sigmas = self.model_specification.forward(
+                    transformer=self.transformer,
+                    scheduler=self.scheduler,
+                    condition_model_conditions=conditions,
+                    latent_model_conditions=latents,
+                    sigmas=sigmas,
+                    generator=generator,
+                )
+                timesteps = (sigmas * self.scheduler.config.num_train_timesteps).long().cpu()
+                weights = utils.prepare_loss_weights(
+                    scheduler=self.scheduler, alphas=alphas[timesteps] if alphas is not None else None, sigmas=sigmas
+                )
+                per_sample = (prediction - target).square().flatten(1).mean(dim=1)
+                loss = (weights.flatten().to(device) * per_sample).mean() / args.gradient_accumulation_steps
+                loss.backward()
+            total += loss.detach()
+        if self._data_world_size > 1:
+            torch.distributed.all_reduce(total)
+            total /= torch.distributed.get_world_size()
+        return total.item()
+
+    def _batches(self) -> Iterator[tuple[dict, dict]]:
+        """Endless collated batches of (conditions, latents) on the device, from the first clip not yet trained on."""
+        args, backend, specification = self.args, self.state.parallel_backend, self.model_specification
+        position = self.progress.samples_seen // self._data_world_size
+        once = args.enable_precomputation and args.precomputation_once
+        stream = ClipStream(
+            self._datasets, args.seed, self._data_rank, self._data_world_size, start=0 if once else position
+        )
+        loader = DataLoader(
+            stream, batch_size=None, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
+        )
+        samples = iter(loader)
+        preprocessor = finetrainers_data.initialize_preprocessor(
+            rank=backend.rank,
+            num_items=args.precomputation_items if args.enable_precomputation else 1,
+            processor_fn={
+                "condition": specification.prepare_conditions,
+                "latent": functools.partial(specification.prepare_latents, compute_posterior=True),
+            },
+            save_dir=args.precomputation_dir,
+            enable_precomputation=args.enable_precomputation,
+        )
+        # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
+        self.state.generator = torch.Generator(backend.device).manual_seed(args.seed)
+        skip = position % args.precomputation_items if once else 0
+        items: list[tuple[dict, dict]] = []
+        while True:
+            if preprocessor.requires_data:
+                conditions, latents = self._prepare_data(preprocessor, samples)
+            items.append((next(conditions), next(latents)))
+            if skip:
+                skip -= 1
+                items.clear()
+            if len(items) == args.batch_size:
+                yield (
+                    utils.align_device_and_dtype(
+                        specification.collate_conditions([item[0] for item in items]),
+                        backend.device,
+                        args.transformer_dtype,
+                    ),
+                    # Latents stay in float32: the bridge mixes them with coefficients from .002 to 170.
+                    utils.align_device_and_dtype(
+                        specification.collate_latents([item[1] for item in items]), backend.device
+                    ),
+                )
+                items = []
+
+    def _publish(self, checkpoint: Path, output_dir: Path) -> None:
+        """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
+        from framebridge_plugin.pipelines.saving import link_or_copy_tree
+
+        if self.state.parallel_backend.is_main_process:
+            name = "lora" if self.args.training_type == TrainingType.LORA else "model"
+            link_or_copy_tree(checkpoint / name, output_dir / name)
+        self.state.parallel_backend.wait_for_everyone()
+
+    # Validation
+
+    def _validate(self, step: int, final_validation: bool = False) -> None:
+        if not self._validation_samples:
+            return
+        args, backend = self.args, self.state.parallel_backend
+        self.transformer.eval()
+        components = {name: getattr(self, name) for name in ("tokenizer", "text_encoder", "vae")}
+        with torch.no_grad(), self.attention_provider_ctx(training=False):
+            pipeline = self.model_specification.load_pipeline(
+                transformer=self.transformer,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                enable_slicing=args.enable_slicing,
+                enable_tiling=args.enable_tiling,
+                enable_model_cpu_offload=args.enable_model_cpu_offload,
+                **components,
+            )
+            self._move_components_to_device([pipeline.text_encoder, pipeline.vae])
+            pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
+            written = sample_validation_videos(
+                self._validation_samples,
+                pipeline,
+                self.model_specification.validation,
+                Path(args.output_dir) / "validation",
+                label="final" if final_validation else f"step{step:06d}",
+                seed=args.seed,
+                rank=self._data_rank,
+                world_size=self._data_world_size,
+            )
+            pipeline.remove_all_hooks()
+        if args.report_to == "wandb":
+            videos = [wandb.Video(str(path), caption=prompt) for path, prompt in written]
+            backend.log({"final" if final_validation else "validation": videos}, step=step)
+        backend.wait_for_everyone()
+        if args.enable_model_cpu_offload:
+            self._move_components_to_device()
+        self.transformer.train()
+
+    # Who reads which data
+
+    @property
+    def _data_world_size(self) -> int:
+        return self.args.dp_degree * self.args.dp_shards
+
+    @property
+    def _data_rank(self) -> int:
+        return self.state.parallel_backend.rank
+
+
+def _refuse_unsupported(args: Any) -> None:
+    for name in ("pp_degree", "cp_degree", "tp_degree"):
+        if getattr(args, name) > 1:
+            raise UsageError(
+                f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
+                "dp_shards"
+            )
+    if args.push_to_hub:
+        raise UsageError("push_to_hub is not supported; upload the run's model folder with `hf upload` afterwards")
+
+
+def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside finetrainers' (ptd) or accelerate's wrapper."""
+    if hasattr(optimizer, "optimizers"):
+        return optimizer.optimizers[-1]
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _inner_scheduler(scheduler: Any) -> torch.optim.lr_scheduler.LRScheduler:
+    """The torch schedule inside finetrainers' (ptd) or accelerate's wrapper."""
+    if hasattr(scheduler, "schedulers"):
+        return scheduler.schedulers[-1]
+    return getattr(scheduler, "scheduler", scheduler)
+
+
+def _global_norm(norm: torch.Tensor) -> float:
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,74 @@
+"""Validation: videos sampled from the model as it is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from finetrainers.data import ValidationDataset
+
+from framebridge_plugin.media import contact_sheet, write_video
+from framebridge_plugin.randomness import derive_seed
+
+
+def sample_validation_videos(
+    samples: list[dict[str, Any]],
+    pipeline: DiffusionPipeline,
+    validate: Callable[..., list[Any]],
+    output_dir: Path,
+    *,
+    label: str,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> list[tuple[Path, str]]:
+    """Samples the validation set, a share on every rank, and writes the videos and contact sheets.
+
+    All ranks make the same number of calls, repeating samples where the number does not divide: a sharded network
+    computes only when all of its ranks do. Every sample has a generator of its own, so that validation draws nothing
+    from training and gives the same noise at every step.
+
+    Args:
+        samples: Rows of the validation file.
+        pipeline: The pipeline with the network in training.
+        validate: The specification's `validation`.
+        output_dir: Folder for the files.
+        label: First part of their names.
+        seed: The run's seed.
+        rank: This process among those that share the work.
+        world_size: Number of those processes.
+
+    Returns:
+        (video file, prompt) of the samples that this rank wrote.
+    """
+    written = []
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(samples), world_size):
+        number = first + rank
+        sample = dict(samples[number % len(samples)])
+        generator = torch.Generator().manual_seed(derive_seed("validation", seed, number % len(samples)))
+        fps = int(sample.pop("export_fps", 8))
+        artifacts = validate(pipeline=pipeline, generator=generator, **sample)
+        if number >= len(samples):
+            continue
+        stem = output_dir / f"{label}-{number:02d}"
+        videos = [artifact.value for artifact in artifacts]
+        write_video(videos[0], stem.with_suffix(".mp4"), fps=fps)
+        contact_sheet(videos, stem.with_suffix(".png"))
+        written.append((stem.with_suffix(".mp4"), sample["prompt"]))
+    return written
+
+
+def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
+    """Reads finetrainers' validation file, with its images loaded.
+
+    Args:
+        path: CSV, JSON, parquet or arrow with `caption` and `image_path` (or `video_path`).
+
+    Returns:
+        Its rows.
+    """
+    return list(ValidationDataset(str(path)))

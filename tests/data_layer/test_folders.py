@@ -1,0 +1,272 @@
+"""Every layout is found and read; whatever is wrong with one is said in one line."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from framebridge_plugin.data import ClipSettings, index_dataset, load_dataset_config
+from framebridge_plugin.data.captions import COMMON_PREFIXES
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+CAPTIONS = ['A dog, a cat and "friends".', "Two\nlines", "  Ümlaut — 狗  ", "NA", "The video shows a red car"]
+CLEAN = [caption.strip() for caption in CAPTIONS]
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write_csv(path: Path, header: list[str], rows: list[list[str]], encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def metadata_csv(root: Path, column: str = "caption", encoding: str = "utf-8") -> None:
+    rows = [["x", f"clips/{number}.mp4", caption] for number, caption in enumerate(CAPTIONS)]
+    write_csv(root / "metadata.csv", ["other", "file_name", column], rows, encoding)
+
+
+def metadata_jsonl(root: Path) -> None:
+    rows = [{"file_name": f"clips/{number}.mp4", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+def metadata_json(root: Path) -> None:
+    rows = [{"file_name": f"clips/{number}.mp4", "text": caption} for number, caption in enumerate(CAPTIONS)]
+    (root / "metadata.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        metadata_csv,
+        metadata_jsonl,
+        metadata_json,
+        lambda root: metadata_csv(root, "prompt"),
+        lambda root: metadata_csv(root, "text", "utf-8-sig"),
+    ],
+    ids=["csv", "jsonl", "json", "csv with prompt", "csv with a byte order mark"],
+)
+def test_metadata_files(tmp_path, write):
+    touch(tmp_path, *(f"clips/{number}.mp4" for number in range(5)))
+    write(tmp_path)
+    index = index_dataset({"data_root": tmp_path.name}, tmp_path.parent)
+    assert list(index) == [(str(tmp_path / f"clips/{n}.mp4"), caption) for n, caption in enumerate(CLEAN)]
+    assert len(index) == 5
+    assert index[-1] == index[4]
+    assert index[1:3] == [index[1], index[2]]
+    with pytest.raises(IndexError):
+        index[5]
+    assert list(pickle.loads(pickle.dumps(index))) == list(index)
+
+
+def test_pairs_of_video_and_text(tmp_path, caplog):
+    names = ["b.mp4", "a.mov", "c.avi", "d.webm", "e.mkv"]
+    touch(tmp_path, *names, "uncaptioned.mp4")
+    for name, caption in zip(names, CAPTIONS, strict=True):
+        (tmp_path / name).with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("belongs to no video")
+    index = index_dataset({"data_root": str(tmp_path)})
+    assert list(index) == sorted((str(tmp_path / name), caption) for name, caption in zip(names, CLEAN, strict=True))
+    assert "1 videos without a .txt caption" in caplog.text
+
+
+@pytest.mark.parametrize(("videos", "captions"), [("videos.txt", "prompts.txt"), ("video.txt", "captions.txt")])
+def test_lists_of_videos_and_captions(tmp_path, videos, captions):
+    touch(tmp_path, "one.mp4", "clips/two.mp4")
+    (tmp_path / videos).write_text("clips/two.mp4\none.mp4\n")
+    (tmp_path / captions).write_text("the second\nthe first\n")
+    expected = [(str(tmp_path / "clips/two.mp4"), "the second"), (str(tmp_path / "one.mp4"), "the first")]
+    assert list(index_dataset({"data_root": str(tmp_path)})) == expected
+
+
+def webvid(tmp_path: Path, ids: list[str], captions: list[str]) -> dict[str, str]:
+    rows = [
+        [i, f"https://host/{i}.mp4", "PT00H00M10S", "000001_000050", c] for i, c in zip(ids, captions, strict=True)
+    ]
+    write_csv(tmp_path / "results.csv", ["videoid", "contentUrl", "duration", "page_dir", "name"], rows)
+    (tmp_path / "videos").mkdir()
+    return {"csv": "results.csv", "video_root": "videos"}
+
+
+def test_the_reference_table_and_its_folder(tmp_path, caplog):
+    ids = ["0042", "1e5", "1066702", "7", "null"]
+    entry = webvid(tmp_path, ids, CAPTIONS)
+    touch(tmp_path / "videos", *(f"{name}.mp4" for name in ids), "unlisted.mp4")
+    index = index_dataset(entry, tmp_path)
+    assert list(index) == [(str(tmp_path / f"videos/{i}.mp4"), caption) for i, caption in zip(ids, CLEAN, strict=True)]
+    assert not caplog.records
+
+
+def test_rows_without_file_or_caption_are_counted_and_left_out(tmp_path, caplog):
+    entry = webvid(tmp_path, ["1", "2", "3", "4", "5"], ["a", "b", "  ", "", "e"])
+    touch(tmp_path / "videos", "1.mp4", "3.mp4", "4.mp4", "5.mp4")
+    with caplog.at_level(logging.WARNING):
+        index = index_dataset(entry, tmp_path)
+    assert [caption for _, caption in index] == ["a", "e"]
+    (record,) = caplog.records
+    assert "of 5 rows, 1 have no file" in record.getMessage()
+    assert "2 have no caption; 2 are used" in record.getMessage()
+
+
+def test_options_of_captions(tmp_path):
+    touch(tmp_path, *(f"clips/{number}.mp4" for number in range(5)))
+    metadata_csv(tmp_path)
+    entry = {"data_root": str(tmp_path), "id_token": "XYZ", "remove_common_llm_caption_prefixes": True}
+    assert index_dataset(entry)[4][1] == "XYZ a red car"
+    assert index_dataset({**entry, "id_token": None})[4][1] == "a red car"
+    assert index_dataset({**entry, "remove_common_llm_caption_prefixes": False})[4][1] == f"XYZ {CLEAN[4]}"
+
+
+def test_the_common_prefixes_are_those_of_finetrainers():
+    folder = importlib.util.find_spec("finetrainers").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("finetrainers_constants", f"{folder}/constants.py")
+    constants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(constants)
+    assert set(COMMON_PREFIXES) == set(constants.COMMON_LLM_START_PHRASES)
+
+
+def write_config(path: Path, *entries: object) -> Path:
+    path.write_text(json.dumps({"datasets": entries}))
+    return path
+
+
+def test_a_dataset_file_of_finetrainers(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"data/clips/{number}.mp4" for number in range(5)))
+    metadata_csv(tmp_path / "data")
+    entry = {
+        "data_root": "data",
+        "dataset_type": "video",
+        "video_resolution_buckets": [[17, 256, 128]],
+        "reshape_mode": "resize_crop",
+    }
+    ours = {"frame_stride": 3, "window": "start", "horizontal_flip": True}
+    config = write_config(tmp_path / "config.json", entry, {**entry, **ours})
+    monkeypatch.chdir(tmp_path)
+    (plain, plain_settings), (_, settings) = load_dataset_config(config)
+    assert len(plain) == 5
+    assert plain_settings == ClipSettings(17, 256, 128)
+    assert settings == ClipSettings(17, 256, 128, frame_stride=3, window="start", horizontal_flip=True)
+
+
+GOOD_ENTRY = {"data_root": ".", "dataset_type": "video", "video_resolution_buckets": [[5, 16, 16]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frame_strid": 3}, "unknown or unsupported key 'frame_strid'; did you mean 'frame_stride'?"),
+        ({"zzz": 3}, "unknown or unsupported key 'zzz'; the keys are"),
+        ({"dataset_type": "image"}, "dataset_type is 'image'"),
+        ({"video_resolution_buckets": [[5, 16, 16], [9, 16, 16]]}, "it must be one size"),
+        ({"video_resolution_buckets": None}, "it must be one size"),
+        ({"video_resolution_buckets": [[5, 16, 0]]}, r"datasets\[0\]: clip settings: width is 0"),
+        ({"frame_stride": 0}, "frame_stride is 0"),
+        ({"window": "middle"}, "window is 'middle'; it must be random or start"),
+        ({"reshape_mode": "bicubic"}, "reshape_mode is 'bicubic'"),
+        ({"id_token": 3}, "id_token is 3"),
+        ({"remove_common_llm_caption_prefixes": "yes"}, "it must be true or false"),
+        ({"csv": "a.csv"}, "given: data_root, csv"),
+        ({"data_root": None}, "given: none"),
+    ],
+)
+def test_a_wrong_entry_is_refused_in_one_line(tmp_path, change, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        load_dataset_config(write_config(tmp_path / "config.json", {**GOOD_ENTRY, **change}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"datasets": []}', '{"datasets": [3]}', '{"data": 1}'])
+def test_a_wrong_dataset_file_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_dataset_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="not an existing file"):
+        load_dataset_config(tmp_path / "missing.json")
+
+
+def broken_folder(kind: str, root: Path) -> None:
+    touch(root, "a.mp4")
+    if kind == "two metadata files":
+        touch(root, "metadata.csv", "metadata.jsonl")
+    elif kind == "no layout":
+        touch(root, "b.mp4")
+    elif kind == "missing clips":
+        write_csv(root / "metadata.csv", ["file_name", "caption"], [["a.mp4", "a"], ["b.mp4", "b"], ["x/c.mp4", "c"]])
+    elif kind == "no caption column":
+        write_csv(root / "metadata.csv", ["file_name", "label"], [["a.mp4", "a"]])
+    elif kind == "no rows":
+        write_csv(root / "metadata.csv", ["file_name", "caption"], [])
+    elif kind == "empty csv":
+        touch(root, "metadata.csv")
+    elif kind == "ragged csv":
+        (root / "metadata.csv").write_text("file_name,caption\na.mp4,a\nb.mp4,b,c,d\n")
+    elif kind == "csv in another encoding":
+        (root / "metadata.csv").write_bytes("file_name,caption\na.mp4,Übung\n".encode("latin-1"))
+    elif kind == "jsonl with a broken line":
+        (root / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "a"}\n{"file_name"\n')
+    elif kind == "jsonl without caption":
+        (root / "metadata.jsonl").write_text('{"file_name": "a.mp4"}\n')
+    elif kind == "json that is no list":
+        (root / "metadata.json").write_text('{"a.mp4": "a"}')
+    elif kind == "lists of different length":
+        (root / "videos.txt").write_text("a.mp4\na.mp4\n")
+        (root / "prompts.txt").write_text("a\n")
+    elif kind == "two lists of captions":
+        (root / "videos.txt").write_text("a.mp4\n")
+        (root / "prompts.txt").write_text("a\n")
+        (root / "captions.txt").write_text("a\n")
+    elif kind == "two videos for one text":
+        touch(root, "a.mov", "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("two metadata files", "metadata.csv and metadata.jsonl; keep one"),
+        ("no layout", "none of the known layouts; add a metadata.csv"),
+        ("missing clips", "2 of 3 listed clips are missing, first 'b.mp4'"),
+        ("no caption column", "no column caption or prompt or text; its columns are file_name, label"),
+        ("no rows", "names no clips"),
+        ("empty csv", "no column file_name"),
+        ("ragged csv", "no readable CSV"),
+        ("csv in another encoding", "no readable CSV table in UTF-8"),
+        ("jsonl with a broken line", "metadata.jsonl:2 is no valid JSON"),
+        ("jsonl without caption", "metadata.jsonl:1 needs file_name and one of caption, prompt, text"),
+        ("json that is no list", "must be a list"),
+        ("lists of different length", "videos.txt has 2 lines but prompts.txt has 1"),
+        ("two lists of captions", "none of the known layouts"),
+        ("two videos for one text", "a.mp4 and a.mov; keep one"),
+    ],
+)
+def test_a_wrong_folder_is_refused_in_one_line(tmp_path, kind, message):
+    broken_folder(kind, tmp_path)
+    with pytest.raises(FrameBridgeError, match=message) as caught:
+        index_dataset({"data_root": str(tmp_path)})
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_or_empty_sources_are_refused_in_one_line(tmp_path):
+    with pytest.raises(FrameBridgeError, match="data_root .*nowhere is not an existing folder"):
+        index_dataset({"data_root": "nowhere"}, tmp_path)
+    entry = webvid(tmp_path, ["1", "2"], ["a", "b"])
+    with pytest.raises(FrameBridgeError, match="none of its 2 rows has both a caption and a file"):
+        index_dataset(entry, tmp_path)
+    with pytest.raises(FrameBridgeError, match="csv .*other.csv is not an existing file"):
+        index_dataset({**entry, "csv": "other.csv"}, tmp_path)
+    with pytest.raises(FrameBridgeError, match="video_root .*results.csv is not an existing folder"):
+        index_dataset({**entry, "video_root": "results.csv"}, tmp_path)

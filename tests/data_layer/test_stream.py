@@ -1,0 +1,150 @@
+"""The stream is a function of (seed, position): the same over workers, ranks and resumes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from numbered_videos import write_video
+from torch.utils.data import DataLoader
+
+from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
+from framebridge_plugin.errors import FrameBridgeError
+
+SETTINGS = ClipSettings(num_frames=3, height=16, width=16, frame_stride=2, horizontal_flip=True)
+
+
+def write_data_set(root: Path, clips: int, broken: int = 0) -> tuple:
+    """Write a data set of links to one good file, the first `broken` of them to a text file."""
+    root.mkdir()
+    good = write_video(root.parent / f"{root.name}_good.mp4", frames=20, options={"g": "4"})
+    bad = root.parent / f"{root.name}_bad.mp4"
+    bad.write_text("no video")
+    for number in range(clips):
+        os.link(bad if number < broken else good, root / f"{number:03}.mp4")
+        (root / f"{number:03}.txt").write_text(f"clip {number}")
+    return index_dataset({"data_root": str(root)}), SETTINGS
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp("data") / "seven", 7)
+
+
+def take(stream: ClipStream, count: int, workers: int = 0) -> list[dict]:
+    return list(itertools.islice(DataLoader(stream, batch_size=None, num_workers=workers), count))
+
+
+def assert_same(samples: list[dict], others: list[dict]) -> None:
+    assert len(samples) == len(others) > 0
+    for sample, other in zip(samples, others, strict=True):
+        assert sample["caption"] == other["caption"]
+        assert sample["sample_seed"] == other["sample_seed"]
+        assert torch.equal(sample["video"], other["video"])
+
+
+def test_samples_have_the_promised_form(data_set):
+    (sample,) = take(ClipStream([data_set], seed=1), 1)
+    assert set(sample) == {"caption", "video", "sample_seed"}
+    assert sample["video"].shape == (3, 3, 16, 16)
+    assert sample["video"].dtype == torch.float32
+    assert isinstance(sample["sample_seed"], int)
+    assert 0 <= sample["sample_seed"] < 2**63
+
+
+def test_every_epoch_visits_each_clip_once_in_its_own_order(data_set):
+    samples = take(ClipStream([data_set], seed=1), 21)
+    epochs = [[sample["caption"] for sample in samples[start : start + 7]] for start in (0, 7, 14)]
+    for epoch in epochs:
+        assert sorted(epoch) == [f"clip {number}" for number in range(7)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({sample["sample_seed"] for sample in samples}) == 21
+    other = take(ClipStream([data_set], seed=2), 7)
+    assert [sample["caption"] for sample in other] != epochs[0]
+
+
+def test_windows_and_flips_change_between_epochs(data_set):
+    samples = [sample for sample in take(ClipStream([data_set], seed=1), 56) if sample["caption"] == "clip 3"]
+    assert len(samples) == 8
+    assert len({sample["video"].numpy().tobytes() for sample in samples}) > 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_changes_nothing(data_set, workers):
+    assert_same(take(ClipStream([data_set], seed=1), 18), take(ClipStream([data_set], seed=1), 18, workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_share_what_one_rank_sees(data_set, workers):
+    alone = take(ClipStream([data_set], seed=1), 28)
+    ranks = [take(ClipStream([data_set], seed=1, rank=r, world_size=2), 14, workers) for r in range(2)]
+    assert_same(alone[0::2], ranks[0])
+    assert_same(alone[1::2], ranks[1])
+    # 7 clips do not divide by 2 ranks, and yet every epoch is whole.
+    merged = [sample["caption"] for pair in zip(*ranks, strict=True) for sample in pair]
+    assert all(
+        Counter(merged[start : start + 7]).total() == len(set(merged[start : start + 7])) for start in (0, 7, 14)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 5, 9])
+def test_a_resumed_stream_continues_where_it_stopped(data_set, start, workers):
+    whole = take(ClipStream([data_set], seed=1, rank=1, world_size=2), 14)
+    resumed = take(ClipStream([data_set], seed=1, rank=1, world_size=2, start=start), 14 - start, workers)
+    assert_same(whole[start:], resumed)
+
+
+def test_several_data_sets_are_mixed_each_with_its_settings(data_set, tmp_path):
+    other = (write_data_set(tmp_path / "other", 4)[0], ClipSettings(num_frames=2, height=8, width=24))
+    stream = ClipStream([data_set, other], seed=1)
+    assert stream.epoch_size == 11
+    shapes = Counter(tuple(sample["video"].shape) for sample in take(stream, 11))
+    assert shapes == {(3, 3, 16, 16): 7, (2, 3, 8, 24): 4}
+
+
+def test_the_global_generators_are_neither_used_nor_moved(data_set):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    samples = list(itertools.islice(ClipStream([data_set], seed=1), 7))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(4)
+    assert_same(samples, list(itertools.islice(ClipStream([data_set], seed=1), 7)))
+
+
+def test_broken_clips_are_logged_once_and_replaced_the_same_way_everywhere(tmp_path, caplog):
+    data_set = write_data_set(tmp_path / "some_broken", 12, broken=2)
+    with caplog.at_level(logging.WARNING):
+        alone = take(ClipStream([data_set], seed=5), 36)
+    assert sorted(record.getMessage().split(": ")[0][-7:] for record in caplog.records) == ["000.mp4", "001.mp4"]
+    for start in (0, 12, 24):
+        captions = {sample["caption"] for sample in alone[start : start + 12]}
+        assert captions == {f"clip {number}" for number in range(2, 12)}
+    assert len({sample["sample_seed"] for sample in alone}) == 36
+    assert_same(alone, take(ClipStream([data_set], seed=5), 36, workers=2))
+    ranks = [take(ClipStream([data_set], seed=5, rank=r, world_size=3), 12) for r in range(3)]
+    for rank in range(3):
+        assert_same(alone[rank::3], ranks[rank])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("clips", "broken", "message"),
+    [(3, 3, "^16 clips in a row cannot be read"), (90, 66, "^33 of the first [3-6][0-9] clips cannot be read")],
+)
+def test_a_broken_data_set_stops_the_run_in_one_line(tmp_path, clips, broken, message, workers):
+    data_set = write_data_set(tmp_path / "broken", clips, broken)
+    with pytest.raises(FrameBridgeError, match=message) as caught:
+        take(ClipStream([data_set], seed=1), 200, workers)
+    assert "\n" not in str(caught.value)
+    assert "check the data set; the last one: cannot read the clip" in str(caught.value)
+
+
+def test_no_clips_at_all_are_refused():
+    with pytest.raises(FrameBridgeError, match="no clips"):
+        ClipStream([], seed=1)
