@@ -145,7 +145,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, metavar="H", help="pixels (default: the model's)")
     add("--width", type=int, metavar="W", help="pixels (default: the model's)")
     add("--num-videos", type=int, default=1, metavar="N", help="videos per image (default: 1)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, the model's own elsewhere")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, bf16 on a GPU")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -170,7 +170,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _write_crash(output_dir: Path) -> Path:
-    path = output_dir.expanduser() / f"crash-rank{os.environ.get('RANK', '0')}.txt"
+    path = output_dir / f"crash-rank{os.environ.get('RANK', '0')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(traceback.format_exc(), encoding="utf-8")
     return path

@@ -66,7 +66,7 @@ def local_path(name: str) -> Path | None:
     Returns:
         The path, which need not exist, or None for an id: `owner/name` where no folder `owner` is beside us.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
@@ -153,10 +153,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is missing or anything else; the message names it.
     """
+    if not path.is_file():  # a named pipe would be waited for
+        raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(content, dict):

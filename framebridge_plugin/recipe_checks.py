@@ -6,8 +6,16 @@ import csv
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from framebridge_plugin.folder_checks import clip_shape_rule, folder_problem, local_path, part_problem, read_json
+from framebridge_plugin.folder_checks import (
+    ClipShapeRule,
+    clip_shape_rule,
+    folder_problem,
+    local_path,
+    part_problem,
+    read_json,
+)
 from framebridge_plugin.recipe_schema import DataSection, Recipe
 
 Problem = tuple[str, str]
@@ -31,6 +39,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _model_problems(recipe)
     yield from _data_problems(recipe)
     yield from _output_problems(recipe)
+    yield from _validation_problems(recipe)
 
 
 def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[Problem]:
@@ -145,18 +154,22 @@ def _data_problems(recipe: Recipe) -> Iterator[Problem]:
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield f"framebridge.data.{name}", message
     if dataset_config is not None:
-        path = "dataset.dataset_config"
-        try:
-            entries = read_json(Path(dataset_config).expanduser()).get("datasets")
-        except ValueError as error:
-            yield path, str(error)
-            return
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            yield path, f"{dataset_config} should hold a list 'datasets' with one entry per data set"
-            return
-        for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
-            if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
-                yield from ((path, f"{name} in {bucket}: {message}") for name, message in rule.problems(*bucket))
+        yield from (("dataset.dataset_config", message) for message in _dataset_json_problems(dataset_config, rule))
+
+
+def _dataset_json_problems(dataset_config: str, rule: ClipShapeRule) -> Iterator[str]:
+    """Check the shapes of the clips; the other keys are checked by the reader of the data."""
+    try:
+        entries = read_json(Path(dataset_config)).get("datasets")
+    except ValueError as error:
+        yield str(error)
+        return
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        yield f"{dataset_config} should hold a list 'datasets' with one entry per data set"
+        return
+    for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
+        if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
+            yield from (f"{name} in {bucket}: {message}" for name, message in rule.problems(*bucket))
 
 
 def _source_problems(data: DataSection) -> Iterator[Problem]:
@@ -166,42 +179,73 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
         found = " and ".join(sorted(given)) or "neither"
         yield section, f"give either data_root, or csv with video_root, not {found}"
     for name in sorted(given - {"csv"}):
-        folder = Path(getattr(data, name)).expanduser()
+        folder = Path(getattr(data, name))
         if not folder.is_dir():
             yield f"{section}.{name}", f"no such folder: {folder}"
         elif next(os.scandir(folder), None) is None:
             yield f"{section}.{name}", f"{folder} is empty"
     if data.csv is not None:
-        table = Path(data.csv).expanduser()
-        problem = _table_problem(table, {"videoid", "name"})
+        table = Path(data.csv)
+        problem = _file_problem(table) or _columns_problem(table, {"videoid", "name"})
         if problem is not None:
             yield f"{section}.csv", problem
 
 
 def _output_problems(recipe: Recipe) -> Iterator[Problem]:
-    output_dir = Path(recipe.checkpoints.output_dir).expanduser().absolute()
+    output_dir = Path(recipe.checkpoints.output_dir).absolute()
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir():
         yield "checkpoints.output_dir", f"{existing} is a file: name another folder"
     elif not os.access(existing, os.W_OK):
         yield "checkpoints.output_dir", f"{existing} is not writable: name another folder"
-    if recipe.validation.validation_dataset_file is not None:
-        table = Path(recipe.validation.validation_dataset_file).expanduser()
-        problem = (
-            f"should end in {', '.join(VALIDATION_SUFFIXES)}" if table.suffix not in VALIDATION_SUFFIXES else None
-        )
-        problem = problem or _table_problem(table, {"caption", "image_path"})
-        if problem is not None:
-            yield "validation.validation_dataset_file", problem
 
 
-def _table_problem(path: Path, columns: set[str]) -> str | None:
+def _validation_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.validation.validation_dataset_file is None:
+        return
+    path = Path(recipe.validation.validation_dataset_file)
+    if path.suffix not in VALIDATION_SUFFIXES:
+        problem: str | None = f"should end in {', '.join(VALIDATION_SUFFIXES)}"
+    else:
+        problem = _file_problem(path) or _rows_problem(path)
+    if problem is not None:
+        yield "validation.validation_dataset_file", problem
+
+
+def _rows_problem(path: Path) -> str | None:
+    """Look for the images of a validation file; what is neither CSV nor JSON is left to its reader."""
+    try:
+        rows = _read_rows(path)
+    except (ValueError, csv.Error) as error:
+        return f"{path} cannot be read ({error})"
+    for number, row in enumerate(rows or (), start=1):
+        source = row.get("image_path") or row.get("video_path")
+        if not row.get("caption") or not source:
+            return f"{path}: row {number} lacks caption, or image_path (or video_path)"
+        if not str(source).startswith("http") and not Path(source).is_file():
+            return f"{path}: row {number} names {source}, which does not exist"
+    return f"{path} has no rows" if rows == [] else None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]] | None:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    if path.suffix == ".json":
+        rows = read_json(path).get("data")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it should hold a list 'data' of objects")
+        return rows
+    return None
+
+
+def _file_problem(path: Path) -> str | None:
     if not path.is_file():
         return f"no such file: {path}"
-    if path.stat().st_size == 0:
-        return f"{path} is empty"
-    if path.suffix != ".csv":
-        return None
+    return f"{path} is empty" if path.stat().st_size == 0 else None
+
+
+def _columns_problem(path: Path, columns: set[str]) -> str | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header = next(csv.reader(file), [])

@@ -7,6 +7,7 @@ The sections only group: the name of a field is the name of finetrainers' argume
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 
 ATTENTION_PROVIDERS_TRAINING = (
     "flash", "flash_varlen", "flex", "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math",
@@ -59,26 +61,30 @@ class ModelSection(Section):
     """Which pretrained model to start from."""
 
     model_name: Literal["cogvideox_bridge"] = Field(default="cogvideox_bridge", description="model specification")
-    pretrained_model_name_or_path: Text = Field(description="diffusers folder, or id on the Hugging Face Hub")
+    pretrained_model_name_or_path: PathText = Field(description="diffusers folder, or id on the Hugging Face Hub")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     variant: str | None = Field(default=None, description="weight files to take, such as fp16; none: the plain ones")
-    cache_dir: str | None = Field(default=None, description="folder for downloads; none: Hugging Face's own")
-    tokenizer_id: str | None = Field(default=None, description="folder or id that replaces the model's tokenizer")
-    tokenizer_2_id: str | None = Field(default=None, description="as above; CogVideoX has no second tokenizer")
-    tokenizer_3_id: str | None = Field(default=None, description="as above; CogVideoX has no third tokenizer")
-    text_encoder_id: str | None = Field(
+    cache_dir: PathText | None = Field(default=None, description="folder for downloads; none: Hugging Face's own")
+    tokenizer_id: PathText | None = Field(default=None, description="folder or id that replaces the model's tokenizer")
+    tokenizer_2_id: PathText | None = Field(default=None, description="as above; CogVideoX has no second tokenizer")
+    tokenizer_3_id: PathText | None = Field(default=None, description="as above; CogVideoX has no third tokenizer")
+    text_encoder_id: PathText | None = Field(
         default=None, description="folder or id that replaces the model's text encoder"
     )
-    text_encoder_2_id: str | None = Field(default=None, description="as above; CogVideoX has no second text encoder")
-    text_encoder_3_id: str | None = Field(default=None, description="as above; CogVideoX has no third text encoder")
-    transformer_id: str | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
-    vae_id: str | None = Field(default=None, description="folder or id that replaces the model's VAE")
+    text_encoder_2_id: PathText | None = Field(
+        default=None, description="as above; CogVideoX has no second text encoder"
+    )
+    text_encoder_3_id: PathText | None = Field(
+        default=None, description="as above; CogVideoX has no third text encoder"
+    )
+    transformer_id: PathText | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
+    vae_id: PathText | None = Field(default=None, description="folder or id that replaces the model's VAE")
 
 
 class DatasetSection(Section):
     """finetrainers' way to name the data, and its precomputation; `framebridge.data` is the short way."""
 
-    dataset_config: str | None = Field(
+    dataset_config: PathText | None = Field(
         default=None, description="JSON file that lists data sets, in finetrainers' format"
     )
     dataset_shuffle_buffer_size: Count = Field(
@@ -88,7 +94,7 @@ class DatasetSection(Section):
         default=False, description="encode clips and captions first, then train on the files"
     )
     precomputation_items: Count = Field(default=512, description="clips encoded at a time, per process")
-    precomputation_dir: str | None = Field(
+    precomputation_dir: PathText | None = Field(
         default=None, description="folder for the encoded clips; none: in output_dir"
     )
     precomputation_once: bool = Field(default=False, description="encode everything once, before the first update")
@@ -199,7 +205,7 @@ class PrecisionSection(Section):
 class CheckpointsSection(Section):
     """Where the run writes, and how often."""
 
-    output_dir: Text = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
+    output_dir: PathText = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
     checkpointing_steps: Count = Field(default=500, description="updates between checkpoints")
     checkpointing_limit: Count | None = Field(default=None, description="checkpoints to keep; none: all")
     resume_from_checkpoint: Annotated[int | str | None, BeforeValidator(_check_resume)] = Field(
@@ -210,7 +216,7 @@ class CheckpointsSection(Section):
 class ValidationSection(Section):
     """Sampling during training."""
 
-    validation_dataset_file: str | None = Field(
+    validation_dataset_file: PathText | None = Field(
         default=None,
         description=".csv, .json, .parquet or .arrow with columns caption and image_path; none: no validation",
     )
@@ -274,13 +280,13 @@ class LoraSection(Section):
 class DataSection(Section):
     """One data set, and the shape of its clips; paths are relative to the working directory."""
 
-    data_root: str | None = Field(
+    data_root: PathText | None = Field(
         default=None, description="folder of clips and captions in one of finetrainers' layouts"
     )
-    csv: str | None = Field(
+    csv: PathText | None = Field(
         default=None, description="table with the columns videoid and name (WebVid); needs video_root"
     )
-    video_root: str | None = Field(default=None, description="folder that holds <videoid>.mp4")
+    video_root: PathText | None = Field(default=None, description="folder that holds <videoid>.mp4")
     num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
     height: Count = Field(description="pixels, a multiple of 16 for CogVideoX")
     width: Count = Field(description="pixels, a multiple of 16 for CogVideoX")
@@ -352,7 +358,7 @@ class Recipe(Section):
             raise ValueError("the recipe has no framebridge.data: its data is dataset.dataset_config")
         entry: dict[str, Any] = {"dataset_type": "video"}
         paths = {"data_root": data.data_root, "csv": data.csv, "video_root": data.video_root}
-        entry |= {key: str(Path(path).expanduser().absolute()) for key, path in paths.items() if path is not None}
+        entry |= {key: str(Path(path).absolute()) for key, path in paths.items() if path is not None}
         entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
         entry |= data.model_dump(include={"frame_stride", "window", "horizontal_flip"})
         if data.id_token is not None:

@@ -65,8 +65,8 @@ def read_yaml(text: str) -> Document:
         node = loader.get_single_node()
         data = None if node is None else _read(loader, node, "", lines, duplicates)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise UsageError(f"line {mark.line + 1}: {error.problem}" if mark else str(error.problem)) from None
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise UsageError(f"line {error.problem_mark.line + 1}: {what}" if error.problem_mark else what) from None
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     except RecursionError:

@@ -10,11 +10,6 @@ from framebridge_plugin.errors import UsageError
 from framebridge_plugin.folder_checks import clip_shape_rule, folder_problem, local_path, part_problem
 from framebridge_plugin.media import read_image
 
-SAMPLERS = ("sde", "dbim")
-GRIDS = ("trailing", "linspace", "lambda")
-STARTS = ("booted", "clean_prior")
-DTYPES = ("fp32", "bf16", "fp16")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
@@ -38,7 +33,7 @@ class SampleRequest:
         height: Pixels; None takes the model's.
         width: Pixels; None takes the model's.
         num_videos: Videos per image.
-        dtype: Number format; None takes float32 on a CPU and the model's own elsewhere.
+        dtype: Number format; None takes fp32 on a CPU and bf16 on a GPU.
 
     Raises:
         UsageError: With every error on a line of its own.
@@ -64,7 +59,12 @@ class SampleRequest:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._value_problems(), *self._sampler_problems(), *self._file_problems()]
+        problems = [
+            *self._value_problems(),
+            *self._sampler_problems(),
+            *self._file_problems(),
+            *self._model_problems(),
+        ]
         if problems:
             raise UsageError("\n".join(problems))
 
@@ -140,15 +140,24 @@ class SampleRequest:
             problems.append(f"--output {self.output}: should end in .mp4")
         elif self.output.is_dir():
             problems.append(f"--output {self.output}: is a folder")
-        model, transformer = local_path(self.model), self.transformer and local_path(self.transformer)
-        if model is not None and not model.is_dir():
-            problems.append(f"--model {self.model}: no such folder")
-        elif model is not None and (model / "model_index.json").is_file() and (problem := folder_problem(model)):
-            problems.append(f"--model {problem}")
-        if transformer and (problem := part_problem(transformer, "transformer")):
+        return problems
+
+    def _model_problems(self) -> list[str]:
+        path = local_path(self.model)
+        if path is not None and not path.is_dir():
+            return [f"--model {path}: {'is a file, not a folder' if path.exists() else 'no such folder'}"]
+        transformer = None if self.transformer is None else local_path(self.transformer)
+        problems = []
+        if transformer is not None and (problem := part_problem(transformer, "transformer")):
             problems.append(f"--transformer {problem}")
-        if not problems and model is not None and (model / "model_index.json").is_file():
-            rule = clip_shape_rule(model / "vae", transformer or model / "transformer")
-            for name, message in rule.problems(self.num_frames, self.height, self.width):
-                problems.append(f"--{name.replace('_', '-')}: {message}")
+        # A run keeps its model in a folder of its own; what else a run may hold is for the sampler to find.
+        candidates = [] if path is None else [path, path / "model"]
+        folder = next((folder for folder in candidates if (folder / "model_index.json").is_file()), None)
+        if folder is None:
+            return problems
+        if problem := folder_problem(folder):
+            return [*problems, f"--model {problem}"]
+        rule = clip_shape_rule(folder / "vae", transformer or folder / "transformer")
+        for name, message in rule.problems(self.num_frames, self.height, self.width):
+            problems.append(f"--{name.replace('_', '-')}: {message}")
         return problems

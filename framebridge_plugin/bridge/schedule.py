@@ -163,7 +163,7 @@ class BridgeSchedule:
         sigma_squared = self.sigma_1_squared / (1 + self.sigma_1_squared * ratio**2)
         root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * sigma_squared)
         # The form of the quadratic formula without a difference of nearly equal numbers.
-        t = 2 * sigma_squared / (self.beta_min + root)
+        t = (2 * sigma_squared / (self.beta_min + root)).clamp(max=1)
         return t * (self.num_train_timesteps + 1) - 1
 
 

@@ -100,10 +100,20 @@ def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise ClipError(path, "it holds no video stream")
+        if stream.codec_context is None:
+            raise ClipError(path, "its video codec is unknown")
         _check_size(path, stream.codec_context.width, stream.codec_context.height)
         # FFmpeg's own threads can deadlock on an early stop, and loader workers already fill the cores.
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _decoded(path: str, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    try:
+        yield from container.decode(stream)
+    except IndexError as error:
+        # PyAV's answer when a transport stream announces a stream that was not there when it was opened.
+        raise ClipError(path, "a new stream begins in the middle of it") from error
 
 
 def _read_by_seeking(path: str, choose: Callable[[int], Sequence[int]]) -> torch.Tensor | None:
@@ -121,7 +131,7 @@ def _read_by_seeking(path: str, choose: Callable[[int], Sequence[int]]) -> torch
             if not keys:
                 return None
             container.seek(dts_of_key_pts[max(keys)], stream=stream, backward=True)
-            return _to_rgb(path, _frames_at(container.decode(stream), wanted_pts))
+            return _to_rgb(path, _frames_at(_decoded(path, container, stream), wanted_pts))
     except (av.FFmpegError, _SeekFailedError):
         return None
 
@@ -181,7 +191,7 @@ def _read_from_start(path: str, choose: Callable[[int], Sequence[int]]) -> torch
     held: list[VideoFrame] = []
     held_bytes = length = 0
     with _opened(path) as (container, stream):
-        for frame in container.decode(stream):
+        for frame in _decoded(path, container, stream):
             _check_size(path, frame.width, frame.height)
             length += 1
             held_bytes += sum(plane.buffer_size for plane in frame.planes)
@@ -195,7 +205,7 @@ def _read_from_start(path: str, choose: Callable[[int], Sequence[int]]) -> torch
     held.clear()
     wanted = set(numbers)
     with _opened(path) as (container, stream):
-        frames = enumerate(container.decode(stream))
+        frames = enumerate(_decoded(path, container, stream))
         return _to_rgb(path, (frame for number, frame in frames if number in wanted))
 
 
@@ -207,7 +217,7 @@ def _to_rgb(path: str, frames: Iterable[VideoFrame]) -> torch.Tensor:
         if not pictures:
             matrix = _display_matrix(frame)
         _check_size(path, frame.width, frame.height)
-        rgb = reformatter.reformat(frame, format="rgb24", src_color_range=frame.color_range, threads=1)
+        rgb = reformatter.reformat(frame, format="rgb24", threads=1)
         picture = rgb.to_ndarray()
         if pictures and picture.shape != pictures[0].shape:
             (h0, w0), (h1, w1) = pictures[0].shape[:2], picture.shape[:2]

@@ -108,7 +108,7 @@ class Checkpointer:
             self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only, **_GATHER)
         )
         optimizer_state = get_optimizer_state_dict(
-            self.model, self.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True, **_GATHER)
+            self.model, self.optimizer, options=StateDictOptions(**_GATHER)
         )
         folder = self.root / f"step_{state.step:06d}"
         if self.is_main_process:
@@ -193,14 +193,14 @@ class Checkpointer:
             )
             # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
             live = get_optimizer_state_dict(
-                self.model, self.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True, **_GATHER)
+                self.model, self.optimizer, options=StateDictOptions(**_GATHER)
             )
             tensors = load_file(folder / "trainer" / "optimizer.safetensors")
             set_optimizer_state_dict(
                 self.model,
                 self.optimizer,
                 _join_optimizer_state(tensors, content["optimizer"], live),
-                options=StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True),
+                options=StateDictOptions(full_state_dict=True),
             )
             self.lr_scheduler.load_state_dict(content["lr_scheduler"])
             return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
@@ -237,31 +237,38 @@ def _split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Te
     Quantised states (torchao's 8-bit AdamW) are tensor subclasses made of plain tensors, stored one by one.
     """
     tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            numbers[name] = value
-        elif hasattr(value, "__tensor_flatten__"):
-            parts, _ = value.__tensor_flatten__()
-            tensors.update({f"{name}#{part}": getattr(value, part) for part in parts})
-        else:
-            tensors[name] = value
-    return _plain_tensors(tensors), numbers
+    numbers: dict[str, dict[str, Any]] = {}
+    for parameter, entries in state["state"].items():
+        for name, value in entries.items():
+            if not isinstance(value, torch.Tensor):
+                numbers.setdefault(parameter, {})[name] = value
+            elif hasattr(value, "__tensor_flatten__"):
+                parts, _ = value.__tensor_flatten__()
+                tensors.update({f"{parameter}/{name}/{part}": getattr(value, part) for part in parts})
+            else:
+                tensors[f"{parameter}/{name}"] = value
+    return _plain_tensors(tensors), {"state": numbers, "param_groups": state["param_groups"]}
 
 
 def _join_optimizer_state(
-    tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any], live: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], live: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The inverse of `_split_optimizer_state`; `live` says which states are tensor subclasses."""
-    state: dict[str, Any] = {}
-    for name, value in live.items():
-        if hasattr(value, "__tensor_flatten__"):
-            parts, context = value.__tensor_flatten__()
-            inner = {part: tensors[f"{name}#{part}"] for part in parts}
-            state[name] = type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
-        else:
-            state[name] = tensors[name] if isinstance(value, torch.Tensor) else numbers[name]
-    return state
+    """The inverse of `_split_optimizer_state`; `live` says what there is, and which states are tensor subclasses."""
+    state: dict[str, dict[str, Any]] = {}
+    for parameter, entries in live["state"].items():
+        state[parameter] = dict(stored["state"].get(parameter, {}))
+        for name, value in entries.items():
+            if hasattr(value, "__tensor_flatten__"):
+                parts, context = value.__tensor_flatten__()
+                inner = {part: tensors[f"{parameter}/{name}/{part}"] for part in parts}
+                state[parameter][name] = type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
+            elif isinstance(value, torch.Tensor):
+                state[parameter][name] = tensors[f"{parameter}/{name}"]
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in stored["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
 
 
 def _flush_to_disk(folder: Path) -> None:

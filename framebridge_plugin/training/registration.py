@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training.compat import after_adding_arguments, apply_repairs
+from framebridge_plugin.training.compat import apply_repairs
+from framebridge_plugin.training.repairs.processes import change_arguments
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
@@ -51,9 +52,10 @@ def register() -> None:
         _register_arguments()
         _register_optimizer()
         _register_scheduler()
+        _register_trainable_parameters()
 
 
-# --- Model names and arguments -----------------------------------------------------------------------------------------
+# --- Model names and arguments ---
 
 
 class LazySpecifications(dict[str, Any]):
@@ -76,7 +78,7 @@ class LazySpecifications(dict[str, Any]):
 
     def get(self, training_type: str, default: Any = None) -> Any:
         """Returns the class, or `default` for a training type that it does not support."""
-        return self[training_type] if training_type in self else default
+        return self._load() if training_type in self else default
 
     def values(self) -> Any:
         """Returns the classes."""
@@ -158,10 +160,8 @@ def _register_arguments() -> None:
 
     BaseArgs.__init__ = __init__
     BaseArgs.framebridge_objective = ours.objective
-    after_adding_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
-    after_adding_arguments(
-        "_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER])
-    )
+    change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
+    change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 
 
 def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:
@@ -221,7 +221,7 @@ class _StrictParsing:
             return namespace, []
 
         parser.allow_abbrev = False
-        parser.error = _refuse  # type: ignore[method-assign,assignment]
+        parser.error = _refuse  # type: ignore[method-assign]
         parser.parse_known_args = parse_strictly  # type: ignore[method-assign,assignment]
 
     def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
@@ -237,7 +237,7 @@ class _StrictParsing:
 def _training_type(argv: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--training_type")
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
+    parser.error = _refuse  # type: ignore[method-assign]
     training_type = parser.parse_known_args(list(argv))[0].training_type
     if training_type is not None and training_type not in TRAINING_TYPES:
         _refuse(f"--training_type {training_type}; use one of {', '.join(TRAINING_TYPES)}")
@@ -248,11 +248,11 @@ def _refuse(message: str) -> NoReturn:
     raise UsageError(" ".join(message.split()))
 
 
-# --- Optimiser ---------------------------------------------------------------------------------------------------------
+# --- Optimiser ---
 
 
 def _register_optimizer() -> None:
-    module = importlib.import_module("finetrainers.optimizer")
+    module: Any = importlib.import_module("finetrainers.optimizer")
     original = module.get_optimizer
 
     @functools.wraps(original)
@@ -276,7 +276,7 @@ def _register_optimizer() -> None:
     module.get_optimizer = get_optimizer
 
 
-# --- Scheduler ---------------------------------------------------------------------------------------------------------
+# --- Scheduler ---
 
 
 def get_scheduler_sigmas(scheduler: Any) -> torch.Tensor:
@@ -351,3 +351,22 @@ def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callabl
         return (ours if isinstance(scheduler, scheduler_class) else original)(scheduler, *args, **kwargs)
 
     return by_scheduler
+
+
+# --- Trainable parameters ---
+
+
+def _register_trainable_parameters() -> None:
+    """Asks a specification what it trains besides LoRA layers; finetrainers has no hook for that."""
+    from finetrainers.trainer import SFTTrainer
+
+    original = SFTTrainer._prepare_trainable_parameters
+
+    @functools.wraps(original)
+    def prepare(self: SFTTrainer) -> None:
+        original(self)
+        choose = getattr(self.model_specification, "prepare_trainable_parameters", None)
+        if choose is not None:
+            choose(self.transformer, self.args.training_type)
+
+    SFTTrainer._prepare_trainable_parameters = prepare

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
-from reference_vectors import load_vectors, relative_error
 
 from framebridge_plugin.bridge import (
     BridgeSchedule,
@@ -11,6 +10,7 @@ from framebridge_plugin.bridge import (
     sample_bridge,
 )
 from framebridge_plugin.errors import FrameBridgeError
+from tests.reference_vectors import load_vectors, relative_error
 
 SCHEDULE = BridgeSchedule()
 VECTORS, DESCRIPTION = load_vectors("cogvideox_scheduler")

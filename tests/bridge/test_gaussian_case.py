@@ -1,9 +1,11 @@
-"""The samplers where the answer is known: z_0 ~ N(m, .5^2) per element, z_T fixed, and the exact prediction E[z_0 | z_t].
+"""The samplers where the answer is known: z_0 ~ N(m, .5^2) per element, z_T fixed, the exact prediction E[z_0 | z_t].
 
 Every sampler is then affine in its noises, so that one batch gives its result exactly, without sampling: row 0 runs
 without noise and is the mean; row j runs with a 1 in draw j alone, and its distance from row 0 is that draw's share
 of the standard deviation.
 """
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,8 +31,7 @@ def exact_prediction(z_t, z_T, k):
 def sample(sampler, grid, steps, eta=0.0, order=1, start="booted"):
     """Return the mean and the standard deviation that a sampler reaches."""
     times = [SCHEDULE.coefficients(index) for index in timestep_grid(grid, steps, SCHEDULE)]
-    draws = torch.eye(steps + 1, dtype=torch.float64).unsqueeze(-1)  # [draw, row, 1]; row 0 is draw 0's and stays noise-free
-    noise = [draws[j] * (torch.arange(steps + 1) > 0).unsqueeze(-1) for j in range(steps + 1)]
+    noise = [(torch.arange(steps + 1) == j).double().unsqueeze(-1) for j in range(steps + 1)]  # draw j is 1 in row j
     z_T = torch.full((steps + 1, 1), PRIOR, dtype=torch.float64)
     z = booted_start(z_T, noise[steps], times[0]) if start == "booted" else z_T
     before = None
@@ -50,10 +51,12 @@ def sample(sampler, grid, steps, eta=0.0, order=1, start="booted"):
 CALLS = (20, 40, 80, 160)
 
 
-@pytest.mark.parametrize("sampler, eta, order", [("sde", 1.0, 1), ("dbim", 0.0, 1), ("dbim", 0.5, 1), ("dbim", 1.0, 1)])
+@pytest.mark.parametrize(
+    "sampler, eta, order", [("sde", 1.0, 1), ("dbim", 0.0, 1), ("dbim", 0.5, 1), ("dbim", 1.0, 1)]
+)
 def test_order_1_converges_as_1_over_n(sampler, eta, order):
     errors = [abs(sample(sampler, "lambda", n, eta, order)[1] - STD) for n in CALLS]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.8 < coarse / fine < 2.1
 
 
@@ -61,7 +64,7 @@ def test_order_1_converges_as_1_over_n(sampler, eta, order):
 def test_order_2_converges_as_1_over_n_squared(eta):
     errors = [abs(sample("dbim", "lambda", n, eta, 2)[1] - STD) for n in CALLS]
     # At 160 calls the start's own error in the deviation, 3e-5, begins to show.
-    for coarse, fine in zip(errors[:3], errors[1:3], strict=False):
+    for coarse, fine in pairwise(errors[:3]):
         assert 3.4 < coarse / fine < 4.6
     assert errors[3] < errors[2] / 3.4
 

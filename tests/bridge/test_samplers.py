@@ -1,7 +1,6 @@
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
-from reference_vectors import load_vectors, relative_error
 
 from framebridge_plugin.bridge import (
     GRIDS,
@@ -15,6 +14,7 @@ from framebridge_plugin.bridge import (
     timestep_grid,
 )
 from framebridge_plugin.errors import FrameBridgeError
+from tests.reference_vectors import load_vectors, relative_error
 
 SCHEDULE = BridgeSchedule()
 VECTORS, DESCRIPTION = load_vectors("cogvideox_scheduler")

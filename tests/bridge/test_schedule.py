@@ -3,10 +3,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from reference_vectors import load_vectors, relative_error
 
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.errors import FrameBridgeError
+from tests.reference_vectors import load_vectors, relative_error
 
 VECTORS, _ = load_vectors("cogvideox_scheduler")
 SCHEDULES = [

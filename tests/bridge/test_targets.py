@@ -1,6 +1,5 @@
 import pytest
 import torch
-from reference_vectors import load_vectors, relative_error
 
 from framebridge_plugin.bridge import (
     TARGETS,
@@ -11,6 +10,7 @@ from framebridge_plugin.bridge import (
     weight_from_v_to_eps_psi,
 )
 from framebridge_plugin.errors import FrameBridgeError
+from tests.reference_vectors import load_vectors, relative_error
 
 SCHEDULE = BridgeSchedule()
 VECTORS, _ = load_vectors("cogvideox_scheduler")

@@ -97,20 +97,52 @@ def test_an_edit_list_hides_the_frames_before_the_cut(tmp_path, cut_at):
     assert numbers_in(read_frames(str(cut), wanted_of["late"])) == expected[3::5]
 
 
-def test_a_file_whose_first_group_lost_its_key_frame_is_counted_by_decoding(tmp_path):
-    whole = write_video(tmp_path / "whole.mkv", frames=FRAMES, options={"g": "12", "bf": "0"})
-    headless = tmp_path / "headless.mkv"
-    with av.open(str(whole)) as source, av.open(str(headless), "w") as target:
+def drop_packets(source_path: Path, target_path: Path, count: int) -> Path:
+    with av.open(str(source_path)) as source, av.open(str(target_path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(source.demux(video=0)):
-            if number >= 5 and packet.size:
+            if number >= count and packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    frames = numbers_in(read_frames(str(headless), range))
+    return target_path
+
+
+@pytest.mark.parametrize(
+    ("dropped", "options"),
+    [(5, {"g": "12", "bf": "0"}), (9, {"x264-params": OPEN_GOP})],
+    ids=["no key frame", "open group"],
+)
+def test_a_file_that_begins_with_undecodable_frames_is_counted_by_decoding(tmp_path, dropped, options):
+    whole = write_video(tmp_path / "whole.mp4", frames=FRAMES, options=options)
+    headless = drop_packets(whole, tmp_path / "headless.mp4", dropped)
     with av.open(str(headless)) as container:
         decoded = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    assert frames == numbers_in(torch.stack(decoded).permute(0, 3, 1, 2))
-    assert decoding._read_by_seeking(str(headless), range) is None
+    expected = numbers_in(torch.stack(decoded).permute(0, 3, 1, 2))
+    assert len(expected) < FRAMES - dropped, "every packet of this file gives a frame"
+    assert numbers_in(read_frames(str(headless), range)) == expected
+    assert numbers_in(read_frames(str(headless), lambda length: range(14, 20))) == expected[14:20]
+
+
+def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", frames=FRAMES, options={"g": "8", "bf": "0"})
+    decoded = []
+    decode = decoding._decoded
+
+    def counting(*arguments):
+        for frame in decode(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decoding, "_decoded", counting)
+    assert read_numbers(path, range(26, 30)) == [26, 27, 28, 29]
+    assert len(decoded) == 6, "from the key frame 24 to the last wanted frame"
+
+
+def test_a_cut_mp4_is_refused_even_where_its_start_is_whole(tmp_path):
+    path = tmp_path / "cut.mp4"
+    cut_mp4_with_index_in_front(path)
+    with pytest.raises(ClipError, match="damaged"):
+        read_frames(str(path), lambda length: range(2))
 
 
 def test_a_file_too_large_to_be_held_is_decoded_twice(tmp_path, monkeypatch):
@@ -209,6 +241,10 @@ def sound_only(path: Path) -> None:
         container.mux(sound.encode())
 
 
+def unknown_codec(path: Path) -> None:
+    path.write_bytes(write_video(path).read_bytes().replace(b"avc1", b"zzzz"))
+
+
 def huge_pictures(path: Path) -> None:
     with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mjpeg", rate=25)
@@ -237,6 +273,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut mp4, index in front": (cut_mp4_with_index_in_front, "damaged"),
     "header only": (header_only, "not a video|damaged"),
     "sound only": (sound_only, "no video stream"),
+    "unknown codec": (unknown_codec, "codec is unknown"),
     "folder": (Path.mkdir, "not a regular file"),
     "named pipe": (os.mkfifo, "not a regular file"),
     "dangling link": (dangling_link, "dangling link"),

@@ -119,6 +119,14 @@ def test_rows_without_file_or_caption_are_counted_and_left_out(tmp_path, caplog)
     assert "2 have no caption; 2 are used" in record.getMessage()
 
 
+def test_newlines_in_captions_of_a_table_larger_than_a_block(tmp_path):
+    ids = [f"{number:06}" for number in range(30_000)]
+    entry = webvid(tmp_path, ids, [f'caption "{name}",\n{name * 12}' for name in ids])
+    touch(tmp_path / "videos", "000000.mp4", "029999.mp4")
+    expected = [f'caption "{name}",\n{name * 12}' for name in ("000000", "029999")]
+    assert [caption for _, caption in index_dataset(entry, tmp_path)] == expected
+
+
 def test_options_of_captions(tmp_path):
     touch(tmp_path, *(f"clips/{number}.mp4" for number in range(5)))
     metadata_csv(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -87,9 +88,8 @@ def test_two_ranks_share_what_one_rank_sees(data_set, workers):
     assert_same(alone[1::2], ranks[1])
     # 7 clips do not divide by 2 ranks, and yet every epoch is whole.
     merged = [sample["caption"] for pair in zip(*ranks, strict=True) for sample in pair]
-    assert all(
-        Counter(merged[start : start + 7]).total() == len(set(merged[start : start + 7])) for start in (0, 7, 14)
-    )
+    for start in (0, 7, 14, 21):
+        assert sorted(merged[start : start + 7]) == [f"clip {number}" for number in range(7)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -132,6 +132,16 @@ def test_broken_clips_are_logged_once_and_replaced_the_same_way_everywhere(tmp_p
         assert_same(alone[rank::3], ranks[rank])
 
 
+def error_of(stream: ClipStream, workers: int) -> str:
+    try:
+        take(stream, 200, workers)
+    except FrameBridgeError as error:
+        # Frees the loader here; if the garbage collector found it later, it would wait seconds for the workers.
+        error.__traceback__ = None
+        return str(error)
+    raise AssertionError("the stream went on")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("clips", "broken", "message"),
@@ -139,10 +149,10 @@ def test_broken_clips_are_logged_once_and_replaced_the_same_way_everywhere(tmp_p
 )
 def test_a_broken_data_set_stops_the_run_in_one_line(tmp_path, clips, broken, message, workers):
     data_set = write_data_set(tmp_path / "broken", clips, broken)
-    with pytest.raises(FrameBridgeError, match=message) as caught:
-        take(ClipStream([data_set], seed=1), 200, workers)
-    assert "\n" not in str(caught.value)
-    assert "check the data set; the last one: cannot read the clip" in str(caught.value)
+    error = error_of(ClipStream([data_set], seed=1), workers)
+    assert re.search(message, error)
+    assert "\n" not in error
+    assert "check the data set; the last one: cannot read the clip" in error
 
 
 def test_no_clips_at_all_are_refused():

@@ -2,7 +2,7 @@
 
 finetrainers 0.2.0 was packed without `finetrainers/patches/dependencies` and `finetrainers/patches/models`, which it
 imports. What each function has to do follows from where finetrainers calls it. `MISSING_MODULES` says which function
-belongs to which module; `compat.MissingModuleFinder` serves them where the real ones are absent.
+belongs to which module; `importing.MissingModuleFinder` serves them where the real ones are absent.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def patch_diffusers_rms_norm_forward() -> None:
     With a float32 weight and half-precision input (LoRA training keeps trainable weights in float32) it returns
     float32; attention then refuses queries and keys that differ in type from the values.
     """
-    from diffusers.models.normalization import RMSNorm
+    from diffusers.models import normalization
 
-    original = RMSNorm.forward
+    rms_norm: Any = normalization.RMSNorm
+    original = rms_norm.forward
     if hasattr(original, "__wrapped__"):
         return
 
@@ -62,7 +63,7 @@ def patch_diffusers_rms_norm_forward() -> None:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return original(self, hidden_states, *args, **kwargs).to(hidden_states.dtype)
 
-    RMSNorm.forward = forward
+    rms_norm.forward = forward
 
 
 @contextlib.contextmanager
@@ -109,9 +110,10 @@ def patch_peft_move_adapter_to_device_of_base_layer() -> None:
     type as well, and training would start from weights that 8 bits have rounded.
     """
     from finetrainers.patches.utils import DisableTensorToDtype
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners import tuners_utils
 
-    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    layer: Any = tuners_utils.BaseTunerLayer
+    original = layer._move_adapter_to_device_of_base_layer
     if hasattr(original, "__wrapped__"):
         return
 
@@ -120,7 +122,7 @@ def patch_peft_move_adapter_to_device_of_base_layer() -> None:
         with DisableTensorToDtype():
             original(self, *args, **kwargs)
 
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = move
+    layer._move_adapter_to_device_of_base_layer = move
 
 
 def _not_provided(module: str, function: str, when: str) -> Callable[[], NoReturn]:

@@ -1,0 +1,90 @@
+"""How finetrainers' own data path reads videos."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+from typing import Any
+
+import torch
+
+from framebridge_plugin.training.repairs import Repair
+from framebridge_plugin.training.repairs.importing import load_torchcodec
+
+
+def _datasets_version() -> tuple[int, int]:
+    import datasets
+
+    major, minor = datasets.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _datasets_cannot_decode() -> bool:
+    return _datasets_version() >= (4, 0) and load_torchcodec() is None
+
+
+def _decode_with_decord() -> None:
+    from datasets.features.video import Video
+
+    def decode_example(self: Any, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> Any:
+        import decord
+        from datasets.utils.file_utils import is_local_path, xopen
+
+        if not self.decode:
+            raise RuntimeError("Decoding is disabled for this feature; use Video(decode=True).")
+        if not isinstance(value, str | dict):
+            return value
+        path, content = (value, None) if isinstance(value, str) else (value["path"], value["bytes"])
+        if content is None and is_local_path(path):
+            return decord.VideoReader(path)
+        if content is None:
+            with xopen(path, "rb") as file:
+                content = file.read()
+        return decord.VideoReader(io.BytesIO(content))
+
+    feature: Any = Video
+    feature.decode_example = decode_example
+
+
+def _expects_torchvision_reader() -> bool:
+    return _datasets_version() >= (3, 4)
+
+
+def _read_decord_and_torchcodec() -> None:
+    dataset: Any = importlib.import_module("finetrainers.data.dataset")
+    original = dataset._preprocess_video
+
+    @functools.wraps(original)
+    def preprocess_video(video: Any) -> torch.Tensor:
+        import decord
+
+        codec = load_torchcodec()
+        if isinstance(video, decord.VideoReader):
+            # finetrainers sets decord's torch bridge when it is imported, but decord keeps it for one thread only.
+            frames = video.get_batch(range(len(video)))
+            frames = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(frames.asnumpy())
+            video_FCHW = frames.permute(0, 3, 1, 2)
+        elif codec is not None and isinstance(video, codec.VideoDecoder):
+            video_FCHW = video[:]
+        else:
+            return original(video)
+        return video_FCHW.contiguous().float() / 127.5 - 1.0
+
+    dataset._preprocess_video = preprocess_video
+
+
+REPAIRS = (
+    Repair(
+        "video decoding",
+        "lets datasets decode with decord, because from version 4 on it needs torchcodec, which does not load here",
+        _datasets_cannot_decode,
+        _decode_with_decord,
+    ),
+    Repair(
+        "video reading",
+        "reads decord's and torchcodec's videos, because from datasets 3.4 on finetrainers expects torchvision's",
+        _expects_torchvision_reader,
+        _read_decord_and_torchcodec,
+    ),
+)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from framebridge_plugin.folder_checks import ClipShapeRule, clip_shape_rule, folder_problem, local_path, part_problem
+from tests.cogvideox_files import write_model_folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model_folder(tmp_path / "model")
+
+
+def test_a_whole_folder(model):
+    assert folder_problem(model) is None
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        assert part_problem(model / part, part) is None
+
+
+def test_a_sharded_folder(model):
+    weights = model / "transformer" / "model.safetensors"
+    weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
+    index = weights.with_name("model.safetensors.index.json")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    assert "model-00002-of-00002.safetensors is missing, although" in folder_problem(model)
+    index.write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    assert folder_problem(model) is None
+
+
+def damage(model: Path, kind: str) -> None:
+    weights = model / "vae" / "model.safetensors"
+    if kind == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif kind == "cut off in its header":
+        weights.write_bytes(weights.read_bytes()[:20])
+    elif kind == "no bytes":
+        weights.write_bytes(b"")
+    elif kind == "another file":
+        weights.write_bytes(b"<html>not found</html>" * 10)
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "no part":
+        weights.unlink()
+        (model / "vae" / "config.json").unlink()
+        (model / "vae").rmdir()
+    elif kind == "no config":
+        (model / "vae" / "config.json").unlink()
+    elif kind == "another VAE":
+        (model / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    elif kind == "another pipeline":
+        (model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    elif kind == "no index":
+        (model / "model_index.json").unlink()
+    elif kind == "broken index":
+        (model / "model_index.json").write_text('{"_class_na')
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("cut off", "bytes, its header announces"),
+        ("cut off in its header", "cut off in its header; download it again"),
+        ("no bytes", "model.safetensors is empty; download it again"),
+        ("another file", "is no safetensors file"),
+        ("no weights", "holds no weights"),
+        ("no part", "no such folder"),
+        ("no config", "config.json is missing"),
+        ("another VAE", "holds a AutoencoderKL, not a AutoencoderKLCogVideoX"),
+        ("another pipeline", "holds a FluxPipeline, not a CogVideoX pipeline"),
+        ("no index", "model_index.json is missing; give the folder of a whole CogVideoX model"),
+        ("broken index", "model_index.json is not readable JSON"),
+    ],
+)
+def test_damaged_folders(model, kind, message):
+    damage(model, kind)
+    assert message in folder_problem(model)
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in folder_problem(tmp_path / "nowhere")
+    assert "is empty" in folder_problem(tmp_path / "empty")
+    assert "is a file, not a folder" in folder_problem(tmp_path / "file")
+
+
+def test_paths_and_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert local_path("zai-org/CogVideoX-2b") is None
+    for path in ("models/CogVideoX-2b", "models", "./x/y", "/x/y", "x", "../x", "a/b/c"):
+        assert local_path(path) == Path(path)
+
+
+def test_the_rule_for_clips(model, tmp_path):
+    assert clip_shape_rule(None, None) == clip_shape_rule(model / "vae", model / "transformer") == ClipShapeRule(8, 16)
+    tiny = write_model_folder(tmp_path / "tiny", temporal_compression=2, vae_levels=2, patch_size=1)
+    rule = clip_shape_rule(tiny / "vae", tiny / "transformer")
+    assert rule == ClipShapeRule(frames_step=4, size_step=2)
+    assert [frames for frames in range(20) if not list(rule.problems(frames, None, None))] == [1, 5, 9, 13, 17]
+    (problem,) = ClipShapeRule().problems(16, 256, 256)
+    assert problem == ("num_frames", "the VAE returns only 8 k + 1 frames, not 16; the nearest is 17")
+    assert [name for name, _ in ClipShapeRule().problems(None, 5, 250)] == ["height", "width"]
+    assert "try 16" in next(iter(ClipShapeRule().problems(None, 5, None)))[1]

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.media import contact_sheet, loss_curve, read_image, to_uint8, write_video
+
+
+def ramp(frames: int, height: int, width: int) -> np.ndarray:
+    """A smooth video whose brightness tells the frame: bytes [T, H, W, 3]."""
+    levels = np.linspace(40, 200, frames)[:, None, None, None]
+    across = np.linspace(-20, 20, width)[None, None, :, None]
+    return np.broadcast_to(levels + across, (frames, height, width, 3)).round().astype(np.uint8)
+
+
+def read_back(path) -> tuple[np.ndarray, av.VideoStream]:
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return np.stack(frames), container.streams.video[0]
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (33, 47), (256, 256)])
+def test_a_written_video_reads_back(tmp_path, height, width):
+    video = ramp(9, height, width)
+    path = tmp_path / "new folder" / "video.mp4"
+    write_video(video, path, fps=8)
+    frames, stream = read_back(path)
+    assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    assert stream.average_rate == 8
+    assert frames.shape == (9, height + height % 2, width + width % 2, 3)
+    difference = np.abs(frames[:, :height, :width].astype(int) - video)
+    assert difference.mean() < 3
+    assert difference.max() < 25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_floats_become_bytes(dtype):
+    video = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0], dtype=dtype).reshape(5, 1, 1, 1).expand(5, 3, 2, 4)
+    frames = to_uint8(video)
+    assert frames.shape == (5, 2, 4, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_channels_stay_in_place():
+    video = torch.zeros(2, 3, 4, 6)
+    video[:, 1, 0, 5] = 1.0
+    frames = to_uint8(video)
+    assert frames[0, 0, 5].tolist() == [0, 255, 0]
+    assert frames.sum() == 2 * 255
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        np.zeros((2, 4, 4), np.uint8),
+        np.zeros((0, 4, 4, 3), np.uint8),
+        np.zeros((2, 4, 4, 3), np.float32),
+        np.zeros((2, 3, 4, 4), np.int64),
+    ],
+)
+def test_what_is_no_video(video, tmp_path):
+    with pytest.raises(FrameBridgeError, match=r"a video is uint8 \[T, H, W, 3\] or float"):
+        write_video(video, tmp_path / "x.mp4")
+
+
+def test_a_video_that_is_not_finite(tmp_path):
+    with pytest.raises(FrameBridgeError, match="not finite"):
+        write_video(torch.full((1, 3, 4, 4), torch.nan), tmp_path / "x.mp4")
+
+
+def test_contact_sheet(tmp_path):
+    first, second = ramp(9, 16, 24), ramp(3, 32, 16)
+    contact_sheet([first, second], tmp_path / "sheet.png", columns=5)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (16 + 2 + 32, 5 * 26 - 2, 3)
+    for column, frame in enumerate((0, 2, 4, 6, 8)):  # evenly from the first to the last
+        assert np.array_equal(sheet[:16, column * 26 : column * 26 + 24], first[frame])
+    for column in range(3):
+        assert np.array_equal(sheet[18:, column * 18 : column * 18 + 16], second[column])
+    contact_sheet([first, second], tmp_path / "labelled.png", columns=5, labels=["first", "second"])
+    labelled = np.asarray(Image.open(tmp_path / "labelled.png"))
+    assert labelled.shape[0] == sheet.shape[0] + 2 * 14
+    assert np.array_equal(labelled[14:30, :24], first[0])
+    assert labelled[:14].min() < 128  # the text
+    with pytest.raises(FrameBridgeError, match="at least one video"):
+        contact_sheet([], tmp_path / "none.png")
+
+
+def test_loss_curve(tmp_path):
+    metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 101)]
+    lines += [json.dumps({"step": 50, "validation": 1}), '{"step": 101, "lo']
+    metrics.write_text("\n".join(lines))
+    loss_curve(metrics, picture)
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(maxcolors=1_000_000)) > 10  # axes, curve, mean
+    with pytest.raises(FrameBridgeError, match="no line has both 'step' and 'accuracy'"):
+        loss_curve(metrics, picture, key="accuracy")
+    with pytest.raises(FrameBridgeError, match="no such file"):
+        loss_curve(tmp_path / "nowhere.jsonl", picture)
+
+
+def test_read_image(tmp_path):
+    picture = Image.new("RGBA", (6, 4), (255, 0, 0, 255))
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    picture.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 6)
+    with pytest.raises(UsageError, match=r"nowhere\.png: no such file"):
+        read_image(tmp_path / "nowhere.png")

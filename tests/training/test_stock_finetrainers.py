@@ -1,0 +1,115 @@
+"""finetrainers' own CogVideoX fine-tune, with its own trainer and data path, works after register()."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_models import make_clips, make_tiny_cogvideox
+from tests.training.conftest import command_environment
+
+PROGRAM = Path(__file__).with_name("stock_runs.py")
+# accelerate is the default, which has to be accepted without being named.
+RUNS = {
+    "accelerate-lora": ["--training_type", "lora", "--rank", "4", "--gradient_checkpointing"],
+    "accelerate-full": ["--training_type", "full-finetune", "--enable_precomputation", "--precomputation_items", "4"],
+    "ptd-lora": ["--parallel_backend", "ptd", "--training_type", "lora", "--rank", "4", "--gradient_checkpointing"],
+    "ptd-full": ["--parallel_backend", "ptd", "--training_type", "full-finetune"],
+}
+
+
+def train(folder: Path, *, steps: int, options: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Makes all runs in one new process; returns what each reports."""
+    types = ["--text_encoder_dtype", "fp32", "--transformer_dtype", "fp32", "--vae_dtype", "fp32"]
+    common = ["--model_name", "cogvideox", "--pretrained_model_name_or_path", str(folder / "model"), *types]
+    common += [
+        "--dataset_config",
+        str(folder / "data.json"),
+        "--validation_dataset_file",
+        str(folder / "prompts.json"),
+    ]
+    common += ["--train_steps", str(steps), "--checkpointing_steps", "1", "--validation_steps", "100", "--seed", "3"]
+    common += ["--lr", "1e-3", "--lr_scheduler", "constant", *options]
+    command_lines = [[*common, *own, "--output_dir", str(folder / name)] for name, own in RUNS.items()]
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), json.dumps(command_lines)],
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return dict(zip(RUNS, json.loads(result.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+    """Three steps, then a new process that resumes for two more."""
+    folder = tmp_path_factory.mktemp("stock")
+    # finetrainers' CogVideoX specification always pads captions to 226 tokens.
+    make_tiny_cogvideox(folder / "model", max_text_length=226)
+    clips = make_clips(folder / "clips", count=4, frames=9, size=64, layout="metadata")
+    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
+    prompt = {"caption": "a red square", "num_inference_steps": 1, "num_frames": 9, "height": 64, "width": 64}
+    (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
+    (folder / "prompts.json").write_text(json.dumps({"data": [prompt]}))
+    begun = train(folder, steps=3)
+    for name in RUNS:
+        # Whoever starts anew instead of resuming writes this one again.
+        shutil.rmtree(folder / name / "finetrainers_step_1")
+    resumed = train(folder, steps=5, options=("--resume_from_checkpoint", "latest"))
+    return folder, begun, resumed
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains_alone_without_a_launcher(trained, name):
+    _, begun, _ = trained
+    assert begun[name]["specification"] == "CogVideoXModelSpecification"
+    assert begun[name]["world_size"] == 1
+    assert begun[name]["launch_variables"] == []
+    assert len(begun[name]["losses"]) == 3
+    assert all(loss > 0 for loss in begun[name]["losses"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_resumes_where_it_stopped(trained, name):
+    folder, begun, resumed = trained
+    assert resumed[name]["losses"][:3] == begun[name]["losses"]
+    assert len(resumed[name]["losses"]) == 5
+    steps = sorted(int(path.name.rsplit("_", 1)[1]) for path in (folder / name).glob("finetrainers_step_*"))
+    assert steps == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "lora" in name])
+def test_it_saves_the_lora_of_checkpointed_layers(trained, name):
+    folder, _, _ = trained
+    files = [
+        folder / name / "lora_weights" / step / "pytorch_lora_weights.safetensors" for step in ("000003", "000005")
+    ]
+    first, last = (load_file(file) for file in files)
+    assert len(first) == 2 * 4 * 2  # layers x projections x (A, B)
+    assert all(tensor.abs().sum() > 0 for tensor in first.values())
+    assert not any(torch.equal(first[key], last[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "full" in name])
+def test_it_saves_the_whole_model(trained, name):
+    folder, _, _ = trained
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    base, last = load_file(folder / "model" / file), load_file(folder / name / "model_weights/000005" / file)
+    assert base.keys() == last.keys()
+    assert any(not torch.equal(base[key], last[key]) for key in base)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_writes_validation_videos(trained, name):
+    folder, _, _ = trained
+    assert len(list((folder / name).glob("final-3-*.mp4"))) == 1
+    assert len(list((folder / name).glob("final-5-*.mp4"))) == 1

@@ -1,0 +1,184 @@
+"""The trainer on real clips with a tiny real model, in processes of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.conftest import command_environment
+
+LORA = ("training.training_type=lora", "lora.rank=4", "lora.lora_alpha=8")
+
+
+def succeeded(result: subprocess.CompletedProcess) -> bool:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return True
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics(run)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    return {f"{file.relative_to(folder)}:{name}": t for file in files for name, t in load_file(file).items()}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    expected, actual = weights(first), weights(second)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+@pytest.mark.parametrize("backend", ["ptd", "accelerate"])
+@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
+def test_trains_saves_and_resumes_bit_for_bit(train, tmp_path, kind, backend):
+    options = (*kind, f"parallelism.parallel_backend={backend}")
+    assert succeeded(train(*options, output="whole"))
+    name = "lora" if kind else "model"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert len(metrics(whole)) == 4
+    assert (whole / "recipe.yaml").is_file()
+    assert (whole / "versions.json").is_file()
+    assert (whole / "loss.png").is_file()
+    assert list((whole / "tensorboard").iterdir())
+
+    # A checkpoint of step 2 alone, as a run leaves it that was killed before step 4.
+    parts.mkdir()
+    subprocess.run(["cp", "-r", whole / "checkpoints", parts / "checkpoints"], check=True)
+    subprocess.run(["rm", "-r", parts / "checkpoints" / "step_000004"], check=True)
+    (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=latest", output="parts"))
+    assert losses(parts) == losses(whole)
+    assert [entry["lr"] for entry in metrics(parts)] == [entry["lr"] for entry in metrics(whole)]
+    assert_same_weights(whole / name, parts / name)
+    assert_same_weights(whole / "checkpoints/step_000004/trainer", parts / "checkpoints/step_000004/trainer")
+
+
+def test_a_killed_run_resumes_to_the_same_end(train, recipe_file, tmp_path):
+    options = ("optimization.train_steps=8", "dataloader.dataloader_num_workers=1")
+    assert succeeded(train(*options, output="whole"))
+    command = [sys.executable, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}", *options]
+    killed = subprocess.Popen(
+        [*command, f"checkpoints.output_dir={tmp_path / 'killed'}"],
+        env=command_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoints/step_000004").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed/model").exists()
+
+    assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=latest", output="killed"))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "whole/model", tmp_path / "killed/model")
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_usable(train, recipe_file, tmp_path):
+    command = [sys.executable, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}"]
+    process = subprocess.Popen(
+        [*command, "optimization.train_steps=500"], env=command_environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert succeeded(train("checkpoints.resume_from_checkpoint=2", "optimization.train_steps=3"))
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_validation_changes_nothing_and_writes_videos(train, validation_file, tmp_path):
+    assert succeeded(train(output="without"))
+    options = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=1")
+    assert succeeded(train(*options, output="with"))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert_same_weights(tmp_path / "with/model", tmp_path / "without/model")
+    videos = {path.name for path in (tmp_path / "with/validation").glob("*.mp4")}
+    assert videos == {"step000001-00.mp4", "step000002-00.mp4", "step000003-00.mp4", "final-00.mp4"}
+
+
+@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
+def test_precomputation_gives_the_same_run(train, tmp_path, kind):
+    assert succeeded(train(*kind, output="direct"))
+    options = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3")
+    assert succeeded(train(*kind, *options, output="precomputed"))
+    assert losses(tmp_path / "precomputed") == losses(tmp_path / "direct")
+
+
+def test_accumulation_counts_updates_and_clips_once(train, tmp_path):
+    """Two halves of a batch give the update of the whole; only the draws of index and noise differ."""
+    options = ("training.batch_size=1", "training.gradient_accumulation_steps=2", "optimization.train_steps=3")
+    assert succeeded(train(*options))
+    entries = metrics(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert [entry["samples_seen"] for entry in entries] == [2, 4, 6]
+
+
+def test_diffusion_baseline_and_torchao_optimizer(train, tmp_path):
+    options = ("framebridge.objective=diffusion", "optimization.optimizer=adamw-torchao-8bit")
+    assert succeeded(train(*options, output="whole"))
+    config = json.loads((tmp_path / "whole/model/scheduler/scheduler_config.json").read_text())
+    assert config["_class_name"] == "CogVideoXDDIMScheduler"
+    assert succeeded(train(*options, "optimization.train_steps=2", output="part"))
+    assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=2", output="part"))
+    assert metrics(tmp_path / "part")[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("split", ["dp_degree", "dp_shards"])
+def test_two_processes_resume_and_do_not_share_noise(train, tmp_path, split):
+    options = (f"parallelism.{split}=2", "training.batch_size=1")
+    assert succeeded(train(*options, processes=2, output="whole"))
+    assert succeeded(train(*options, "optimization.train_steps=2", processes=2, output="cut"))
+    assert metrics(tmp_path / "whole")[-1]["samples_seen"] == 8
+    subprocess.run(["rm", "-r", tmp_path / "whole/checkpoints/step_000004"], check=True)
+    before = losses(tmp_path / "whole")
+    resumed = train(*options, "checkpoints.resume_from_checkpoint=latest", processes=2, output="whole")
+    assert succeeded(resumed)
+    assert losses(tmp_path / "whole") == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
+    result = train("optimization.lr=1e30", "optimization.lr_warmup_steps=0", "optimization.lr_scheduler=constant")
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: step 2: the loss is")
+    assert "Traceback" not in result.stderr
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == [1]
+
+
+def test_a_run_is_not_overwritten(train, tmp_path):
+    assert succeeded(train("optimization.train_steps=2"))
+    again = train()
+    assert again.returncode == 2
+    assert "holds the checkpoints of another run" in again.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(train, tmp_path):
+    assert succeeded(train("optimization.train_steps=2"))
+    file = next((tmp_path / "run/checkpoints/step_000002").rglob("optimizer.safetensors"))
+    os.truncate(file, file.stat().st_size // 2)
+    result = train("checkpoints.resume_from_checkpoint=latest")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: cannot resume from")
+    assert "Traceback" not in result.stderr
