@@ -49,7 +49,12 @@ def run_doctor() -> int:
 
 def _report_versions(problems: Problems) -> None:
     print(f"Versions\n  python {platform.python_version()}")
-    for name, requirement in _requirements().items():
+    try:
+        requirements = _requirements()
+    except importlib.metadata.PackageNotFoundError:
+        problems.preventing.append(f"{DISTRIBUTION} itself is not installed; run `pip install .` in its folder")
+        return
+    for name, requirement in requirements.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -87,8 +92,8 @@ def _report_devices(problems: Problems) -> None:
         print(f"  cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16} bfloat16")
     if torch.version.cuda is not None and not torch.cuda.is_available():
         problems.other.append(
-            f"torch is built for CUDA {torch.version.cuda} but finds no device, so training would run on the CPU; check "
-            "`nvidia-smi` and CUDA_VISIBLE_DEVICES"
+            f"torch is built for CUDA {torch.version.cuda} and finds no device, so training would run on the CPU; "
+            "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
         )
 
 

@@ -5,6 +5,7 @@ already there), cuts the videos at their scene changes, and writes two folders i
 
     <output>/train/     the first four fifths (in time) of `bikes` and `bigbuckbunny`
     <output>/heldout/   their last fifth, and the whole scene `carphone_pristine`, which nothing is ever trained on
+    <output>/images/    the first frame of every held-out clip, to sample from
 
 `carphone_distorted` is the held-out scene once more, over-compressed: it would add no picture that is not there
 already, so it is used on neither side. Wide pictures are cut into square views (left, centre, right), because the
@@ -169,6 +170,10 @@ def main() -> None:
     videos = obtain_videos(output / "source")
     train = write_folder(output / "train", TRAIN, videos, None)
     heldout = write_folder(output / "heldout", HELDOUT, videos, HELDOUT_LENGTH)
+    images = output / "images"
+    images.mkdir(exist_ok=True)
+    for path in sorted((output / "heldout").glob("*.mp4")):
+        read_frames(path, 0, 1)[0][0].save(images / f"{path.stem}.png")
     print(f"{output}: {train} training clips, {heldout} held-out clips ({SIDE}x{SIDE}, h264)")
 
 

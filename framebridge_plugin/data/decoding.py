@@ -146,7 +146,6 @@ def _presentation_index(container: InputContainer, stream: VideoStream) -> tuple
     shown_pts: list[int] = []
     dts_of_key_pts: dict[int, int] = {}
     first_key_pts: int | None = None
-    earliest_pts: int | None = None
     for packet in container.demux(stream):
         if packet.size == 0:  # The empty packet at the end that flushes a decoder.
             continue
@@ -158,14 +157,13 @@ def _presentation_index(container: InputContainer, stream: VideoStream) -> tuple
             if not packet.is_keyframe:
                 return None
             first_key_pts = packet.pts
-        earliest_pts = packet.pts if earliest_pts is None else min(earliest_pts, packet.pts)
         # Edit lists mark what must be decoded but is not shown.
         if not packet.is_discard:
             shown_pts.append(packet.pts)
-    # Frames before the first key frame are dropped by decoders, so the packets would count too many.
-    if not shown_pts or earliest_pts != first_key_pts:
-        return None
     shown_pts.sort()
+    # Decoders drop what comes before the first key frame, so the packets would count too many.
+    if not shown_pts or first_key_pts is None or shown_pts[0] < first_key_pts:
+        return None
     if any(a == b for a, b in pairwise(shown_pts)):
         return None
     return shown_pts, dts_of_key_pts

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from framebridge_plugin.errors import FrameBridgeError
 
@@ -72,7 +72,7 @@ class Checkpointer:
     def __init__(
         self,
         output_dir: Path,
-        model: ModelMixin,
+        model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         export: Callable[[Path, Mapping[str, torch.Tensor]], None],
@@ -127,7 +127,7 @@ class Checkpointer:
                     "lr_scheduler": self.lr_scheduler.state_dict(),
                     "optimizer": numbers,
                 }
-                (partial / "trainer" / "state.json").write_text(json.dumps(content))
+                (partial / "trainer" / "state.json").write_text(json.dumps(content, default=float))
                 _flush_to_disk(partial)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
@@ -192,9 +192,7 @@ class Checkpointer:
                 self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
             )
             # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
-            live = get_optimizer_state_dict(
-                self.model, self.optimizer, options=StateDictOptions(**_GATHER)
-            )
+            live = get_optimizer_state_dict(self.model, self.optimizer)
             tensors = load_file(folder / "trainer" / "optimizer.safetensors")
             set_optimizer_state_dict(
                 self.model,
@@ -212,11 +210,11 @@ class Checkpointer:
             ) from error
 
     def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
-        if self.trainable_only:
-            return load_file(folder / "trainer" / "weights.safetensors")
-        dtype = next(self.model.parameters()).dtype
-        stored = type(self.model).from_pretrained(folder / "model" / "transformer", torch_dtype=dtype)
-        return dict(stored.state_dict())
+        parts = folder / "trainer" if self.trainable_only else folder / "model" / "transformer"
+        files = sorted(parts.glob("weights.safetensors" if self.trainable_only else "*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{parts} has no weights")
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def _remove_oldest(self) -> None:
         if self.limit is None or self.limit <= 0:
@@ -242,7 +240,7 @@ def _split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Te
         for name, value in entries.items():
             if not isinstance(value, torch.Tensor):
                 numbers.setdefault(parameter, {})[name] = value
-            elif hasattr(value, "__tensor_flatten__"):
+            elif _is_quantised(value):
                 parts, _ = value.__tensor_flatten__()
                 tensors.update({f"{parameter}/{name}/{part}": getattr(value, part) for part in parts})
             else:
@@ -258,17 +256,28 @@ def _join_optimizer_state(
     for parameter, entries in live["state"].items():
         state[parameter] = dict(stored["state"].get(parameter, {}))
         for name, value in entries.items():
-            if hasattr(value, "__tensor_flatten__"):
+            if _is_quantised(value):
                 parts, context = value.__tensor_flatten__()
                 inner = {part: tensors[f"{parameter}/{name}/{part}"] for part in parts}
                 state[parameter][name] = type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
             elif isinstance(value, torch.Tensor):
                 state[parameter][name] = tensors[f"{parameter}/{name}"]
     groups = [
-        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
-        for group in stored["param_groups"]
+        {key: _like(value, live_group.get(key)) for key, value in group.items()}
+        for group, live_group in zip(stored["param_groups"], live["param_groups"], strict=True)
     ]
     return {"state": state, "param_groups": groups}
+
+
+def _is_quantised(value: Any) -> bool:
+    return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
+
+
+def _like(stored: Any, live: Any) -> Any:
+    """A value from JSON with the type that the optimizer gave it: torchao keeps its learning rate in a tensor."""
+    if isinstance(live, torch.Tensor):
+        return torch.tensor(stored, dtype=live.dtype)
+    return tuple(stored) if isinstance(live, tuple) else stored
 
 
 def _flush_to_disk(folder: Path) -> None:

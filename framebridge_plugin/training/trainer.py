@@ -143,7 +143,7 @@ class FrameBridgeTrainer(SFTTrainer):
         ):
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
                 step = progress.step + 1
-                learning_rate = _inner_optimizer(self.optimizer).param_groups[0]["lr"]
+                learning_rate = float(_inner_optimizer(self.optimizer).param_groups[0]["lr"])
                 loss = self._accumulate_gradients(batches, step)
                 grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):

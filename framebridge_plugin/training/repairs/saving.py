@@ -36,8 +36,8 @@ def _resume_accelerate() -> None:
         # finetrainers puts what it has read in the place of its dictionary, while the trainer goes on counting in the
         # objects that the dictionary held before.
         if self.states is not live:
-            for name, state in self.states.items():
-                vars(live[name]).update(vars(state))
+            for name in live.keys() & self.states.keys():
+                vars(live[name]).update(vars(self.states[name]))
             self.states = live
         return loaded
 
@@ -111,7 +111,7 @@ def _with_module_names(original: Callable[..., dict[str, Any]]) -> Callable[...,
 REPAIRS = (
     Repair(
         "resume with accelerate",
-        "lets torch.load read the training state, which it refuses, and copies it into the objects that the trainer uses",
+        "lets torch.load read the training state, which it refuses, and copies it to where the trainer counts",
         _training_state_refused,
         _resume_accelerate,
     ),
