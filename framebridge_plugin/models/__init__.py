@@ -1,5 +1,6 @@
 """Networks: widening of a pretrained transformer's input channels."""
 
-from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
 
-__all__ = ["load_bridge_transformer", "widen_input_channels"]
+# Before any module of this folder imports diffusers.
+ensure_torchvision_operators()

@@ -10,14 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import CogVideoXTransformer3DModel  # noqa: E402  (the repair comes first)
 
 
 def widen_input_channels(
@@ -64,7 +60,7 @@ def widen_input_channels(
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : old.in_channels].copy_(old.weight)
-        if old.bias is not None:
+        if new.bias is not None and old.bias is not None:
             new.bias.copy_(old.bias)
     new.requires_grad_(old.weight.requires_grad)
     transformer.patch_embed.proj = new
@@ -107,11 +103,11 @@ def train_input_projection(transformer: CogVideoXTransformer3DModel) -> None:
     proj.register_forward_hook(_cast_output_to_input)
 
 
-def _cast_input_to_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _cast_input_to_weight(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     (hidden_states,) = args
-    module._activation_dtype = hidden_states.dtype  # type: ignore[assignment]
+    module._activation_dtype = hidden_states.dtype
     return (hidden_states.to(module.weight.dtype),)
 
 
-def _cast_output_to_input(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+def _cast_output_to_input(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
     return output.to(module._activation_dtype)

@@ -11,29 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-
-from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import ClipShapeRule
-from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
-from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
-from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import (  # noqa: E402  (the repair comes first)
+from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput  # noqa: E402
-from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
-from transformers import T5EncoderModel, T5Tokenizer  # noqa: E402
+from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from transformers import T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_checks import ClipShapeRule
+from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
+from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
+from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
+from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ImageInput = Image.Image | torch.Tensor | list[Image.Image]
 
@@ -79,7 +74,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             )
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         image: ImageInput,
         prompt: str | list[str] | None = None,
@@ -100,7 +95,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
-    ) -> CogVideoXPipelineOutput | tuple:
+    ) -> Any:
         """Generates videos that start at the given images.
 
         Args:
@@ -127,7 +122,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             max_sequence_length: Tokens of a prompt; by default what the transformer was built for.
 
         Returns:
-            The videos, as `.frames` or as the only element of a tuple.
+            A `CogVideoXPipelineOutput` with the videos as `.frames`, or a tuple whose only element they are.
 
         Raises:
             FrameBridgeError: If a size or the number of frames or images does not fit.
@@ -339,7 +334,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             **kwargs: As in diffusers.
         """
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
-        if isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike)):
+        if isinstance(pretrained_model_name_or_path_or_dict, str | os.PathLike):
             folder = Path(pretrained_model_name_or_path_or_dict)
             if (folder / PROJECTION_FILE).is_file():
                 self._base_projection = load_projection(self.transformer, folder)
@@ -358,7 +353,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
 
     def _preprocess_image(self, image: ImageInput, height: int, width: int) -> torch.Tensor:
         """Images to pixels in [-1, 1], [B, 3, H, W], resized and cropped as in training."""
-        images = image if isinstance(image, (list, torch.Tensor)) else [image]
+        images = image if isinstance(image, list | torch.Tensor) else [image]
         if isinstance(images, torch.Tensor):
             tensors = list(images if images.ndim == 4 else images.unsqueeze(0))
         else:
@@ -368,6 +363,6 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         return torch.stack([resize_and_crop(tensor.unsqueeze(0), height, width)[0] for tensor in tensors]) * 2.0 - 1.0
 
 
-def _expand_batch(tensor: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+def _expand_batch(tensor: Any, batch_size: int) -> Any:
     """Repeats a batch of one; anything else is returned as it is."""
     return tensor.expand(batch_size, -1, -1) if tensor is not None and tensor.shape[0] == 1 else tensor

@@ -6,12 +6,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 from __future__ import annotations
 
 import torch
-
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import AutoencoderKLCogVideoX  # noqa: E402  (the repair comes first)
+from diffusers import AutoencoderKLCogVideoX
 
 
 def latent_scale(vae: AutoencoderKLCogVideoX) -> float:
@@ -73,7 +68,8 @@ def add_pixel_noise(
     """Adds Gaussian noise whose standard deviation is log-normal: exp(N(log_mean, log_std^2)), one draw a sample.
 
     Args:
-        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame gets its own noise.
+        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame
+                gets its own noise.
         log_mean: Mean of the logarithm of the standard deviation (the reference uses -3, about .05 in [-1, 1]).
         log_std: Standard deviation of that logarithm (.5 in the reference).
         generator: The source of every draw; the noise is drawn on its device.

@@ -1,4 +1,4 @@
-"""`finetrainers sample`: opens what a run, a base model or the authors' release left on the disk, and samples from it."""
+"""`finetrainers sample`: opens what a run, a base model or the authors' release left on the disk, and samples."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def _open_model(model: str, transformer: str | None, torch_dtype: torch.dtype | 
         _say("the model has no bridge settings: the reference's are used (target v, SNR-aligned, beta .01 to 50)")
     elif class_name != FrameBridgeCogVideoXPipeline.__name__:
         raise FrameBridgeError(
-            f"{model} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model with "
-            "`finetrainers train`"
+            f"{model} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model "
+            "with `finetrainers train`"
         )
     return FrameBridgeCogVideoXPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **replaced)
 

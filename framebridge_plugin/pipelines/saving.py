@@ -14,19 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import huggingface_hub
 import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, SchedulerMixin
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-import diffusers  # noqa: E402  (the repair comes first)
-import huggingface_hub  # noqa: E402
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, SchedulerMixin  # noqa: E402
-from huggingface_hub.errors import HFValidationError  # noqa: E402
 
 UNCHANGED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
 PROJECTION_FILE = "patch_embed_proj.safetensors"

@@ -70,7 +70,7 @@ class FrameBridgeSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the two differ on config_name
+class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on config_name
     """The bridge from a still image's latents to a video's (FrameBridge, arXiv 2410.15371), as a diffusers scheduler.
 
     Args:

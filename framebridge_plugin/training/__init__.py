@@ -8,6 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+
+# Before any module of this folder imports diffusers or transformers.
+ensure_torchvision_operators()
+
 if TYPE_CHECKING:
     from framebridge_plugin.training.specifications.cogvideox import CogVideoXBridgeSpecification
     from framebridge_plugin.training.trainer import FrameBridgeTrainer

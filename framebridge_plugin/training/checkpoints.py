@@ -36,7 +36,6 @@ from torch.distributed.tensor import DTensor
 from framebridge_plugin.errors import FrameBridgeError
 
 _FOLDER = re.compile(r"step_(\d{6,})")
-_GATHER = {"full_state_dict": True, "cpu_offload": True}
 
 
 @dataclass
@@ -104,11 +103,12 @@ class Checkpointer:
         Raises:
             FrameBridgeError: If the disk does not take it; older checkpoints are left as they were.
         """
-        weights = get_model_state_dict(
-            self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only, **_GATHER)
+        weights: dict[str, Any] = get_model_state_dict(
+            self.model,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trainable_only),
         )
         optimizer_state = get_optimizer_state_dict(
-            self.model, self.optimizer, options=StateDictOptions(**_GATHER)
+            self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         folder = self.root / f"step_{state.step:06d}"
         if self.is_main_process:
@@ -134,8 +134,8 @@ class Checkpointer:
             except OSError as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise FrameBridgeError(
-                    f"cannot write checkpoint {folder}: {error}; free disk space or lower checkpoints.checkpointing_limit, "
-                    "then resume from the last checkpoint"
+                    f"cannot write checkpoint {folder}: {error}; free disk space or lower "
+                    "checkpoints.checkpointing_limit, then resume from the last checkpoint"
                 ) from error
             self._remove_oldest()
         self.barrier()
@@ -205,11 +205,11 @@ class Checkpointer:
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FrameBridgeError(
-                f"cannot resume from {folder}: {line}; remove that folder to resume from the checkpoint before it, and "
-                "resume with the model settings of the run's recipe.yaml"
+                f"cannot resume from {folder}: {line}; remove that folder to resume from the checkpoint before it, "
+                "and resume with the model settings of the run's recipe.yaml"
             ) from error
 
-    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+    def _read_weights(self, folder: Path) -> dict[str, Any]:
         parts = folder / "trainer" if self.trainable_only else folder / "model" / "transformer"
         files = sorted(parts.glob("weights.safetensors" if self.trainable_only else "*.safetensors"))
         if not files:
@@ -238,13 +238,13 @@ def _split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Te
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, entries in state["state"].items():
         for name, value in entries.items():
-            if not isinstance(value, torch.Tensor):
-                numbers.setdefault(parameter, {})[name] = value
-            elif _is_quantised(value):
+            if _is_quantised(value):
                 parts, _ = value.__tensor_flatten__()
                 tensors.update({f"{parameter}/{name}/{part}": getattr(value, part) for part in parts})
-            else:
+            elif isinstance(value, torch.Tensor):
                 tensors[f"{parameter}/{name}"] = value
+            else:
+                numbers.setdefault(parameter, {})[name] = value
     return _plain_tensors(tensors), {"state": numbers, "param_groups": state["param_groups"]}
 
 

@@ -9,16 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers import CogVideoXDDIMScheduler
 
+from framebridge_plugin.bridge import TARGETS
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import CogVideoXDDIMScheduler  # noqa: E402  (the repair comes first)
-
-from framebridge_plugin.bridge import TARGETS  # noqa: E402
-from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
+from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 OBJECTIVES = ("bridge", "diffusion")
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from framebridge_plugin.errors import UsageError
 
 if TYPE_CHECKING:
     from framebridge_plugin.recipe import Recipe
+    from framebridge_plugin.training.objective import ObjectiveSettings
 
 _VERSIONS_OF = (
     "framebridge-plugin",
@@ -46,21 +46,19 @@ def train(recipe: Recipe) -> None:
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     _refuse_overwriting(recipe, output_dir)
-    _set_launch_environment()
     dataset_config = _write_run_files(recipe, output_dir)
 
     from framebridge_plugin.training.registration import parse_arguments, register
 
     register()
     args = parse_arguments(recipe.to_finetrainers_argv(dataset_config))
+    args.framebridge_objective = _objective(recipe)
 
     from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
-    from framebridge_plugin.training.objective import ObjectiveSettings
 
-    names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
     specification = CogVideoXBridgeSpecification(
         args.pretrained_model_name_or_path,
-        objective=ObjectiveSettings(**{name: getattr(recipe.framebridge, name) for name in names}),
+        objective=args.framebridge_objective,
         tokenizer_id=args.tokenizer_id,
         text_encoder_id=args.text_encoder_id,
         transformer_id=args.transformer_id,
@@ -76,22 +74,19 @@ def train(recipe: Recipe) -> None:
         _write_loss_curve(output_dir)
 
 
+def _objective(recipe: Recipe) -> ObjectiveSettings:
+    from framebridge_plugin.training.objective import ObjectiveSettings
+
+    names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
+    return ObjectiveSettings(**{name: getattr(recipe.framebridge, name) for name in names})
+
+
 def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:
     if recipe.checkpoints.resume_from_checkpoint is None and any((output_dir / "checkpoints").glob("step_*")):
         raise UsageError(
             f"checkpoints.output_dir: {output_dir} holds the checkpoints of another run; choose another folder, or go "
             "on with that run by checkpoints.resume_from_checkpoint=latest"
         )
-
-
-def _set_launch_environment() -> None:
-    """What torchrun sets for many processes, for one process that was started without it."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _is_main_process() -> bool:
@@ -111,7 +106,7 @@ def _write_run_files(recipe: Recipe, output_dir: Path) -> Path:
         return Path(recipe.dataset.dataset_config)
     # Every rank reads this file: each writes the same content and renames it into place.
     path = output_dir / "dataset_config.json"
-    partial = output_dir / f".dataset_config.{os.environ['RANK']}"
+    partial = output_dir / f".dataset_config.{os.environ.get('RANK', '0')}"
     partial.write_text(json.dumps(recipe.dataset_config(), indent=2) + "\n")
     partial.replace(path)
     return path

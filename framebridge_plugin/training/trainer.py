@@ -21,7 +21,10 @@ import wandb
 from finetrainers import data as finetrainers_data
 from finetrainers import logging, utils
 from finetrainers.config import TrainingType
+from finetrainers.optimizer import get_lr_scheduler
+from finetrainers.parallel import ParallelBackendEnum
 from finetrainers.trainer import SFTTrainer
+from huggingface_hub import upload_folder
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -29,6 +32,7 @@ from tqdm import tqdm
 
 from framebridge_plugin.data import ClipStream, load_dataset_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.metrics import MetricsLogger
@@ -36,7 +40,6 @@ from framebridge_plugin.training.validation import read_validation_file, sample_
 
 logger = logging.get_logger()
 
-_LORA = "lora"
 _PROJECTION = "patch_embed.proj."
 
 
@@ -54,6 +57,9 @@ class FrameBridgeTrainer(SFTTrainer):
         UsageError: If the arguments ask for what does not work.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, args: Any, model_specification: Any) -> None:
         _refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
@@ -62,6 +68,24 @@ class FrameBridgeTrainer(SFTTrainer):
         super().__init__(args, model_specification)
 
     # Preparation
+
+    def _prepare_for_training(self) -> None:
+        super()._prepare_for_training()
+        args = self.args
+        # The torch optimizer without finetrainers' or accelerate's wrapper: the loop below needs neither.
+        wrapper = self.optimizer
+        self.optimizer = wrapper.optimizers[-1] if hasattr(wrapper, "optimizers") else wrapper.optimizer
+        # Anew, because finetrainers does not hand lr_num_cycles, lr_power and (for "polynomial") lr over.
+        self.lr_scheduler = get_lr_scheduler(
+            ParallelBackendEnum.ACCELERATE,  # a plain LambdaLR
+            name=args.lr_scheduler,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+            lr_init=args.lr,
+        )
 
     def _prepare_dataset(self) -> None:
         self._datasets = load_dataset_config(self.args.dataset_config)
@@ -86,8 +110,8 @@ class FrameBridgeTrainer(SFTTrainer):
         self.checkpointer = Checkpointer(
             Path(self.args.output_dir),
             self.transformer,
-            _inner_optimizer(self.optimizer),
-            _inner_scheduler(self.lr_scheduler),
+            self.optimizer,
+            self.lr_scheduler,
             export=self._export,
             trainable_only=is_lora,
             limit=self.args.checkpointing_limit,
@@ -143,7 +167,7 @@ class FrameBridgeTrainer(SFTTrainer):
         ):
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
                 step = progress.step + 1
-                learning_rate = float(_inner_optimizer(self.optimizer).param_groups[0]["lr"])
+                learning_rate = float(self.optimizer.param_groups[0]["lr"])
                 loss = self._accumulate_gradients(batches, step)
                 grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -271,12 +295,12 @@ class FrameBridgeTrainer(SFTTrainer):
                 items = []
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
-        """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
-        from framebridge_plugin.pipelines.saving import link_or_copy_tree
-
+        """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora, and the hub's."""
         if self.state.parallel_backend.is_main_process:
             name = "lora" if self.args.training_type == TrainingType.LORA else "model"
             link_or_copy_tree(checkpoint / name, output_dir / name)
+            if self.args.push_to_hub:
+                upload_folder(repo_id=self.state.repo_id, folder_path=output_dir / name, token=self.args.hub_token)
         self.state.parallel_backend.wait_for_everyone()
 
     # Validation
@@ -335,22 +359,6 @@ def _refuse_unsupported(args: Any) -> None:
                 f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
                 "dp_shards"
             )
-    if args.push_to_hub:
-        raise UsageError("push_to_hub is not supported; upload the run's model folder with `hf upload` afterwards")
-
-
-def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside finetrainers' (ptd) or accelerate's wrapper."""
-    if hasattr(optimizer, "optimizers"):
-        return optimizer.optimizers[-1]
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _inner_scheduler(scheduler: Any) -> torch.optim.lr_scheduler.LRScheduler:
-    """The torch schedule inside finetrainers' (ptd) or accelerate's wrapper."""
-    if hasattr(scheduler, "schedulers"):
-        return scheduler.schedulers[-1]
-    return getattr(scheduler, "scheduler", scheduler)
 
 
 def _global_norm(norm: torch.Tensor) -> float:

@@ -171,7 +171,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     # From a clip to what the network sees
 
     @torch.no_grad()
-    def prepare_conditions(  # type: ignore[override]
+    def prepare_conditions(
         self,
         tokenizer: Any,
         text_encoder: torch.nn.Module,
@@ -206,7 +206,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         )
 
     @torch.no_grad()
-    def prepare_latents(  # type: ignore[override]
+    def prepare_latents(
         self,
         vae: AutoencoderKLCogVideoX,
         video: torch.Tensor | None = None,
@@ -254,7 +254,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 result["prior_latents"] = encode_image(vae, image_BCHW)
         return result
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         transformer: CogVideoXTransformer3DModel,
         scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler,
@@ -350,7 +350,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         if training_type == "lora":
             train_input_projection(transformer)
 
-    def validation(  # type: ignore[override]
+    def validation(
         self,
         pipeline: FrameBridgeCogVideoXPipeline,
         prompt: str,
@@ -391,7 +391,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         ).frames[0]
         return [VideoArtifact(value=frames)]
 
-    def _save_model(  # type: ignore[override]
+    def _save_model(
         self,
         directory: str,
         transformer: CogVideoXTransformer3DModel,
@@ -408,7 +408,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             clip_shape=self.clip_shape,
         )
 
-    def _save_lora_weights(  # type: ignore[override]
+    def _save_lora_weights(
         self,
         directory: str,
         transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
@@ -453,6 +453,6 @@ def _sample_generator(
 def _cannot_load(what: str, source: str, error: BaseException) -> FrameBridgeError:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return FrameBridgeError(
-        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in diffusers "
-        "format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
+        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in "
+        "diffusers format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
     )
