@@ -397,6 +397,20 @@ class Recipe(Section):
                 argv.append(f"--{name}={value}")
         return argv
 
+    def objective_argv(self) -> list[str]:
+        """The command line that gives finetrainers' parser, as this package extends it, the objective.
+
+        Returns:
+            Arguments such as `["--objective=bridge", "--no_prior_noise", ...]`; switches have a flag for "off" alone.
+        """
+        argv = []
+        for name, value in self.framebridge.model_dump(exclude={"data"}).items():
+            if not isinstance(value, bool):
+                argv.append(f"--{name}={value}")
+            elif not value:
+                argv.append("--no_snr_alignment" if name == "snr_aligned" else f"--no_{name}")
+        return argv
+
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
         from framebridge_plugin.recipe_yaml import dump_yaml

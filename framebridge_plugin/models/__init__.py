@@ -1,4 +1,4 @@
-"""Networks: widening of a pretrained transformer's input channels."""
+"""Networks: widening of a pretrained transformer's input channels, and calling it."""
 
 from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
 

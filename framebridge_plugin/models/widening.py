@@ -16,21 +16,18 @@ from torch import nn
 from framebridge_plugin.errors import FrameBridgeError
 
 
-def widen_input_channels(
-    transformer: CogVideoXTransformer3DModel, in_channels: int | None = None
-) -> CogVideoXTransformer3DModel:
-    """Gives `patch_embed.proj` more input channels, in place: old channels copied, new ones zero, config updated.
+def widen_input_channels(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
+    """Doubles the input channels of `patch_embed.proj`, in place: old ones copied, new ones zero, config updated.
 
     Args:
-        transformer: A CogVideoX 1.0 transformer (2B, or 5B with rotary embeddings). One that has `in_channels`
-            input channels already is returned as it is.
-        in_channels: Input channels afterwards; by default twice `out_channels`.
+        transformer: A CogVideoX 1.0 transformer (2B, or 5B with rotary embeddings). One that has twice as many input
+            as output channels already is returned as it is.
 
     Returns:
         The same transformer.
 
     Raises:
-        FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has more channels than asked for.
+        FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has another number of channels.
     """
     config = transformer.config
     if config.patch_size_t is not None:
@@ -38,7 +35,7 @@ def widen_input_channels(
             "the transformer is a CogVideoX 1.5 (patch_size_t is set), which is not supported; "
             "use a CogVideoX 1.0 checkpoint such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b"
         )
-    in_channels = 2 * config.out_channels if in_channels is None else in_channels
+    in_channels = 2 * config.out_channels
     if config.in_channels == in_channels:
         return transformer
     if config.in_channels != config.out_channels:
@@ -91,14 +88,15 @@ def load_bridge_transformer(
 def train_input_projection(transformer: CogVideoXTransformer3DModel) -> None:
     """Makes `patch_embed.proj` trainable as a whole, as LoRA needs it: new channels cannot be learned by old layers.
 
-    Its weights may be kept in a higher precision than the activations around it (LoRA trains in float32 inside a
-    bfloat16 network), so its input is cast to the weights' precision and its output back.
+    Its weights get the precision of the other trained ones: LoRA layers train in float32 inside a bfloat16 network,
+    whose own precision would lose small updates. Its input is cast to its weights' precision and its output back.
 
     Args:
         transformer: The network, with or without LoRA layers.
     """
     proj = transformer.patch_embed.proj
-    proj.requires_grad_(True)
+    trained = next((parameter for parameter in transformer.parameters() if parameter.requires_grad), proj.weight)
+    proj.to(trained.dtype).requires_grad_(True)
     proj.register_forward_pre_hook(_cast_input_to_weight)
     proj.register_forward_hook(_cast_output_to_input)
 

@@ -25,12 +25,13 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_checks import ClipShapeRule
+from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
 from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
 from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
-ImageInput = Image.Image | torch.Tensor | list[Image.Image]
+ImageInput = Image.Image | torch.Tensor | list[Image.Image] | list[torch.Tensor]
 
 
 class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
@@ -99,8 +100,8 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         """Generates videos that start at the given images.
 
         Args:
-            image: One image for all prompts or one for each: PIL images, or pixels in [0, 1] of shape [3, H, W] or
-                [B, 3, H, W]. The shorter side is resized to fit, the centre is cropped, as in training.
+            image: One image for all prompts or one for each: PIL images, or pixels in [0, 1] of shape [3, H, W], also
+                stacked to [B, 3, H, W]. The shorter side is resized to fit, the centre is cropped, as in training.
             prompt: One text for all images or one for each; exclusive with `prompt_embeds`.
             negative_prompt: What to steer away from; by default the empty text.
             height: Height in pixels; by default what the model was trained on.
@@ -241,7 +242,9 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         """
         self._current_timestep = None
         self._interrupt = False
-        device, dtype = image_latents.device, self.transformer.dtype
+        device = image_latents.device
+        # Not transformer.dtype, which is that of the first weight: LoRA training keeps the input projection in float32.
+        dtype = self.transformer.patch_embed.text_proj.weight.dtype
         guided = guidance_scale > 1.0
         if guided:
             assert negative_prompt_embeds is not None
@@ -270,17 +273,12 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
                     network_latents, network_time = self.scheduler.align(latents, prior, t)
                 else:
                     network_latents, network_time = latents, t.expand(latents.shape[0])
-                hidden_states = torch.cat([network_latents, image_latents], dim=2).to(dtype)
+                hidden_states = torch.cat([network_latents, image_latents], dim=2)
                 if guided:
                     hidden_states, network_time = torch.cat([hidden_states] * 2), torch.cat([network_time] * 2)
-                output = self.transformer(
-                    hidden_states=hidden_states,
-                    encoder_hidden_states=text,
-                    timestep=network_time,
-                    image_rotary_emb=image_rotary_emb,
-                    attention_kwargs=attention_kwargs,
-                    return_dict=False,
-                )[0].float()
+                output = call_transformer(
+                    self.transformer, hidden_states, network_time, text, image_rotary_emb, attention_kwargs
+                )
                 if guided:
                     unconditional, conditional = output.chunk(2)
                     output = unconditional + guidance_scale * (conditional - unconditional)
@@ -337,7 +335,9 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         if isinstance(pretrained_model_name_or_path_or_dict, str | os.PathLike):
             folder = Path(pretrained_model_name_or_path_or_dict)
             if (folder / PROJECTION_FILE).is_file():
-                self._base_projection = load_projection(self.transformer, folder)
+                replaced = load_projection(self.transformer, folder)
+                # Of several LoRAs the last one's projection counts, and the first replaced the base model's.
+                self.__dict__.setdefault("_base_projection", replaced)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Removes LoRA layers, and puts the base model's input projection back.
@@ -353,14 +353,19 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
 
     def _preprocess_image(self, image: ImageInput, height: int, width: int) -> torch.Tensor:
         """Images to pixels in [-1, 1], [B, 3, H, W], resized and cropped as in training."""
-        images = image if isinstance(image, list | torch.Tensor) else [image]
-        if isinstance(images, torch.Tensor):
-            tensors = list(images if images.ndim == 4 else images.unsqueeze(0))
-        else:
-            tensors = [image_to_tensor(item) for item in images]
-        if not tensors:
+        if isinstance(image, torch.Tensor) and image.ndim == 4:
+            image = list(image)
+        images = image if isinstance(image, list) else [image]
+        if not images:
             raise FrameBridgeError("no image given; pass at least one")
-        return torch.stack([resize_and_crop(tensor.unsqueeze(0), height, width)[0] for tensor in tensors]) * 2.0 - 1.0
+        pixels = [image_to_tensor(item) if isinstance(item, Image.Image) else item for item in images]
+        for item in pixels:
+            if not isinstance(item, torch.Tensor) or item.ndim != 3 or item.shape[0] != 3:
+                found = (
+                    f"a tensor of shape {list(item.shape)}" if isinstance(item, torch.Tensor) else type(item).__name__
+                )
+                raise FrameBridgeError(f"image: should be a PIL image or a tensor [3, H, W], not {found}")
+        return torch.stack([resize_and_crop(item.unsqueeze(0), height, width)[0] for item in pixels]) * 2.0 - 1.0
 
 
 def _expand_batch(tensor: Any, batch_size: int) -> Any:

@@ -138,6 +138,8 @@ def save_lora_folder(
     save_file({k: v.contiguous() for k, v in projection_state_dict.items()}, folder / PROJECTION_FILE)
     scheduler.save_pretrained(folder / "scheduler")
     num_frames, height, width = clip_shape or (None, None, None)
+    # A relative path would mean another folder wherever the LoRA is opened.
+    base_model = str(Path(base_model).resolve()) if os.path.isdir(base_model) else base_model
     info = {"base_model": base_model, "num_frames": num_frames, "height": height, "width": width}
     (folder / LORA_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
 

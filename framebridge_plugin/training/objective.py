@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from framebridge_plugin.bridge import TARGETS
+from framebridge_plugin.bridge import EDGES, TARGETS
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -62,6 +62,10 @@ class ObjectiveSettings:
             raise UsageError(f"objective={self.objective!r}; use one of {', '.join(OBJECTIVES)}")
         if self.target not in TARGETS:
             raise UsageError(f"target={self.target!r}; use one of {', '.join(TARGETS)}")
+        if self.alignment_edge not in EDGES:
+            raise UsageError(f"alignment_edge={self.alignment_edge!r}; use one of {', '.join(EDGES)}")
+        if self.noise_log_std < 0.0:
+            raise UsageError(f"noise_log_std={self.noise_log_std}; use 0 or more")
         if not 0.0 <= self.caption_dropout < 1.0:
             raise UsageError(f"caption_dropout={self.caption_dropout}; use a share in [0, 1)")
 

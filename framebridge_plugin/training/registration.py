@@ -20,6 +20,8 @@ from framebridge_plugin.training.repairs.processes import change_arguments
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
 
+    from framebridge_plugin.training.objective import ObjectiveSettings
+
 MODEL_NAME = "cogvideox_bridge"
 TRAINING_TYPES = ("lora", "full-finetune")
 TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
@@ -29,6 +31,7 @@ _SPECIFICATIONS = {
 }
 _lock = threading.RLock()
 _registered = False
+_framebridge_args: FrameBridgeArgs | None = None
 
 
 def register() -> None:
@@ -148,9 +151,10 @@ class FrameBridgeArgs:
 
 
 def _register_arguments() -> None:
+    global _framebridge_args
     from finetrainers.args import BaseArgs
 
-    ours = FrameBridgeArgs()
+    ours = _framebridge_args = FrameBridgeArgs()
     original = BaseArgs.__init__
 
     @functools.wraps(original)
@@ -162,6 +166,20 @@ def _register_arguments() -> None:
     BaseArgs.framebridge_objective = ours.objective
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
+
+
+def parsed_objective() -> ObjectiveSettings:
+    """The objective that the last parsed command line asked for, by default the reference's.
+
+    A program such as finetrainers' own train.py hands no objective to the specification it builds; its flags reach
+    the specification here.
+
+    Returns:
+        The settings.
+    """
+    register()
+    assert _framebridge_args is not None
+    return _framebridge_args.objective
 
 
 def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:

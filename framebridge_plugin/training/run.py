@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,6 @@ from framebridge_plugin.errors import UsageError
 
 if TYPE_CHECKING:
     from framebridge_plugin.recipe import Recipe
-    from framebridge_plugin.training.objective import ObjectiveSettings
 
 _VERSIONS_OF = (
     "framebridge-plugin",
@@ -51,8 +49,7 @@ def train(recipe: Recipe) -> None:
     from framebridge_plugin.training.registration import parse_arguments, register
 
     register()
-    args = parse_arguments(recipe.to_finetrainers_argv(dataset_config))
-    args.framebridge_objective = _objective(recipe)
+    args = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
 
     from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
 
@@ -72,13 +69,6 @@ def train(recipe: Recipe) -> None:
     FrameBridgeTrainer(args, specification).run()
     if _is_main_process():
         _write_loss_curve(output_dir)
-
-
-def _objective(recipe: Recipe) -> ObjectiveSettings:
-    from framebridge_plugin.training.objective import ObjectiveSettings
-
-    names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
-    return ObjectiveSettings(**{name: getattr(recipe.framebridge, name) for name in names})
 
 
 def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:

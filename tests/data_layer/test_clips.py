@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
 
 from framebridge_plugin.data import ClipError, ClipSettings, read_clip
 from framebridge_plugin.data.clips import frame_window
 from framebridge_plugin.errors import UsageError
+from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
 
 
 def generator(seed: int = 0) -> torch.Generator:

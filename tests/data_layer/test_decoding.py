@@ -13,9 +13,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from numbered_videos import HEIGHT, WIDTH, numbers_in, write_video
 
 from framebridge_plugin.data import ClipError, decoding, read_frames
+from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, write_video
 
 FRAMES = 40
 UNEVEN_TIMES = [0, *itertools.accumulate(itertools.islice(itertools.cycle([4, 1, 9, 4, 30]), FRAMES - 1))]

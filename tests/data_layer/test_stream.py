@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from numbered_videos import write_video
 from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
 from framebridge_plugin.errors import FrameBridgeError
+from tests.data_layer.numbered_videos import write_video
 
 SETTINGS = ClipSettings(num_frames=3, height=16, width=16, frame_stride=2, horizontal_flip=True)
 

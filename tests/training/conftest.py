@@ -72,19 +72,21 @@ def command_environment() -> dict[str, str]:
 def train(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Run:
-    """Runs `finetrainers train`: in this process, which spares ten seconds of imports, or in several of torchrun's."""
+    """Runs `finetrainers train`: in this process, which spares seconds of imports, in its own, or in torchrun's."""
 
-    def run(*overrides: str, processes: int = 1, output: str = "run") -> subprocess.CompletedProcess:
+    def run(
+        *overrides: str, processes: int = 1, own_process: bool = False, output: str = "run"
+    ) -> subprocess.CompletedProcess:
         arguments = [
             "train",
             f"--recipe={recipe_file}",
             f"checkpoints.output_dir={tmp_path / output}",
             *overrides,
         ]
-        if processes > 1:
-            launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
+        if processes > 1 or own_process:
+            torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
             return subprocess.run(
-                [sys.executable, "-m", *launcher, "framebridge_plugin", *arguments],
+                [sys.executable, "-m", *(torchrun if processes > 1 else ()), "framebridge_plugin", *arguments],
                 env=command_environment(),
                 capture_output=True,
                 text=True,

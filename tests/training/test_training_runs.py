@@ -146,20 +146,38 @@ def test_diffusion_baseline_and_torchao_optimizer(train, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["dp_degree", "dp_shards"])
-def test_two_processes_resume_and_do_not_share_noise(train, tmp_path, split):
-    options = (f"parallelism.{split}=2", "training.batch_size=1")
-    assert succeeded(train(*options, processes=2, output="whole"))
-    assert succeeded(train(*options, "optimization.train_steps=2", processes=2, output="cut"))
-    assert metrics(tmp_path / "whole")[-1]["samples_seen"] == 8
-    subprocess.run(["rm", "-r", tmp_path / "whole/checkpoints/step_000004"], check=True)
-    before = losses(tmp_path / "whole")
-    resumed = train(*options, "checkpoints.resume_from_checkpoint=latest", processes=2, output="whole")
-    assert succeeded(resumed)
-    assert losses(tmp_path / "whole") == before
+def test_two_processes_resume_and_do_not_share_noise(train, clips_folder, tmp_path, split):
+    one_clip = tmp_path / "one_clip"
+    one_clip.mkdir()
+    clip = next(clips_folder.glob("*.mp4"))
+    (one_clip / "a.mp4").write_bytes(clip.read_bytes())
+    (one_clip / "a.txt").write_text("the only clip")
+    # Nothing but index and eps is drawn, and the first update has learning rate 0 and changes nothing.
+    options = (
+        f"framebridge.data.data_root={one_clip}",
+        "framebridge.data.window=start",
+        "framebridge.image_noise=false",
+        "framebridge.prior_noise=false",
+        "framebridge.caption_dropout=0",
+        "training.batch_size=1",
+    )
+    assert succeeded(train(*options, "optimization.train_steps=1", output="alone"))
+    two = (*options, f"parallelism.{split}=2")
+    run = tmp_path / "two"
+    assert succeeded(train(*two, processes=2, output="two"))
+    assert metrics(run)[-1]["samples_seen"] == 8
+    # With shared noise the mean over both ranks would be the loss of one.
+    assert losses(run)[0] != pytest.approx(losses(tmp_path / "alone")[0], rel=1e-3)
+
+    before = losses(run)
+    subprocess.run(["rm", "-r", run / "checkpoints/step_000004"], check=True)
+    assert succeeded(train(*two, "checkpoints.resume_from_checkpoint=latest", processes=2, output="two"))
+    assert losses(run) == before
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
-    result = train("optimization.lr=1e30", "optimization.lr_warmup_steps=0", "optimization.lr_scheduler=constant")
+    options = ("optimization.lr=1e30", "optimization.lr_warmup_steps=0", "optimization.lr_scheduler=constant")
+    result = train(*options, own_process=True)
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("error: step 2: the loss is")
@@ -178,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(train, tmp_path):
     assert succeeded(train("optimization.train_steps=2"))
     file = next((tmp_path / "run/checkpoints/step_000002").rglob("optimizer.safetensors"))
     os.truncate(file, file.stat().st_size // 2)
-    result = train("checkpoints.resume_from_checkpoint=latest")
+    result = train("checkpoints.resume_from_checkpoint=latest", own_process=True)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: cannot resume from")
     assert "Traceback" not in result.stderr

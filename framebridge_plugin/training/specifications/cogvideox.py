@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer, train_input_projection
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
@@ -36,6 +37,7 @@ from framebridge_plugin.training.objective import (
     build_scheduler,
     diffusion_prediction,
 )
+from framebridge_plugin.training.registration import parsed_objective
 
 
 class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
@@ -49,7 +51,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     Args:
         pretrained_model_name_or_path: Folder or hub id of the base model.
-        objective: What is trained; by default the reference's settings.
+        objective: What is trained; by default what the parsed command line says, else the reference's settings.
         **kwargs: As for finetrainers' `CogVideoXModelSpecification`: `transformer_id`, `vae_dtype`, `revision`, ...
     """
 
@@ -61,10 +63,10 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         **kwargs: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **kwargs)
-        self.objective = objective or ObjectiveSettings()
+        self.objective = objective or parsed_objective()
         self.clip_shape: tuple[int, int, int] | None = None
         """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
-        self._transformer: CogVideoXTransformer3DModel | None = None
+        self._trained_projection: torch.nn.Module | None = None
 
     # Loading
 
@@ -80,31 +82,36 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         common = {"revision": self.revision, "cache_dir": self.cache_dir}
         source = self.transformer_id or self.pretrained_model_name_or_path
         try:
-            self._transformer = load_bridge_transformer(
+            transformer = load_bridge_transformer(
                 source,
                 subfolder=None if self.transformer_id else "transformer",
                 torch_dtype=self.transformer_dtype,
                 **common,
             )
-            backbone = self._load_backbone_scheduler(**common)
+            scheduler = self._load_scheduler()
         except FrameBridgeError:
             raise
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise _cannot_load("transformer and scheduler", source, error) from error
-        self.transformer_config = self._transformer.config
-        return {"transformer": self._transformer, "scheduler": build_scheduler(backbone, self.objective)}
+        self.transformer_config = transformer.config
+        return {"transformer": transformer, "scheduler": scheduler}
 
-    def _load_backbone_scheduler(self, **kwargs: Any) -> CogVideoXDDIMScheduler:
+    def _load_scheduler(self) -> FrameBridgeScheduler | CogVideoXDDIMScheduler:
+        """The scheduler of the objective, over the noise schedule of the base model."""
         config = CogVideoXDDIMScheduler.load_config(
-            self.pretrained_model_name_or_path, subfolder="scheduler", **kwargs
+            self.pretrained_model_name_or_path,
+            subfolder="scheduler",
+            revision=self.revision,
+            cache_dir=self.cache_dir,
         )
         if config.get("_class_name") == FrameBridgeScheduler.__name__:
             # A model that was fine-tuned before: its own bridge is replaced by the recipe's.
             config = FrameBridgeScheduler.from_config(config).config.backbone
         # 5B names the DPM scheduler; its noise schedule is the same, and this class is the one finetrainers knows.
-        return CogVideoXDDIMScheduler.from_config(
+        backbone = CogVideoXDDIMScheduler.from_config(
             {key: value for key, value in config.items() if key != "_class_name"}
         )
+        return build_scheduler(backbone, self.objective)
 
     def load_condition_models(self) -> dict[str, Any]:
         """Tokenizer and text encoder.
@@ -148,10 +155,10 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             A `FrameBridgeCogVideoXPipeline`.
         """
         components = {name: kwargs.get(name) for name in (*UNCHANGED_COMPONENTS, "scheduler")}
-        if transformer is None or components["scheduler"] is None:
-            loaded = self.load_diffusion_models()
-            transformer = transformer or loaded["transformer"]
-            components["scheduler"] = components["scheduler"] or loaded["scheduler"]
+        if transformer is None:
+            transformer = self.load_diffusion_models()["transformer"]
+        if components["scheduler"] is None:
+            components["scheduler"] = self._load_scheduler()
         if components["tokenizer"] is None or components["text_encoder"] is None:
             components.update(self.load_condition_models())
         if components["vae"] is None:
@@ -310,7 +317,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Returns:
             A callable (input [B, T, 2C, h, w], time [B]) -> float32 output [B, T, C, h, w].
         """
-        config, dtype = self.transformer_config, encoder_hidden_states.dtype
+        config = self.transformer_config
         scale = 2 ** (len(self.vae_config.block_out_channels) - 1)
         _, num_frames, _, height, width = shape
         image_rotary_emb = None
@@ -328,13 +335,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             )
 
         def network(hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return transformer(
-                hidden_states=hidden_states.to(dtype),
-                encoder_hidden_states=encoder_hidden_states,
-                timestep=timestep,
-                image_rotary_emb=image_rotary_emb,
-                return_dict=False,
-            )[0].float()
+            return call_transformer(transformer, hidden_states, timestep, encoder_hidden_states, image_rotary_emb)
 
         return network
 
@@ -349,6 +350,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         """
         if training_type == "lora":
             train_input_projection(transformer)
+            self._trained_projection = transformer.patch_embed.proj
 
     def validation(
         self,
@@ -420,8 +422,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         assert metadata is not None
         if projection_state_dict is None:
             # The stock trainer hands over the LoRA layers alone; it runs in one process, where the weights are whole.
-            assert self._transformer is not None
-            projection_state_dict = self._transformer.patch_embed.proj.state_dict()
+            assert self._trained_projection is not None
+            projection_state_dict = self._trained_projection.state_dict()
         save_lora_folder(
             directory,
             lora_state_dict=transformer_state_dict,
