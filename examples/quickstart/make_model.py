@@ -101,7 +101,7 @@ class Clips:
     def __init__(self, folder: Path) -> None:
         self.videos: list[torch.Tensor] = []
         self.captions: list[str] = []
-        for path, caption in index_dataset({"data_root": str(folder)}, folder):
+        for path, caption in index_dataset({"data_root": str(folder)}):
             self.videos.append(read_frames(path, range))
             self.captions.append(caption)
 
@@ -177,7 +177,7 @@ def heldout_psnr(vae: AutoencoderKLCogVideoX, folder: Path) -> dict[str, float]:
     """PSNR of the VAE on the held-out clips, one number per source video (the mean over its clips)."""
     settings = ClipSettings(num_frames=FRAMES, height=SIDE, width=SIDE, frame_stride=STRIDE, window="start")
     values: dict[str, list[float]] = {}
-    for path, _ in index_dataset({"data_root": str(folder)}, folder):
+    for path, _ in index_dataset({"data_root": str(folder)}):
         video = read_clip(path, settings, torch.Generator().manual_seed(0))
         decoded = vae.decode(encode(vae, video[None]).transpose(1, 2)).sample[0].transpose(0, 1).clamp(-1.0, 1.0)
         values.setdefault(Path(path).name.split("-")[0], []).append(psnr(decoded, video))
@@ -355,11 +355,11 @@ def train_transformer(
 @torch.no_grad()
 def heldout_loss(output: Path, heldout: Path) -> float:
     """Diffusion loss of the written folder on the held-out clips, on a fixed set of timesteps and noises."""
-    pipeline = CogVideoXPipeline.from_pretrained(output, torch_dtype=torch.float32)
+    pipeline = CogVideoXPipeline.from_pretrained(output, dtype=torch.float32)
     settings = ClipSettings(num_frames=FRAMES, height=SIDE, width=SIDE, frame_stride=STRIDE, window="start")
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for path, caption in index_dataset({"data_root": str(heldout)}, heldout):
+    for path, caption in index_dataset({"data_root": str(heldout)}):
         video = read_clip(path, settings, generator)
         z_0 = encode(pipeline.vae, video[None]) * pipeline.vae.config.scaling_factor
         text = pipeline.text_encoder(tokenize(pipeline.tokenizer, [caption]))[0]
@@ -404,7 +404,7 @@ def main() -> None:
         vae.half().save_pretrained(output / "vae")
         vae_numbers_path.write_text(json.dumps(numbers) + "\n")
     numbers = json.loads(vae_numbers_path.read_text())
-    vae = AutoencoderKLCogVideoX.from_pretrained(output / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLCogVideoX.from_pretrained(output / "vae", dtype=torch.float32)
     numbers["vae_psnr"] = heldout_psnr(vae, arguments.heldout)
     print(f"PSNR of the VAE on the held-out clips: {numbers['vae_psnr']}", flush=True)
 

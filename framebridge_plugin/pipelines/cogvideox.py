@@ -27,7 +27,7 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_checks import ClipShapeRule
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
-from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
+from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, PROJECTION_FILE, load_projection
 from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -330,11 +330,14 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             pretrained_model_name_or_path_or_dict: A folder that a LoRA run wrote, or anything that diffusers takes.
             *args: As in diffusers: `adapter_name`, ...
             **kwargs: As in diffusers.
+
+        Raises:
+            FrameBridgeError: If the projection is damaged, or missing in a folder that a LoRA run wrote.
         """
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
         if isinstance(pretrained_model_name_or_path_or_dict, str | os.PathLike):
             folder = Path(pretrained_model_name_or_path_or_dict)
-            if (folder / PROJECTION_FILE).is_file():
+            if (folder / PROJECTION_FILE).is_file() or (folder / LORA_INFO_FILE).is_file():
                 replaced = load_projection(self.transformer, folder)
                 # Of several LoRAs the last one's projection counts, and the first replaced the base model's.
                 self.__dict__.setdefault("_base_projection", replaced)

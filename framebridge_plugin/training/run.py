@@ -50,6 +50,8 @@ def train(recipe: Recipe) -> None:
 
     register()
     args = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
+    # finetrainers hands this to the trackers as it is, which would write into the working directory.
+    args.logging_dir = str(output_dir / args.logging_dir)
 
     from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
 

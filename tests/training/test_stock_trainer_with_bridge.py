@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
@@ -17,19 +15,19 @@ from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.pipelines.saving import LORA_FILE, PROJECTION_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import CogVideoXBridgeSpecification
-from framebridge_plugin.training.objective import ObjectiveSettings
-from framebridge_plugin.training.registration import parse_arguments
-from tests.tiny_models import LATENT_CHANNELS, make_clips, make_tiny_cogvideox
-from tests.training.conftest import LAUNCH_VARIABLES
+from tests.tiny_models import LATENT_CHANNELS
+from tests.training.bridge_runs import make_inputs, run_trainer
 
-STEPS = 2
-TYPES = {"full": "full-finetune", "lora": "lora"}
 RUNS = [
     f"{kind}-{backend}{precomputed}"
-    for kind, backend, precomputed in itertools.product(TYPES, ("accelerate", "ptd"), ("", "-precomputed"))
+    for kind, backend, precomputed in itertools.product(
+        ("full", "lora"), ("accelerate", "ptd"), ("", "-precomputed")
+    )
 ]
 LORA_RUNS = [name for name in RUNS if "lora" in name]
 FULL_RUNS = [name for name in RUNS if "full" in name]
+# Also in the middle of the training: it must leave what is trained alone.
+VALIDATING_RUNS = ["lora-accelerate", "full-ptd"]
 
 
 class Recorded(CogVideoXBridgeSpecification):
@@ -47,99 +45,70 @@ class Recorded(CogVideoXBridgeSpecification):
         return prediction, target, sigmas
 
 
-class Trained:
-    """One run: its folder and what was recorded."""
+def train(inputs: Path, name: str) -> Any:
+    from finetrainers import SFTTrainer
 
-    def __init__(self, folder: Path, name: str) -> None:
-        from finetrainers import SFTTrainer
-
-        kind, backend, *precomputed = name.split("-")
-        types = [f"--{part}_dtype=fp32" for part in ("text_encoder", "transformer", "vae")]
-        self.output = folder / name
-        args = parse_arguments(
-            [
-                "--model_name=cogvideox_bridge",
-                f"--pretrained_model_name_or_path={folder / 'model'}",
-                f"--dataset_config={folder / 'data.json'}",
-                f"--output_dir={self.output}",
-                f"--training_type={TYPES[kind]}",
-                f"--parallel_backend={backend}",
-                f"--train_steps={STEPS}",
-                f"--checkpointing_steps={STEPS}",
-                "--batch_size=2",
-                "--seed=3",
-                "--lr=1e-2",
-                "--lr_scheduler=constant",
-                *types,
-                *(["--rank=4", "--lora_alpha=8"] if kind == "lora" else []),
-                *(["--enable_precomputation", "--precomputation_items=4"] if precomputed else []),
-                # Once in the middle of the training: it must leave what is trained alone.
-                *(
-                    [f"--validation_dataset_file={folder / 'validation.csv'}", "--validation_steps=1"]
-                    if name in ("lora-accelerate", "full-ptd")
-                    else []
-                ),
-            ]
-        )
-        self.specification = Recorded(args.pretrained_model_name_or_path, transformer_dtype=torch.float32,
-            text_encoder_dtype=torch.float32, vae_dtype=torch.float32, objective=ObjectiveSettings())  # fmt: skip
-        trainer = SFTTrainer(args, self.specification)
-        trainer.run()
-        self.losses: list[float] = trainer.state.train_state.global_avg_losses
+    kind, backend, *precomputed = name.split("-")
+    options = [f"--parallel_backend={backend}"]
+    if precomputed:
+        options += ["--enable_precomputation", "--precomputation_items=4"]
+    if name in VALIDATING_RUNS:
+        options += [f"--validation_dataset_file={inputs / 'validation.csv'}", "--validation_steps=1"]
+    return run_trainer(SFTTrainer, inputs, inputs / name, kind, *options, specification_class=Recorded)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    folder = tmp_path_factory.mktemp("stock")
-    make_tiny_cogvideox(folder / "model")
-    clips = make_clips(folder / "clips", count=4, frames=9, size=64)
-    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
-    (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "red.png")
-    columns = "caption,image_path,num_inference_steps,num_frames\n"
-    (folder / "validation.csv").write_text(f"{columns}a red square,{folder / 'red.png'},1,9\n")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCH_VARIABLES:
-            patch.delenv(name, raising=False)
-        return {name: Trained(folder, name) for name in RUNS}
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="module")
+def trainers(inputs: Path) -> dict[str, Any]:
+    return {name: train(inputs, name) for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def base_weights(inputs: Path) -> dict[str, torch.Tensor]:
+    return load_file(inputs / "model/transformer/diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_logged_loss_is_the_unweighted_bridge_loss(runs, name):
-    assert len(runs[name].losses) == STEPS
-    assert runs[name].losses == pytest.approx(runs[name].specification.losses, rel=1e-5)
-    assert runs[name].specification.keys == {"latents", "image_latents", "prior_latents"}
+def test_the_logged_loss_is_the_unweighted_bridge_loss(trainers, name):
+    specification = trainers[name].model_specification
+    logged = trainers[name].state.train_state.global_avg_losses
+    assert len(logged) == 2
+    assert logged == pytest.approx(specification.losses, rel=1e-5)
+    assert specification.keys == {"latents", "image_latents", "prior_latents"}
 
 
 @pytest.mark.parametrize("name", FULL_RUNS)
-def test_a_full_fine_tune_saves_a_folder_that_the_pipeline_opens(runs, name):
-    folder = runs[name].output / f"model_weights/{STEPS:06d}"
-    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(folder)
+def test_a_full_fine_tune_saves_a_folder_that_the_pipeline_opens(trainers, inputs, base_weights, name):
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / name / "model_weights/000002")
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
-    base = load_file(folder.parents[2] / "model/transformer/diffusion_pytorch_model.safetensors")
     trained = pipeline.transformer.state_dict()
-    assert all(not torch.equal(trained[key], base[key]) for key in base if key.endswith("to_q.weight"))
+    queries = [key for key in base_weights if key.endswith("to_q.weight")]
+    assert queries
+    assert not any(torch.equal(trained[key], base_weights[key]) for key in queries)
     assert trained["patch_embed.proj.weight"][:, LATENT_CHANNELS:].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", LORA_RUNS)
-def test_lora_trains_the_projection_and_saves_it_beside(runs, name):
-    folder = runs[name].output / f"lora_weights/{STEPS:06d}"
+def test_lora_trains_the_projection_and_saves_it_beside(trainers, inputs, base_weights, name):
+    folder = inputs / name / "lora_weights/000002"
     layers, projection = load_file(folder / LORA_FILE), load_file(folder / PROJECTION_FILE)
     assert layers
     assert all("lora" in key for key in layers)
     assert all(tensor.abs().sum() > 0 for tensor in layers.values())
-    base = load_file(folder.parents[2] / "model/transformer/diffusion_pytorch_model.safetensors")
-    assert not torch.equal(projection["weight"][:, :LATENT_CHANNELS], base["patch_embed.proj.weight"])
+    assert not torch.equal(projection["weight"][:, :LATENT_CHANNELS], base_weights["patch_embed.proj.weight"])
     assert projection["weight"][:, LATENT_CHANNELS:].abs().sum() > 0
-    assert not torch.equal(projection["bias"], base["patch_embed.proj.bias"])
+    assert not torch.equal(projection["bias"], base_weights["patch_embed.proj.bias"])
 
     pipeline = open_pipeline(str(folder))
     assert torch.equal(pipeline.transformer.patch_embed.proj.weight, projection["weight"])
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
 
 
-@pytest.mark.parametrize("name", ["lora-accelerate", "full-ptd"])
-def test_it_validates_from_images(runs, name):
-    videos = sorted(path.name.split("-")[:2] for path in runs[name].output.glob("*.mp4"))
+@pytest.mark.parametrize("name", VALIDATING_RUNS)
+def test_it_validates_from_images(trainers, inputs, name):
+    videos = sorted(path.name.split("-")[:2] for path in (inputs / name).glob("*.mp4"))
     assert videos == [["final", "2"], ["validation", "1"], ["validation", "2"]]

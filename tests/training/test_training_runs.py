@@ -126,6 +126,21 @@ def test_precomputation_gives_the_same_run(train, tmp_path, kind):
     assert losses(tmp_path / "precomputed") == losses(tmp_path / "direct")
 
 
+def test_bfloat16_lora_with_checkpointing_and_offline_wandb(train, validation_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = (
+        *("precision.transformer_dtype=bf16", "precision.vae_dtype=bf16", "precision.text_encoder_dtype=bf16"),
+        *("training.gradient_checkpointing=true", "training.enable_slicing=true"),
+        *("tracking.report_to=wandb", f"validation.validation_dataset_file={validation_file}"),
+    )
+    assert succeeded(train(*LORA, *options))
+    assert list((tmp_path / "run/logs/wandb").glob("offline-run-*"))
+    assert (tmp_path / "run/validation/final-00.mp4").is_file()
+    saved = weights(tmp_path / "run/lora")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in saved.items())
+
+
 def test_accumulation_counts_updates_and_clips_once(train, tmp_path):
     """Two halves of a batch give the update of the whole; only the draws of index and noise differ."""
     options = ("training.batch_size=1", "training.gradient_accumulation_steps=2", "optimization.train_steps=3")

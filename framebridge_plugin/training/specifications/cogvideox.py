@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
 from finetrainers.data import VideoArtifact
 from finetrainers.models.cogvideox import CogVideoXModelSpecification
 from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embeddings
 from PIL import Image
 from safetensors import SafetensorError
+from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
@@ -70,6 +72,26 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     # Loading
 
+    def _load_transformer_config(self) -> None:
+        self.transformer_config = self._load_config(CogVideoXTransformer3DModel, "transformer", self.transformer_id)
+
+    def _load_vae_config(self) -> None:
+        self.vae_config = self._load_config(AutoencoderKLCogVideoX, "vae", self.vae_id)
+
+    def _load_config(self, component_class: Any, name: str, override: str | None) -> FrozenDict:
+        """A component's config; finetrainers' own way to it fails for a folder alone (`transformer_id`, `vae_id`)."""
+        source = override or self.pretrained_model_name_or_path
+        try:
+            config = component_class.load_config(
+                source, subfolder=None if override else name, revision=self.revision, cache_dir=self.cache_dir
+            )
+        except (OSError, ValueError) as error:
+            raise _cannot_load(name, source, error) from error
+        if config.get("_class_name") != component_class.__name__:
+            wrong = TypeError(f"it is a {config.get('_class_name')}, not a {component_class.__name__}")
+            raise _cannot_load(name, source, wrong)
+        return FrozenDict(**config)
+
     def load_diffusion_models(self) -> dict[str, Any]:
         """The widened transformer and the scheduler of the objective.
 
@@ -122,11 +144,29 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Raises:
             FrameBridgeError: If a file is missing or damaged.
         """
+        # Not finetrainers' own loading: it takes a T5 with its decoder for `text_encoder_id`.
+        common = {"revision": self.revision, "cache_dir": self.cache_dir}
+        source = self.tokenizer_id or self.pretrained_model_name_or_path
         try:
-            return super().load_condition_models()
+            tokenizer = T5Tokenizer.from_pretrained(
+                source, subfolder="" if self.tokenizer_id else "tokenizer", **common
+            )
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            raise _cannot_load("tokenizer", source, error) from error
+        if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
+            # transformers makes up a vocabulary of nothing but special tokens where the file is missing.
+            raise _cannot_load("tokenizer", source, FileNotFoundError("it has no vocabulary (spiece.model)"))
+        source = self.text_encoder_id or self.pretrained_model_name_or_path
+        try:
+            text_encoder = T5EncoderModel.from_pretrained(
+                source,
+                subfolder="" if self.text_encoder_id else "text_encoder",
+                dtype=self.text_encoder_dtype,
+                **common,
+            )
         except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-            source = self.text_encoder_id or self.pretrained_model_name_or_path
-            raise _cannot_load("tokenizer and text encoder", source, error) from error
+            raise _cannot_load("text encoder", source, error) from error
+        return {"tokenizer": tokenizer, "text_encoder": text_encoder}
 
     def load_latent_models(self) -> dict[str, Any]:
         """The video autoencoder.

@@ -1,0 +1,87 @@
+"""Runs of our specification in this process, whose trainer the tests can look into afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from framebridge_plugin.training import CogVideoXBridgeSpecification
+from framebridge_plugin.training.registration import parse_arguments
+from tests.tiny_models import make_clips, make_tiny_cogvideox
+from tests.training.conftest import LAUNCH_VARIABLES
+
+TRAINING_TYPES = {"full": "full-finetune", "lora": "lora"}
+
+
+def make_inputs(folder: Path) -> Path:
+    """Writes a tiny model, four clips and an image to validate with."""
+    make_tiny_cogvideox(folder / "model")
+    clips = make_clips(folder / "clips", count=4, frames=9, size=64)
+    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
+    (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "red.png")
+    columns = "caption,image_path,num_inference_steps,num_frames\n"
+    (folder / "validation.csv").write_text(f"{columns}a red square,{folder / 'red.png'},1,9\n")
+    return folder
+
+
+def run_trainer(
+    trainer_class: Any,
+    inputs: Path,
+    output: Path,
+    kind: str,
+    *options: str,
+    specification_class: Any = CogVideoXBridgeSpecification,
+    transformer_dtype: str = "fp32",
+) -> Any:
+    """Trains for two steps.
+
+    Args:
+        trainer_class: finetrainers' trainer or ours.
+        inputs: What `make_inputs` wrote.
+        output: The run's folder.
+        kind: `full` or `lora`.
+        *options: More of finetrainers' arguments.
+        specification_class: The specification.
+        transformer_dtype: Precision of the network.
+
+    Returns:
+        The trainer, after its run.
+    """
+    args = parse_arguments(
+        [
+            "--model_name=cogvideox_bridge",
+            f"--pretrained_model_name_or_path={inputs / 'model'}",
+            f"--dataset_config={inputs / 'data.json'}",
+            f"--output_dir={output}",
+            f"--training_type={TRAINING_TYPES[kind]}",
+            "--train_steps=2",
+            "--checkpointing_steps=2",
+            "--batch_size=2",
+            "--seed=3",
+            "--lr=1e-2",
+            "--lr_scheduler=constant",
+            "--text_encoder_dtype=fp32",
+            "--vae_dtype=fp32",
+            f"--transformer_dtype={transformer_dtype}",
+            *(["--rank=4", "--lora_alpha=8"] if kind == "lora" else []),
+            *options,
+        ]
+    )
+    specification = specification_class(
+        args.pretrained_model_name_or_path,
+        text_encoder_dtype=torch.float32,
+        vae_dtype=torch.float32,
+        transformer_dtype=args.transformer_dtype,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCH_VARIABLES:
+            patch.delenv(name, raising=False)
+        trainer = trainer_class(args, specification)
+        trainer.run()
+    return trainer

@@ -1,0 +1,420 @@
+"""The CogVideoX specification: loading, latents, captions and the objective on a batch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training import CogVideoXBridgeSpecification
+from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
+from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
+
+FLOAT32 = {"text_encoder_dtype": torch.float32, "transformer_dtype": torch.float32, "vae_dtype": torch.float32}
+
+
+def make_specification(model: Path, objective: ObjectiveSettings | None = None, **kwargs: Any) -> Any:
+    settings = objective or ObjectiveSettings()
+    return CogVideoXBridgeSpecification(str(model), objective=settings, **FLOAT32, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def rotary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cogvideox(tmp_path_factory.mktemp("rotary") / "model", rotary=True)
+
+
+@pytest.fixture(scope="module")
+def vae(model_folder: Path) -> Any:
+    return make_specification(model_folder).load_latent_models()["vae"]
+
+
+@pytest.fixture
+def video() -> torch.Tensor:
+    return torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# Latents
+
+
+@pytest.mark.parametrize(("image_noise", "prior_noise"), itertools.product([False, True], repeat=2))
+def test_which_latents_a_bridge_gets(model_folder, vae, video, image_noise, prior_noise):
+    objective = ObjectiveSettings(image_noise=image_noise, prior_noise=prior_noise)
+    result = make_specification(model_folder, objective).prepare_latents(vae=vae, video=video, sample_seed=5)
+    clean = encode_image(vae, video[:1])
+    assert torch.equal(result["latents"], encode_video(vae, video.unsqueeze(0)))
+    assert result["image_latents"].shape == (1, 1, LATENT_CHANNELS, 4, 4)
+    assert torch.equal(result["image_latents"], clean) == (not image_noise)
+    if not image_noise and not prior_noise:
+        # The prior is the latent of the condition image, which forward() falls back to.
+        assert set(result) == {"latents", "image_latents"}
+        return
+    assert set(result) == {"latents", "image_latents", "prior_latents"}
+    if prior_noise:
+        frames = result["prior_latents"]
+        assert frames.shape == result["latents"].shape
+        assert not torch.equal(frames[:, 1], frames[:, 2])  # every frame has noise of its own
+        # Still the latent of the image, but for noise of about .05.
+        assert (frames - clean).abs().max() < 0.5 * clean.abs().max()
+    else:
+        assert torch.equal(result["prior_latents"], clean)
+
+
+@pytest.mark.parametrize("image_noise", [False, True])
+def test_the_diffusion_baseline_has_no_prior_but_the_same_image(model_folder, vae, video, image_noise):
+    bridge, diffusion = (
+        make_specification(model_folder, ObjectiveSettings(objective=objective, image_noise=image_noise))
+        for objective in ("bridge", "diffusion")
+    )
+    result = diffusion.prepare_latents(vae=vae, video=video, sample_seed=5)
+    assert set(result) == {"latents", "image_latents"}
+    expected = bridge.prepare_latents(vae=vae, video=video, sample_seed=5)
+    assert torch.equal(result["image_latents"], expected["image_latents"])
+
+
+def test_noise_is_keyed_on_the_sample(model_folder, vae, video):
+    specification = make_specification(model_folder)
+
+    def prepare(seed: int) -> dict[str, torch.Tensor]:
+        return specification.prepare_latents(vae=vae, video=video, sample_seed=seed)
+
+    first, again, other = prepare(5), prepare(5), prepare(6)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert torch.equal(first["latents"], other["latents"])
+    assert not torch.equal(first["image_latents"], other["image_latents"])
+    assert not torch.equal(first["prior_latents"], other["prior_latents"])
+
+
+def test_image_and_prior_do_not_share_their_noise(model_folder, vae, video):
+    """A one-frame clip has a prior of one frame, which could otherwise be the noisy condition image itself."""
+    result = make_specification(model_folder).prepare_latents(vae=vae, video=video[:1], sample_seed=5)
+    assert not torch.equal(result["image_latents"], result["prior_latents"])
+
+
+def test_noise_of_the_given_strength_is_added(model_folder, vae, video):
+    clean = encode_image(vae, video[:1])
+
+    def distance(log_mean: float) -> float:
+        objective = ObjectiveSettings(noise_log_mean=log_mean, noise_log_std=0.0)
+        result = make_specification(model_folder, objective).prepare_latents(vae=vae, video=video, sample_seed=5)
+        return (result["image_latents"] - clean).abs().mean().item()
+
+    # The same draw at twice the strength moves the latent about twice as far.
+    assert distance(-5.0 + 0.6931) == pytest.approx(2 * distance(-5.0), rel=0.1)
+
+
+def test_without_a_sample_seed_the_generator_is_used(model_folder, vae, video):
+    specification = make_specification(model_folder)
+    results = [
+        specification.prepare_latents(vae=vae, video=video, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(results[0]["prior_latents"], results[1]["prior_latents"])
+    assert not torch.equal(results[0]["prior_latents"], results[2]["prior_latents"])
+
+
+def test_an_image_data_set_is_refused(model_folder, vae):
+    with pytest.raises(FrameBridgeError, match="needs clips, not images"):
+        make_specification(model_folder).prepare_latents(vae=vae, image=torch.zeros(1, 3, 32, 32))
+
+
+# Captions
+
+
+def test_captions_are_dropped_at_the_given_rate_by_sample(model_folder):
+    specification = make_specification(model_folder, ObjectiveSettings(caption_dropout=0.3))
+    specification.load_diffusion_models()
+    models = specification.load_condition_models()
+
+    def embed(caption: str | list[str], seed: int, settings: Any = specification) -> torch.Tensor:
+        return settings.prepare_conditions(**models, caption=caption, sample_seed=seed)["encoder_hidden_states"]
+
+    never = make_specification(model_folder, ObjectiveSettings(caption_dropout=0.0))
+    never.load_diffusion_models()
+    caption, empty = embed("a red square", 0, never), embed("", 0, never)
+    assert caption.shape == (1, 16, 16)
+    assert not torch.equal(caption, empty)
+    # What finetrainers' loader of batches of one hands over.
+    assert torch.equal(embed(["a red square"], 0, never), caption)
+
+    dropped = [torch.equal(embed("a red square", seed), empty) for seed in range(400)]
+    kept = [torch.equal(embed("a red square", seed), caption) for seed in range(400)]
+    assert [not was for was in dropped] == kept
+    assert sum(dropped) / 400 == pytest.approx(0.3, abs=0.08)
+    assert [torch.equal(embed("a red square", seed), empty) for seed in range(20)] == dropped[:20]
+
+
+def test_preparing_a_sample_leaves_the_global_generator_alone(model_folder, vae, video):
+    specification = make_specification(model_folder)
+    specification.load_diffusion_models()
+    models = specification.load_condition_models()
+    state = torch.get_rng_state()
+    for source in ({"sample_seed": 1}, {"generator": torch.Generator().manual_seed(1)}):
+        specification.prepare_latents(vae=vae, video=video, **source)
+        specification.prepare_conditions(**models, caption="a red square", **source)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The objective on a batch
+
+
+def make_batch(prior: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    latents = {
+        "latents": torch.randn(2, 3, LATENT_CHANNELS, 8, 8, generator=generator),
+        "image_latents": torch.randn(2, 1, LATENT_CHANNELS, 8, 8, generator=generator),
+    }
+    if prior:
+        latents["prior_latents"] = torch.randn(2, 3, LATENT_CHANNELS, 8, 8, generator=generator)
+    return {"encoder_hidden_states": torch.randn(2, 16, 16, generator=generator)}, latents
+
+
+def load_trained(specification: Any) -> tuple[CogVideoXTransformer3DModel, Any]:
+    """The models of a specification, with new input channels that are not zero any more."""
+    models = specification.load_diffusion_models()
+    generator = torch.Generator().manual_seed(8)
+    torch.nn.init.normal_(models["transformer"].patch_embed.proj.weight, std=0.1, generator=generator)
+    return models["transformer"].requires_grad_(False), models["scheduler"]
+
+
+def finetrainers_loss(scheduler: Any, prediction: torch.Tensor, target: torch.Tensor, sigmas: torch.Tensor) -> Any:
+    """The loss of finetrainers' training loop, one value for each sample."""
+    from finetrainers import utils
+
+    alphas = utils.get_scheduler_alphas(scheduler)
+    timesteps = (sigmas * 1000.0).long()
+    weights = utils.prepare_loss_weights(
+        scheduler=scheduler, alphas=alphas[timesteps] if alphas is not None else None, sigmas=sigmas
+    )
+    return weights.float() * (prediction - target).square().flatten(1).mean(dim=1)
+
+
+@pytest.mark.parametrize("indices", [[0, 999], [250, 965]])
+def test_forward_is_the_unweighted_bridge_loss(model_folder, indices):
+    specification = make_specification(model_folder)
+    transformer, scheduler = load_trained(specification)
+    conditions, latents = make_batch()
+    # As the stock loop shapes them.
+    sigmas = (torch.tensor(indices) / 1000).reshape(2, 1, 1, 1, 1)
+    prediction, target, returned = specification.forward(
+        transformer, scheduler, conditions, latents, sigmas, generator=torch.Generator().manual_seed(4)
+    )
+    assert (returned * 1000).long().flatten().tolist() == indices
+
+    z_0 = latents["latents"]
+    image = latents["image_latents"].expand_as(z_0)
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(4))
+
+    def network(hidden_states: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return transformer(hidden_states, conditions["encoder_hidden_states"], time, return_dict=False)[0]
+
+    expected = bridge_prediction(
+        network, scheduler, z_0, latents["prior_latents"], image, noise, torch.tensor(indices, dtype=torch.float64)
+    )
+    torch.testing.assert_close((prediction, target), expected)
+    per_sample = (expected[0] - expected[1]).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(finetrainers_loss(scheduler, prediction, target, returned), per_sample)
+
+
+def test_forward_of_the_diffusion_baseline_is_the_mean_square_of_v(model_folder):
+    specification = make_specification(model_folder, ObjectiveSettings(objective="diffusion"))
+    transformer, scheduler = load_trained(specification)
+    assert type(scheduler) is CogVideoXDDIMScheduler
+    conditions, latents = make_batch(prior=False)
+    steps = torch.tensor([29, 573])
+    prediction, target, returned = specification.forward(
+        transformer, scheduler, conditions, latents, steps / 1000, generator=torch.Generator().manual_seed(4)
+    )
+    z_0 = latents["latents"]
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(4))
+    hidden_states = torch.cat(
+        [scheduler.add_noise(z_0, noise, steps), latents["image_latents"].expand_as(z_0)], dim=2
+    )
+    output = transformer(hidden_states, conditions["encoder_hidden_states"], steps, return_dict=False)[0]
+    expected = (output - scheduler.get_velocity(z_0, noise, steps)).square().flatten(1).mean(dim=1)
+    # finetrainers finds the weight by truncating sigma * 1000: 29 / 1000 and 573 / 1000 must not become 28 and 572.
+    loss = finetrainers_loss(scheduler, prediction, target, returned)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
+def test_without_a_prior_of_its_own_the_image_is_the_prior(model_folder):
+    specification = make_specification(model_folder)
+    transformer, scheduler = load_trained(specification)
+    conditions, latents = make_batch(prior=False)
+    explicit = {**latents, "prior_latents": latents["image_latents"].expand_as(latents["latents"])}
+    outputs = [
+        specification.forward(
+            transformer, scheduler, conditions, each, torch.tensor([0.3, 0.9]), torch.Generator().manual_seed(4)
+        )
+        for each in (latents, explicit)
+    ]
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_forward_draws_from_its_generator_alone(model_folder):
+    specification = make_specification(model_folder)
+    transformer, scheduler = load_trained(specification)
+    conditions, latents = make_batch()
+    state = torch.get_rng_state()
+    first, again, other = (
+        specification.forward(
+            transformer, scheduler, conditions, latents, torch.tensor([0.3, 0.9]), torch.Generator().manual_seed(seed)
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), [(8, 8, 3), (12, 16, 5)])
+def test_training_and_sampling_use_the_same_rotary_embedding(rotary_folder, height, width, frames):
+    specification = make_specification(rotary_folder)
+    transformer, scheduler = load_trained(specification)
+    pipeline = specification.load_pipeline(transformer=transformer, scheduler=scheduler)
+    specification.vae_config = pipeline.vae.config
+    seen = []
+
+    def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["image_rotary_emb"])
+
+    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    z_0 = torch.zeros(1, frames, LATENT_CHANNELS, height, width)
+    specification.forward(
+        transformer,
+        scheduler,
+        {"encoder_hidden_states": torch.zeros(1, 16, 16)},
+        {"latents": z_0, "image_latents": z_0[:, :1]},
+        torch.tensor([0.5]),
+    )
+    hook.remove()
+    expected = pipeline._prepare_rotary_positional_embeddings(8 * height, 8 * width, frames, torch.device("cpu"))
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_it_loads_a_plain_model_and_widens_it(model_folder, rotary_folder, kind):
+    folder = model_folder if kind == "2b" else rotary_folder
+    models = make_specification(folder).load_diffusion_models()
+    assert models["transformer"].config.in_channels == 2 * LATENT_CHANNELS
+    assert isinstance(models["scheduler"], FrameBridgeScheduler)
+    backbone = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert torch.equal(models["scheduler"].backbone_scheduler().alphas_cumprod, backbone.alphas_cumprod)
+
+
+def test_it_goes_on_from_a_fine_tuned_transformer_alone(model_folder, tmp_path):
+    trained = load_bridge_transformer(str(model_folder), subfolder="transformer")
+    torch.nn.init.normal_(trained.patch_embed.proj.weight, generator=torch.Generator().manual_seed(4))
+    trained.save_pretrained(tmp_path / "transformer")
+    specification = make_specification(model_folder, transformer_id=str(tmp_path / "transformer"))
+    loaded = specification.load_diffusion_models()["transformer"]
+    assert torch.equal(loaded.patch_embed.proj.weight, trained.patch_embed.proj.weight)
+
+
+def test_every_other_component_can_come_from_a_folder_of_its_own(model_folder, tmp_path):
+    other = make_tiny_cogvideox(tmp_path / "other", seed=1)
+    parts = {f"{part}_id": str(other / part) for part in ("tokenizer", "text_encoder", "vae")}
+    specification = make_specification(model_folder, **parts)
+    loaded = specification.load_condition_models() | specification.load_latent_models()
+    expected = make_specification(other)
+    for name, module in (expected.load_condition_models() | expected.load_latent_models()).items():
+        if name != "tokenizer":
+            actual = loaded[name].state_dict()
+            assert all(torch.equal(tensor, actual[key]) for key, tensor in module.state_dict().items())
+    text = specification.prepare_conditions(
+        tokenizer=loaded["tokenizer"], text_encoder=loaded["text_encoder"], caption="a red square", sample_seed=1
+    )
+    assert text["encoder_hidden_states"].shape == (1, 16, 16)
+
+
+def test_it_goes_on_from_a_bridge_model_with_the_bridge_of_the_recipe(model_folder, tmp_path):
+    first = make_specification(model_folder, ObjectiveSettings(beta_max=20.0, target="data"))
+    models = first.load_diffusion_models()
+    transformer, scheduler = models["transformer"], models["scheduler"]
+    first._save_model(str(tmp_path / "model"), transformer, transformer.state_dict(), scheduler)
+    again = make_specification(tmp_path / "model").load_diffusion_models()["scheduler"]
+    assert (again.config.beta_max, again.config.target) == (50.0, "v")
+    assert again.config.backbone == scheduler.config.backbone
+
+
+LOADERS = {
+    "transformer": "load_diffusion_models",
+    "text_encoder": "load_condition_models",
+    "vae": "load_latent_models",
+}
+FILES = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+
+
+def damage(folder: Path, part: str, how: str) -> None:
+    file = folder / part / FILES[part]
+    if how == "no such model":
+        shutil.rmtree(folder)
+    elif how == "missing part":
+        shutil.rmtree(folder / part)
+    elif how == "empty part":
+        shutil.rmtree(folder / part)
+        (folder / part).mkdir()
+    elif how == "truncated weights":
+        file_size = file.stat().st_size
+        # A copy first: the file may be a hard link to another model's.
+        shutil.copy(file, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+        os.truncate(file, file_size // 2)
+    elif how == "no JSON in the config":
+        (folder / part / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "how", ["no such model", "missing part", "empty part", "truncated weights", "no JSON in the config"]
+)
+@pytest.mark.parametrize("part", LOADERS)
+def test_what_cannot_be_loaded_is_said_in_one_line(model_folder, tmp_path, part, how):
+    """By the constructor, which reads the configs, or when the weights are loaded."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    damage(tmp_path / "model", part, how)
+    with pytest.raises(FrameBridgeError) as error:
+        getattr(make_specification(tmp_path / "model"), LOADERS[part])()
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("cannot load ")
+    assert str(tmp_path / "model") in message
+    assert "check that the folder is a complete CogVideoX model" in message
+
+
+@pytest.mark.parametrize("missing", ["tokenizer", "tokenizer/spiece.model"])
+def test_a_missing_tokenizer_is_said_in_one_line(model_folder, tmp_path, missing):
+    """transformers would go on with a vocabulary that it made up."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(FrameBridgeError, match="cannot load tokenizer") as error:
+        make_specification(tmp_path / "model").load_condition_models()
+    assert "\n" not in str(error.value)
+
+
+def test_another_kind_of_model_is_said_in_one_line(model_folder, tmp_path):
+    with pytest.raises(FrameBridgeError, match="it is a AutoencoderKLCogVideoX, not a CogVideoXTransformer3D") as error:
+        make_specification(model_folder, transformer_id=str(model_folder / "vae"))
+    assert "\n" not in str(error.value)
+
+
+def test_validation_needs_an_image(model_folder):
+    with pytest.raises(FrameBridgeError, match="'a cat' has no image; add an image_path"):
+        make_specification(model_folder).validation(pipeline=None, prompt="a cat")
