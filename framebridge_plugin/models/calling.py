@@ -32,9 +32,10 @@ def call_transformer(
     Returns:
         The output in float32, [B, T, C, h, w].
     """
+    is_sharded = isinstance(transformer, FSDPModule)
     with contextlib.ExitStack() as stack:
-        if isinstance(transformer, FSDPModule):
-            # A sharded network casts all floating-point inputs to the precision of its weights, the time too.
+        if is_sharded:
+            # It casts all floating-point inputs to the precision of its weights, the time too.
             hook = transformer.time_proj.register_forward_pre_hook(lambda module, args: (timestep,))
             stack.callback(hook.remove)
         return transformer(

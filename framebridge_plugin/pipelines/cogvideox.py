@@ -243,7 +243,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         self._current_timestep = None
         self._interrupt = False
         device = image_latents.device
-        # Not transformer.dtype, which is that of the first weight: LoRA training keeps the input projection in float32.
+        # Not transformer.dtype, that of the first weight: LoRA training keeps the input projection in float32.
         dtype = self.transformer.patch_embed.text_proj.weight.dtype
         guided = guidance_scale > 1.0
         if guided:

@@ -17,12 +17,14 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, SchedulerMixin
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.widening import load_bridge_transformer
 
 UNCHANGED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
 PROJECTION_FILE = "patch_embed_proj.safetensors"
@@ -114,6 +116,7 @@ def save_lora_folder(
     projection_state_dict: Mapping[str, torch.Tensor],
     scheduler: SchedulerMixin,
     base_model: str,
+    replaced_components: Mapping[str, str] | None = None,
     clip_shape: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes a LoRA file that diffusers loads, the trained input projection beside it, and the scheduler.
@@ -125,6 +128,7 @@ def save_lora_folder(
         projection_state_dict: `weight` and, if there is one, `bias` of `patch_embed.proj`.
         scheduler: The scheduler that it was trained with.
         base_model: Folder or hub id of the model that was fine-tuned.
+        replaced_components: Folders or hub ids of the components that did not come from it, by name.
         clip_shape: (frames, height, width) that it was trained on.
     """
     folder = Path(directory)
@@ -138,10 +142,40 @@ def save_lora_folder(
     save_file({k: v.contiguous() for k, v in projection_state_dict.items()}, folder / PROJECTION_FILE)
     scheduler.save_pretrained(folder / "scheduler")
     num_frames, height, width = clip_shape or (None, None, None)
-    # A relative path would mean another folder wherever the LoRA is opened.
-    base_model = str(Path(base_model).resolve()) if os.path.isdir(base_model) else base_model
-    info = {"base_model": base_model, "num_frames": num_frames, "height": height, "width": width}
+    info = {
+        "base_model": _absolute(base_model),
+        "replaced_components": {name: _absolute(source) for name, source in (replaced_components or {}).items()},
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+    }
     (folder / LORA_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+
+
+def load_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Loads what a LoRA was trained on and its base model lacks: the widened transformer, and replaced components.
+
+    Args:
+        info: Content of the `framebridge.json` that `save_lora_folder` wrote.
+        torch_dtype: Precision of the weights; float32 by default.
+
+    Returns:
+        Components by name, for the `from_pretrained` of the pipeline.
+    """
+    sources = dict(info["replaced_components"])
+    dtype = torch_dtype or torch.float32
+    if "transformer" in sources:
+        transformer = load_bridge_transformer(sources["transformer"], torch_dtype=dtype)
+    else:
+        transformer = load_bridge_transformer(info["base_model"], subfolder="transformer", torch_dtype=dtype)
+    components = {"transformer": transformer}
+    if "vae" in sources:
+        components["vae"] = AutoencoderKLCogVideoX.from_pretrained(sources["vae"], torch_dtype=dtype)
+    if "text_encoder" in sources:
+        components["text_encoder"] = T5EncoderModel.from_pretrained(sources["text_encoder"], dtype=dtype)
+    if "tokenizer" in sources:
+        components["tokenizer"] = T5Tokenizer.from_pretrained(sources["tokenizer"])
+    return components
 
 
 def load_projection(transformer: CogVideoXTransformer3DModel, folder: Path) -> dict[str, torch.Tensor]:
@@ -187,6 +221,11 @@ def link_or_copy_tree(source: Path, destination: Path) -> None:
                 os.link(origin, copy)
             except OSError:
                 shutil.copyfile(origin, copy)
+
+
+def _absolute(source: str) -> str:
+    """A folder's whole path, since a relative one would mean another folder elsewhere; a hub id as it is."""
+    return str(Path(source).resolve()) if os.path.isdir(source) else source
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,13 +27,13 @@ def vae() -> AutoencoderKLCogVideoX:
 
 
 @pytest.fixture(params=["whole", "slices", "tiles"])
-def memory_saving(request: pytest.FixtureRequest, vae: AutoencoderKLCogVideoX) -> Iterator[str]:
+def memory_saving(request: pytest.FixtureRequest, vae: AutoencoderKLCogVideoX) -> str:
     if request.param == "slices":
         vae.enable_slicing()
     elif request.param == "tiles":
         # Tiles whose distance (5/6 and 4/5 of them) is a multiple of 8 pixels, as with the released model's 240 x 360.
         vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=40)
-    yield request.param
+    return request.param
 
 
 def random_pixels(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,20 +11,32 @@ import torch
 from PIL import Image
 
 from framebridge_plugin.training import CogVideoXBridgeSpecification
+from framebridge_plugin.training.objective import ObjectiveSettings
 from framebridge_plugin.training.registration import parse_arguments
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 from tests.training.conftest import LAUNCH_VARIABLES
 
+SIZE = 32
 TRAINING_TYPES = {"full": "full-finetune", "lora": "lora"}
+
+
+def make_specification(
+    model: Path, objective: ObjectiveSettings | None = None, **kwargs: Any
+) -> CogVideoXBridgeSpecification:
+    """A specification in float32, by default with the reference's objective."""
+    precision = dict.fromkeys(("text_encoder_dtype", "transformer_dtype", "vae_dtype"), torch.float32)
+    return CogVideoXBridgeSpecification(
+        str(model), objective=objective or ObjectiveSettings(), **{**precision, **kwargs}
+    )
 
 
 def make_inputs(folder: Path) -> Path:
     """Writes a tiny model, four clips and an image to validate with."""
-    make_tiny_cogvideox(folder / "model")
-    clips = make_clips(folder / "clips", count=4, frames=9, size=64)
-    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
+    make_tiny_cogvideox(folder / "model", sample_size=SIZE)
+    clips = make_clips(folder / "clips", count=4, frames=9, size=SIZE)
+    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, SIZE, SIZE]]}
     (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "red.png")
+    Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
     columns = "caption,image_path,num_inference_steps,num_frames\n"
     (folder / "validation.csv").write_text(f"{columns}a red square,{folder / 'red.png'},1,9\n")
     return folder
@@ -78,6 +90,8 @@ def run_trainer(
         text_encoder_dtype=torch.float32,
         vae_dtype=torch.float32,
         transformer_dtype=args.transformer_dtype,
+        transformer_id=args.transformer_id,
+        vae_id=args.vae_id,
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCH_VARIABLES:

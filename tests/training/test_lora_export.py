@@ -20,8 +20,8 @@ from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.pipelines.saving import LORA_FILE, LORA_INFO_FILE, PROJECTION_FILE
 from framebridge_plugin.training import FrameBridgeTrainer
-from tests.tiny_models import LATENT_CHANNELS
-from tests.training.bridge_runs import make_inputs, run_trainer
+from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
+from tests.training.bridge_runs import SIZE, make_inputs, run_trainer
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def settings_of(scheduler: Any) -> dict[str, Any]:
 
 def sampled(pipeline: FrameBridgeCogVideoXPipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     draws = torch.Generator().manual_seed(1)
     return pipeline(image, "a red square", num_inference_steps=3, generator=draws, output_type="latent").frames
 
@@ -74,7 +74,7 @@ def test_the_reloaded_pipeline_is_the_trainers(trainer, inputs, reloaded):
     specification = trainer.model_specification
     pipeline = specification.load_pipeline(transformer=trainer.transformer, scheduler=trainer.scheduler)
     torch.testing.assert_close(sampled(reloaded), sampled(pipeline), rtol=0, atol=1e-5)
-    assert (reloaded.config.num_frames, reloaded.config.height, reloaded.config.width) == (9, 64, 64)
+    assert (reloaded.config.num_frames, reloaded.config.height, reloaded.config.width) == (9, SIZE, SIZE)
     assert settings_of(reloaded.scheduler) == settings_of(trainer.scheduler)
 
 
@@ -124,6 +124,17 @@ def test_the_run_can_be_opened_from_another_working_folder(trainer, inputs, tmp_
     info = json.loads((inputs / "run/lora" / LORA_INFO_FILE).read_text())
     assert Path(info["base_model"]) == (inputs / "model").resolve()
     open_pipeline(str(inputs / "run"))
+
+
+def test_a_lora_on_another_transformer_and_autoencoder_finds_them_again(trainer, inputs, tmp_path):
+    other = make_tiny_cogvideox(tmp_path / "other", seed=5, sample_size=SIZE)
+    options = [f"--{part}_id={other / part}" for part in ("transformer", "vae")]
+    trainer = run_trainer(FrameBridgeTrainer, inputs, tmp_path / "run", "lora", "--parallel_backend=ptd", *options)
+    reloaded = open_pipeline(str(tmp_path / "run"))
+    live = output(trainer.transformer.eval())
+    torch.testing.assert_close(output(reloaded.transformer), live, rtol=0, atol=1e-5)
+    expected = load_file(other / "vae/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.vae.state_dict().items())
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of another model"])

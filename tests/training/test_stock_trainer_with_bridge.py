@@ -20,9 +20,7 @@ from tests.training.bridge_runs import make_inputs, run_trainer
 
 RUNS = [
     f"{kind}-{backend}{precomputed}"
-    for kind, backend, precomputed in itertools.product(
-        ("full", "lora"), ("accelerate", "ptd"), ("", "-precomputed")
-    )
+    for kind, backend, precomputed in itertools.product(("full", "lora"), ("accelerate", "ptd"), ("", "-precomputed"))
 ]
 LORA_RUNS = [name for name in RUNS if "lora" in name]
 FULL_RUNS = [name for name in RUNS if "full" in name]

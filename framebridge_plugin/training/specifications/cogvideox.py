@@ -12,13 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from diffusers.configuration_utils import FrozenDict
 from finetrainers.data import VideoArtifact
 from finetrainers.models.cogvideox import CogVideoXModelSpecification
 from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embeddings
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
@@ -40,6 +37,13 @@ from framebridge_plugin.training.objective import (
     diffusion_prediction,
 )
 from framebridge_plugin.training.registration import parsed_objective
+from framebridge_plugin.training.specifications.loading import (
+    LOADING_ERRORS,
+    cannot_load,
+    load_config,
+    load_text_encoder,
+    load_tokenizer,
+)
 
 
 class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
@@ -72,25 +76,24 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     # Loading
 
+    # finetrainers' own reading of configs fails for a folder alone (`transformer_id`, `vae_id`).
+
     def _load_transformer_config(self) -> None:
-        self.transformer_config = self._load_config(CogVideoXTransformer3DModel, "transformer", self.transformer_id)
+        source, subfolder = self._source("transformer")
+        self.transformer_config = load_config(CogVideoXTransformer3DModel, source, subfolder, **self._hub_settings)
 
     def _load_vae_config(self) -> None:
-        self.vae_config = self._load_config(AutoencoderKLCogVideoX, "vae", self.vae_id)
+        source, subfolder = self._source("vae")
+        self.vae_config = load_config(AutoencoderKLCogVideoX, source, subfolder, **self._hub_settings)
 
-    def _load_config(self, component_class: Any, name: str, override: str | None) -> FrozenDict:
-        """A component's config; finetrainers' own way to it fails for a folder alone (`transformer_id`, `vae_id`)."""
-        source = override or self.pretrained_model_name_or_path
-        try:
-            config = component_class.load_config(
-                source, subfolder=None if override else name, revision=self.revision, cache_dir=self.cache_dir
-            )
-        except (OSError, ValueError) as error:
-            raise _cannot_load(name, source, error) from error
-        if config.get("_class_name") != component_class.__name__:
-            wrong = TypeError(f"it is a {config.get('_class_name')}, not a {component_class.__name__}")
-            raise _cannot_load(name, source, wrong)
-        return FrozenDict(**config)
+    @property
+    def _hub_settings(self) -> dict[str, Any]:
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    def _source(self, component: str) -> tuple[str, str]:
+        """Where a component comes from: folder or id, and the subfolder in it ("" for a component alone)."""
+        alone = getattr(self, f"{component}_id")
+        return (self.pretrained_model_name_or_path, component) if alone is None else (alone, "")
 
     def load_diffusion_models(self) -> dict[str, Any]:
         """The widened transformer and the scheduler of the objective.
@@ -101,31 +104,26 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Raises:
             FrameBridgeError: If a file is missing or damaged, or the model is of another kind.
         """
-        common = {"revision": self.revision, "cache_dir": self.cache_dir}
-        source = self.transformer_id or self.pretrained_model_name_or_path
+        source, subfolder = self._source("transformer")
         try:
             transformer = load_bridge_transformer(
-                source,
-                subfolder=None if self.transformer_id else "transformer",
-                torch_dtype=self.transformer_dtype,
-                **common,
+                source, subfolder=subfolder, torch_dtype=self.transformer_dtype, **self._hub_settings
             )
-            scheduler = self._load_scheduler()
         except FrameBridgeError:
             raise
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise _cannot_load("transformer and scheduler", source, error) from error
+        except LOADING_ERRORS as error:
+            raise cannot_load("transformer", source, error) from error
+        scheduler = self._load_scheduler()
         self.transformer_config = transformer.config
         return {"transformer": transformer, "scheduler": scheduler}
 
     def _load_scheduler(self) -> FrameBridgeScheduler | CogVideoXDDIMScheduler:
         """The scheduler of the objective, over the noise schedule of the base model."""
-        config = CogVideoXDDIMScheduler.load_config(
-            self.pretrained_model_name_or_path,
-            subfolder="scheduler",
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-        )
+        source = self.pretrained_model_name_or_path
+        try:
+            config = CogVideoXDDIMScheduler.load_config(source, subfolder="scheduler", **self._hub_settings)
+        except LOADING_ERRORS as error:
+            raise cannot_load("scheduler", source, error) from error
         if config.get("_class_name") == FrameBridgeScheduler.__name__:
             # A model that was fine-tuned before: its own bridge is replaced by the recipe's.
             config = FrameBridgeScheduler.from_config(config).config.backbone
@@ -144,28 +142,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Raises:
             FrameBridgeError: If a file is missing or damaged.
         """
-        # Not finetrainers' own loading: it takes a T5 with its decoder for `text_encoder_id`.
-        common = {"revision": self.revision, "cache_dir": self.cache_dir}
-        source = self.tokenizer_id or self.pretrained_model_name_or_path
-        try:
-            tokenizer = T5Tokenizer.from_pretrained(
-                source, subfolder="" if self.tokenizer_id else "tokenizer", **common
-            )
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
-            raise _cannot_load("tokenizer", source, error) from error
-        if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
-            # transformers makes up a vocabulary of nothing but special tokens where the file is missing.
-            raise _cannot_load("tokenizer", source, FileNotFoundError("it has no vocabulary (spiece.model)"))
-        source = self.text_encoder_id or self.pretrained_model_name_or_path
-        try:
-            text_encoder = T5EncoderModel.from_pretrained(
-                source,
-                subfolder="" if self.text_encoder_id else "text_encoder",
-                dtype=self.text_encoder_dtype,
-                **common,
-            )
-        except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-            raise _cannot_load("text encoder", source, error) from error
+        tokenizer = load_tokenizer(*self._source("tokenizer"), **self._hub_settings)
+        source, subfolder = self._source("text_encoder")
+        text_encoder = load_text_encoder(source, subfolder, self.text_encoder_dtype, **self._hub_settings)
         return {"tokenizer": tokenizer, "text_encoder": text_encoder}
 
     def load_latent_models(self) -> dict[str, Any]:
@@ -179,9 +158,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         """
         try:
             return super().load_latent_models()
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            source = self.vae_id or self.pretrained_model_name_or_path
-            raise _cannot_load("autoencoder", source, error) from error
+        except LOADING_ERRORS as error:
+            raise cannot_load("autoencoder", self._source("vae")[0], error) from error
 
     def load_pipeline(self, transformer: CogVideoXTransformer3DModel | None = None, **kwargs: Any) -> Any:
         """A pipeline around the components that are given; the others are loaded.
@@ -464,6 +442,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             # The stock trainer hands over the LoRA layers alone; it runs in one process, where the weights are whole.
             assert self._trained_projection is not None
             projection_state_dict = self._trained_projection.state_dict()
+        replaced = {name: getattr(self, f"{name}_id") for name in (*UNCHANGED_COMPONENTS, "transformer")}
         save_lora_folder(
             directory,
             lora_state_dict=transformer_state_dict,
@@ -471,16 +450,14 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             projection_state_dict=projection_state_dict,
             scheduler=scheduler,
             base_model=self.pretrained_model_name_or_path,
+            replaced_components={name: source for name, source in replaced.items() if source is not None},
             clip_shape=self.clip_shape,
         )
 
     def _component_folder(self, name: str) -> Path:
-        override = getattr(self, f"{name}_id")
-        common = {"revision": self.revision, "cache_dir": self.cache_dir}
-        if override is not None:
-            return local_folder(override, **common)
-        patterns = [f"{component}/*" for component in UNCHANGED_COMPONENTS]
-        return local_folder(self.pretrained_model_name_or_path, patterns=patterns, **common) / name
+        source, subfolder = self._source(name)
+        patterns = [f"{component}/*" for component in UNCHANGED_COMPONENTS] if subfolder else None
+        return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder
 
 
 def _sample_generator(
@@ -490,11 +467,3 @@ def _sample_generator(
     if sample_seed is None:
         return generator
     return torch.Generator().manual_seed(derive_seed(int(sample_seed), purpose))
-
-
-def _cannot_load(what: str, source: str, error: BaseException) -> FrameBridgeError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return FrameBridgeError(
-        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in "
-        "diffusers format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
-    )

@@ -1,0 +1,103 @@
+"""Loading the components of a CogVideoX folder or id, with one-line errors for whatever is wrong with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from safetensors import SafetensorError
+from transformers import T5EncoderModel, T5Tokenizer
+
+from framebridge_plugin.errors import FrameBridgeError
+
+LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
+"""What diffusers, transformers and safetensors raise for files that are missing, damaged or of another kind."""
+
+
+def cannot_load(what: str, source: str, reason: BaseException | str) -> FrameBridgeError:
+    """The error for a component that cannot be loaded.
+
+    Args:
+        what: The component.
+        source: Folder or id that it was to come from.
+        reason: What is wrong; of an error, its first line.
+
+    Returns:
+        An error of one line.
+    """
+    line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+    return FrameBridgeError(
+        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in "
+        "diffusers format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
+    )
+
+
+def load_config(component_class: Any, source: str, subfolder: str | None, **hub_settings: Any) -> FrozenDict:
+    """A component's config.
+
+    Args:
+        component_class: The class of diffusers that the config must be of.
+        source: Folder or id of a whole model, or of the component alone.
+        subfolder: The component's folder in a whole model.
+        **hub_settings: `revision` and `cache_dir`.
+
+    Returns:
+        The config.
+
+    Raises:
+        FrameBridgeError: If it is missing, damaged or of another class.
+    """
+    name = component_class.__name__
+    try:
+        config = component_class.load_config(source, subfolder=subfolder, **hub_settings)
+    except LOADING_ERRORS as error:
+        raise cannot_load(name, source, error) from error
+    if config.get("_class_name") != name:
+        raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}")
+    return FrozenDict(**config)
+
+
+def load_tokenizer(source: str, subfolder: str, **hub_settings: Any) -> T5Tokenizer:
+    """A T5 tokenizer.
+
+    Args:
+        source: Folder or id of a whole model, or of the tokenizer alone.
+        subfolder: Its folder in a whole model, "" for the tokenizer alone.
+        **hub_settings: `revision` and `cache_dir`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FrameBridgeError: If a file is missing or damaged.
+    """
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(source, subfolder=subfolder, **hub_settings)
+    except LOADING_ERRORS as error:
+        raise cannot_load("tokenizer", source, error) from error
+    # Without its file, transformers makes up a vocabulary of special tokens and one more.
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
+        raise cannot_load("tokenizer", source, "it has no vocabulary (spiece.model)")
+    return tokenizer
+
+
+def load_text_encoder(source: str, subfolder: str, dtype: torch.dtype, **hub_settings: Any) -> T5EncoderModel:
+    """A T5 encoder; finetrainers' own loading takes a T5 with its decoder for `text_encoder_id`.
+
+    Args:
+        source: Folder or id of a whole model, or of the encoder alone.
+        subfolder: Its folder in a whole model, "" for the encoder alone.
+        dtype: Precision of its weights.
+        **hub_settings: `revision` and `cache_dir`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        FrameBridgeError: If a file is missing or damaged.
+    """
+    try:
+        return T5EncoderModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
+    except LOADING_ERRORS as error:
+        raise cannot_load("text encoder", source, error) from error
