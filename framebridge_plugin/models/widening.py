@@ -74,7 +74,7 @@ def load_bridge_transformer(
         pretrained_model_name_or_path: A folder or hub id: a whole CogVideoX model (with `subfolder="transformer"`),
             plain or widened already, or a `transformer/` folder alone.
         subfolder: The folder of the transformer inside a whole model.
-        **kwargs: Passed to diffusers' `from_pretrained` (`torch_dtype`, `revision`, `cache_dir`, ...).
+        **kwargs: Passed to diffusers' `from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
 
     Returns:
         A transformer with twice as many input as output channels.

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, read_image, write_video
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, local_folder
+from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, load_lora_base, local_folder
 from framebridge_plugin.sample_request import SampleRequest
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
+_OURS = FrameBridgeCogVideoXPipeline.__name__
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,11 +96,15 @@ def open_pipeline(
     Raises:
         FrameBridgeError: If something is missing, damaged or of another kind.
     """
-    source = _find_model(model)
+    source = _find_model(local_folder(model))
     try:
-        if isinstance(source, Path) and (source / LORA_INFO_FILE).is_file():
+        if (source / LORA_INFO_FILE).is_file():
+            if transformer is not None:
+                raise FrameBridgeError(
+                    f"{source} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
+                )
             return _open_lora(source, torch_dtype)
-        return _open_model(str(source), transformer, torch_dtype)
+        return _open_model(source, transformer, torch_dtype)
     except FrameBridgeError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -111,11 +115,8 @@ def open_pipeline(
         ) from error
 
 
-def _find_model(model: str) -> Path | str:
-    """The model or LoRA folder inside a run's folder; what is not a folder is returned as it is."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
+def _find_model(folder: Path) -> Path:
+    """The model or LoRA folder inside a run's folder."""
     for candidate in (folder, folder / "model", folder / "lora"):
         if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
             return candidate
@@ -123,7 +124,7 @@ def _find_model(model: str) -> Path | str:
     if checkpoints:
         newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")))
         _say(f"the run has not ended: its newest checkpoint {newest} is used")
-        return _find_model(str(newest))
+        return _find_model(newest)
     raise FrameBridgeError(
         f"{folder} is no model: it has no model_index.json, and no model/, lora/ or checkpoints/ of a run; give a "
         "run's folder or a model in diffusers format"
@@ -134,40 +135,45 @@ def _open_lora(folder: Path, torch_dtype: torch.dtype | None) -> FrameBridgeCogV
     info = json.loads((folder / LORA_INFO_FILE).read_text())
     pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(
         info["base_model"],
-        transformer=load_bridge_transformer(info["base_model"], subfolder="transformer", torch_dtype=torch_dtype),
         scheduler=_load_scheduler(folder / "scheduler"),
-        torch_dtype=torch_dtype,
+        dtype=torch_dtype,
         num_frames=info["num_frames"],
         height=info["height"],
         width=info["width"],
+        **load_lora_base(info, torch_dtype),
     )
     pipeline.load_lora_weights(folder)
     return pipeline
 
 
-def _open_model(model: str, transformer: str | None, torch_dtype: torch.dtype | None) -> FrameBridgeCogVideoXPipeline:
-    folder = local_folder(model)
-    class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+def _open_model(
+    folder: Path, transformer: str | None, torch_dtype: torch.dtype | None
+) -> FrameBridgeCogVideoXPipeline:
+    class_name = _class_name(folder / "model_index.json")
     replaced: dict[str, Any] = {}
     if transformer is not None:
-        replaced["transformer"] = CogVideoXTransformer3DModel.from_pretrained(transformer, torch_dtype=torch_dtype)
-    beside = Path(transformer).parent / "scheduler" if transformer is not None else None
-    if beside is not None and beside.is_dir():
-        replaced["scheduler"] = _load_scheduler(beside)
+        replaced["transformer"] = CogVideoXTransformer3DModel.from_pretrained(transformer, dtype=torch_dtype)
+    if transformer is not None and _class_name(Path(transformer).parent / "model_index.json") == _OURS:
+        replaced["scheduler"] = _load_scheduler(Path(transformer).parent / "scheduler")
     elif class_name == "CogVideoXPipeline":
         backbone = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         replaced["scheduler"] = FrameBridgeScheduler.from_backbone(backbone, target="v", alignment_edge="reference")
         _say("the model has no bridge settings: the reference's are used (target v, SNR-aligned, beta .01 to 50)")
-    elif class_name != FrameBridgeCogVideoXPipeline.__name__:
+    elif class_name != _OURS:
         raise FrameBridgeError(
-            f"{model} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model "
+            f"{folder} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model "
             "with `finetrainers train`"
         )
-    return FrameBridgeCogVideoXPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **replaced)
+    return FrameBridgeCogVideoXPipeline.from_pretrained(folder, dtype=torch_dtype, **replaced)
+
+
+def _class_name(config: Path) -> str | None:
+    """The class that a diffusers JSON file names; None without the file."""
+    return json.loads(config.read_text())["_class_name"] if config.is_file() else None
 
 
 def _load_scheduler(folder: Path) -> Any:
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    name = str(_class_name(folder / "scheduler_config.json"))
     scheduler_class = FrameBridgeScheduler if name == FrameBridgeScheduler.__name__ else getattr(diffusers, name)
     return scheduler_class.from_pretrained(folder)
 

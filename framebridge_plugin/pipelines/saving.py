@@ -165,12 +165,12 @@ def load_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = No
     sources = dict(info["replaced_components"])
     dtype = torch_dtype or torch.float32
     if "transformer" in sources:
-        transformer = load_bridge_transformer(sources["transformer"], torch_dtype=dtype)
+        transformer = load_bridge_transformer(sources["transformer"], dtype=dtype)
     else:
-        transformer = load_bridge_transformer(info["base_model"], subfolder="transformer", torch_dtype=dtype)
+        transformer = load_bridge_transformer(info["base_model"], subfolder="transformer", dtype=dtype)
     components = {"transformer": transformer}
     if "vae" in sources:
-        components["vae"] = AutoencoderKLCogVideoX.from_pretrained(sources["vae"], torch_dtype=dtype)
+        components["vae"] = AutoencoderKLCogVideoX.from_pretrained(sources["vae"], dtype=dtype)
     if "text_encoder" in sources:
         components["text_encoder"] = T5EncoderModel.from_pretrained(sources["text_encoder"], dtype=dtype)
     if "tokenizer" in sources:

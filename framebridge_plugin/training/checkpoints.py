@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from framebridge_plugin.errors import FrameBridgeError
 
@@ -64,6 +63,7 @@ class Checkpointer:
         export: Called as `export(folder, state_dict)` on rank 0 with the whole weights: writes what sampling opens.
         trainable_only: Whether a checkpoint holds the trained parameters alone (LoRA).
         limit: How many checkpoints to keep; None for all.
+        settings: What a resumed run must have in common with the stored one, by name; values that JSON can say.
         is_main_process: Whether this is rank 0.
         barrier: Waits for all ranks.
     """
@@ -78,6 +78,7 @@ class Checkpointer:
         *,
         trainable_only: bool,
         limit: int | None,
+        settings: Mapping[str, Any],
         is_main_process: bool,
         barrier: Callable[[], None],
     ) -> None:
@@ -88,6 +89,7 @@ class Checkpointer:
         self.export = export
         self.trainable_only = trainable_only
         self.limit = limit
+        self.settings = dict(settings)
         self.is_main_process = is_main_process
         self.barrier = barrier
 
@@ -119,19 +121,21 @@ class Checkpointer:
                 self.export(partial, weights)
                 if self.trainable_only:
                     save_file(_plain_tensors(weights), partial / "trainer" / "weights.safetensors")
-                tensors, numbers = _split_optimizer_state(optimizer_state)
-                save_file(tensors, partial / "trainer" / "optimizer.safetensors")
+                tensors: dict[str, torch.Tensor] = {}
+                packed = _pack(optimizer_state, "optimizer", tensors)
+                save_file(_plain_tensors(tensors), partial / "trainer" / "optimizer.safetensors")
                 content = {
                     "step": state.step,
                     "samples_seen": state.samples_seen,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
-                    "optimizer": numbers,
+                    "optimizer": packed,
+                    "settings": self.settings,
                 }
                 (partial / "trainer" / "state.json").write_text(json.dumps(content, default=float))
                 _flush_to_disk(partial)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise FrameBridgeError(
                     f"cannot write checkpoint {folder}: {error}; free disk space or lower "
@@ -187,6 +191,10 @@ class Checkpointer:
         """
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
+            changed = {name for name, value in content["settings"].items() if self.settings.get(name) != value}
+            if changed:
+                was = ", ".join(f"{name} {content['settings'][name]!r}" for name in sorted(changed))
+                raise ValueError(f"it was trained with {was}")
             stored = self._read_weights(folder)
             set_model_state_dict(
                 self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
@@ -197,7 +205,7 @@ class Checkpointer:
             set_optimizer_state_dict(
                 self.model,
                 self.optimizer,
-                _join_optimizer_state(tensors, content["optimizer"], live),
+                _unpack(content["optimizer"], "optimizer", tensors, live),
                 options=StateDictOptions(full_state_dict=True),
             )
             self.lr_scheduler.load_state_dict(content["lr_scheduler"])
@@ -205,8 +213,8 @@ class Checkpointer:
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FrameBridgeError(
-                f"cannot resume from {folder}: {line}; remove that folder to resume from the checkpoint before it, "
-                "and resume with the model settings of the run's recipe.yaml"
+                f"cannot resume from {folder}: {line}; resume with the settings of the run's recipe.yaml, or, if the "
+                "folder is damaged, remove it to go on from the checkpoint before it"
             ) from error
 
     def _read_weights(self, folder: Path) -> dict[str, Any]:
@@ -229,55 +237,41 @@ def _plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors for safetensors, everything else for JSON.
+def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Turns an optimizer's state into what JSON can say; its tensors go into `tensors` under their paths.
 
     Quantised states (torchao's 8-bit AdamW) are tensor subclasses made of plain tensors, stored one by one.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for parameter, entries in state["state"].items():
-        for name, value in entries.items():
-            if _is_quantised(value):
-                parts, _ = value.__tensor_flatten__()
-                tensors.update({f"{parameter}/{name}/{part}": getattr(value, part) for part in parts})
-            elif isinstance(value, torch.Tensor):
-                tensors[f"{parameter}/{name}"] = value
-            else:
-                numbers.setdefault(parameter, {})[name] = value
-    return _plain_tensors(tensors), {"state": numbers, "param_groups": state["param_groups"]}
+    if isinstance(value, dict):
+        return {"dict": {key: _pack(item, f"{name}/{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_pack(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+    if hasattr(value, "__tensor_flatten__"):
+        parts, _ = value.__tensor_flatten__()
+        tensors.update({f"{name}/{part}": getattr(value, part) for part in parts})
+        return {"quantised": parts}
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    return value
 
 
-def _join_optimizer_state(
-    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], live: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The inverse of `_split_optimizer_state`; `live` says what there is, and which states are tensor subclasses."""
-    state: dict[str, dict[str, Any]] = {}
-    for parameter, entries in live["state"].items():
-        state[parameter] = dict(stored["state"].get(parameter, {}))
-        for name, value in entries.items():
-            if _is_quantised(value):
-                parts, context = value.__tensor_flatten__()
-                inner = {part: tensors[f"{parameter}/{name}/{part}"] for part in parts}
-                state[parameter][name] = type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
-            elif isinstance(value, torch.Tensor):
-                state[parameter][name] = tensors[f"{parameter}/{name}"]
-    groups = [
-        {key: _like(value, live_group.get(key)) for key, value in group.items()}
-        for group, live_group in zip(stored["param_groups"], live["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
-
-
-def _is_quantised(value: Any) -> bool:
-    return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
-
-
-def _like(stored: Any, live: Any) -> Any:
-    """A value from JSON with the type that the optimizer gave it: torchao keeps its learning rate in a tensor."""
-    if isinstance(live, torch.Tensor):
-        return torch.tensor(stored, dtype=live.dtype)
-    return tuple(stored) if isinstance(live, tuple) else stored
+def _unpack(packed: Any, name: str, tensors: Mapping[str, torch.Tensor], live: Any) -> Any:
+    """The inverse of `_pack`; `live` is the present state, which knows the classes of quantised tensors."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "dict":
+        present = live if isinstance(live, dict) else {}
+        return {key: _unpack(item, f"{name}/{key}", tensors, present.get(key)) for key, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_unpack(item, f"{name}/{i}", tensors, None) for i, item in enumerate(content)]
+        return items if kind == "list" else tuple(items)
+    if kind == "quantised":
+        _, context = live.__tensor_flatten__()
+        inner = {part: tensors[f"{name}/{part}"] for part in content}
+        return type(live).__tensor_unflatten__(inner, context, live.size(), live.stride())
+    return tensors[content]
 
 
 def _flush_to_disk(folder: Path) -> None:

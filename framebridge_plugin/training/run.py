@@ -32,8 +32,8 @@ _VERSIONS_OF = (
 def train(recipe: Recipe) -> None:
     """Trains what the recipe says, in this process and the others that torchrun started beside it.
 
-    The run's folder gets the resolved recipe (`recipe.yaml`), the versions of the packages (`versions.json`), metrics,
-    checkpoints, validation videos and, at the end, the model.
+    The run's folder gets the resolved recipe (`recipe.yaml`; a resumed run writes `recipe-resumed.yaml`), the
+    versions of the packages (`versions.json`), metrics, checkpoints, validation videos and, at the end, the model.
 
     Args:
         recipe: A checked recipe.
@@ -89,7 +89,8 @@ def _write_run_files(recipe: Recipe, output_dir: Path) -> Path:
     """Writes recipe, versions and data set description; returns the path of the last."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if _is_main_process():
-        (output_dir / "recipe.yaml").write_text(recipe.to_yaml())
+        resumed = recipe.checkpoints.resume_from_checkpoint is not None
+        (output_dir / ("recipe-resumed.yaml" if resumed else "recipe.yaml")).write_text(recipe.to_yaml())
         versions = {"python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
         (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

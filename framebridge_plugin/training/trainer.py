@@ -8,6 +8,7 @@ checkpoints are whole or not there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -63,11 +64,26 @@ class FrameBridgeTrainer(SFTTrainer):
     def __init__(self, args: Any, model_specification: Any) -> None:
         _refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
+        # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
+        args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
         self._validation_samples: list[dict[str, Any]] = []
         super().__init__(args, model_specification)
 
     # Preparation
+
+    def _get_training_info(self) -> dict[str, Any]:
+        info = super()._get_training_info()
+        info["miscellaneous_arguments"].pop("hub_token", None)  # this goes to the trackers
+        return info
+
+    def _prepare_trainable_parameters(self) -> None:
+        try:
+            super()._prepare_trainable_parameters()
+        except ValueError as error:
+            if self.args.training_type != TrainingType.LORA:
+                raise
+            raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
 
     def _prepare_for_training(self) -> None:
         super()._prepare_for_training()
@@ -115,6 +131,11 @@ class FrameBridgeTrainer(SFTTrainer):
             export=self._export,
             trainable_only=is_lora,
             limit=self.args.checkpointing_limit,
+            settings={
+                "training_type": self.args.training_type,
+                "optimizer": self.args.optimizer,
+                **dataclasses.asdict(self.args.framebridge_objective),
+            },
             is_main_process=self.state.parallel_backend.is_main_process,
             barrier=self.state.parallel_backend.wait_for_everyone,
         )
@@ -127,7 +148,7 @@ class FrameBridgeTrainer(SFTTrainer):
         """Writes what sampling opens: a model folder, or LoRA layers with the projection."""
         if self.args.training_type != TrainingType.LORA:
             self.model_specification._save_model(
-                str(folder / "model"), self.transformer, dict(state_dict), self.scheduler
+                str(folder / self._export_name), self.transformer, dict(state_dict), self.scheduler
             )
             return
         metadata = {
@@ -137,7 +158,7 @@ class FrameBridgeTrainer(SFTTrainer):
             "target_modules": self.args.target_modules,
         }
         self.model_specification._save_lora_weights(
-            str(folder / "lora"),
+            str(folder / self._export_name),
             get_peft_model_state_dict(self.transformer, dict(state_dict)),
             self.scheduler,
             {"lora_config": json.dumps(metadata)},
@@ -153,7 +174,7 @@ class FrameBridgeTrainer(SFTTrainer):
         clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
         self.transformer.train()
         batches = self._batches()
-        started, first_step, saved_step = time.monotonic(), progress.step, progress.step if progress.step else None
+        saved_step = progress.step or None
         progress_bar = tqdm(
             total=args.train_steps,
             initial=progress.step,
@@ -166,7 +187,7 @@ class FrameBridgeTrainer(SFTTrainer):
             MetricsLogger(output_dir, enabled=backend.is_main_process, first_step=progress.step) as metrics,
         ):
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
-                step = progress.step + 1
+                step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
                 loss = self._accumulate_gradients(batches, step)
                 grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
@@ -182,7 +203,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 progress.step = step
                 progress.samples_seen += clips_per_update
 
-                speed = (step - first_step) * clips_per_update / (time.monotonic() - started)
+                speed = clips_per_update / (time.monotonic() - started)
                 progress_bar.update()
                 progress_bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", clips_per_s=f"{speed:.2f}")
                 if step % args.logging_steps == 0:
@@ -204,7 +225,11 @@ class FrameBridgeTrainer(SFTTrainer):
         folder = self.checkpointer.find(progress.step) if saved_step == progress.step else None
         self._publish(folder or self.checkpointer.save(progress), output_dir)
         self._validate(progress.step, final_validation=True)
+        is_main_process = backend.is_main_process
         backend.destroy()
+        if args.push_to_hub and is_main_process:
+            folder = output_dir / self._export_name
+            upload_folder(repo_id=self.state.repo_id, folder_path=folder, token=args.hub_token)
 
     def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
         """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
@@ -295,13 +320,14 @@ class FrameBridgeTrainer(SFTTrainer):
                 items = []
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
-        """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora, and the hub's."""
+        """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
         if self.state.parallel_backend.is_main_process:
-            name = "lora" if self.args.training_type == TrainingType.LORA else "model"
-            link_or_copy_tree(checkpoint / name, output_dir / name)
-            if self.args.push_to_hub:
-                upload_folder(repo_id=self.state.repo_id, folder_path=output_dir / name, token=self.args.hub_token)
+            link_or_copy_tree(checkpoint / self._export_name, output_dir / self._export_name)
         self.state.parallel_backend.wait_for_everyone()
+
+    @property
+    def _export_name(self) -> str:
+        return "lora" if self.args.training_type == TrainingType.LORA else "model"
 
     # Validation
 
@@ -320,7 +346,8 @@ class FrameBridgeTrainer(SFTTrainer):
                 enable_model_cpu_offload=args.enable_model_cpu_offload,
                 **components,
             )
-            self._move_components_to_device([pipeline.text_encoder, pipeline.vae])
+            if not args.enable_model_cpu_offload:
+                self._move_components_to_device([pipeline.text_encoder, pipeline.vae])
             pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
             written = sample_validation_videos(
                 self._validation_samples,
@@ -333,7 +360,11 @@ class FrameBridgeTrainer(SFTTrainer):
                 world_size=self._data_world_size,
             )
             pipeline.remove_all_hooks()
-        if args.report_to == "wandb":
+        if self._data_world_size > 1:
+            shares: list[Any] = [None] * self._data_world_size
+            torch.distributed.all_gather_object(shares, written)
+            written = [item for share in shares for item in share]
+        if args.report_to == "wandb" and backend.is_main_process:
             videos = [wandb.Video(str(path), caption=prompt) for path, prompt in written]
             backend.log({"final" if final_validation else "validation": videos}, step=step)
         backend.wait_for_everyone()
@@ -359,6 +390,8 @@ def _refuse_unsupported(args: Any) -> None:
                 f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
                 "dp_shards"
             )
+    if args.enable_model_cpu_offload and not torch.accelerator.is_available():
+        raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")
 
 
 def _global_norm(norm: torch.Tensor) -> float:

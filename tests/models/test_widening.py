@@ -25,11 +25,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load_plain(model: Path, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer", torch_dtype=dtype)
+    return CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer", dtype=dtype)
 
 
 def load_widened(model: Path, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
-    return load_bridge_transformer(str(model), subfolder="transformer", torch_dtype=dtype)
+    return load_bridge_transformer(str(model), subfolder="transformer", dtype=dtype)
 
 
 def random_latents(seed: int, channels: int = LATENT_CHANNELS) -> torch.Tensor:

@@ -135,11 +135,11 @@ def test_captions_are_dropped_at_the_given_rate_by_sample(model_folder):
     # What finetrainers' loader of batches of one hands over.
     assert torch.equal(embed(["a red square"], 0, never), caption)
 
-    dropped = [torch.equal(embed("a red square", seed), empty) for seed in range(400)]
-    kept = [torch.equal(embed("a red square", seed), caption) for seed in range(400)]
-    assert [not was for was in dropped] == kept
-    assert sum(dropped) / 400 == pytest.approx(0.3, abs=0.08)
-    assert [torch.equal(embed("a red square", seed), empty) for seed in range(20)] == dropped[:20]
+    results = [embed("a red square", seed) for seed in range(300)]
+    dropped = [torch.equal(result, empty) for result in results]
+    assert [torch.equal(result, caption) for result in results] == [not was for was in dropped]
+    assert sum(dropped) / 300 == pytest.approx(0.3, abs=0.08)
+    assert [torch.equal(embed("a red square", seed), empty) for seed in range(10)] == dropped[:10]
 
 
 def test_preparing_a_sample_leaves_the_global_generator_alone(model_folder, vae, video):
@@ -187,7 +187,7 @@ def finetrainers_loss(scheduler: Any, prediction: torch.Tensor, target: torch.Te
     return weights.float() * (prediction - target).square().flatten(1).mean(dim=1)
 
 
-@pytest.mark.parametrize("indices", [[0, 999], [250, 965]])
+@pytest.mark.parametrize("indices", [[0, 999], [251, 506]])
 def test_forward_is_the_unweighted_bridge_loss(model_folder, indices):
     specification = make_specification(model_folder)
     transformer, scheduler = load_trained(specification)
@@ -219,7 +219,7 @@ def test_forward_of_the_diffusion_baseline_is_the_mean_square_of_v(model_folder)
     transformer, scheduler = load_trained(specification)
     assert type(scheduler) is CogVideoXDDIMScheduler
     conditions, latents = make_batch(prior=False)
-    steps = torch.tensor([29, 573])
+    steps = torch.tensor([253, 511])
     prediction, target, returned = specification.forward(
         transformer, scheduler, conditions, latents, steps / 1000, generator=torch.Generator().manual_seed(4)
     )
@@ -228,7 +228,7 @@ def test_forward_of_the_diffusion_baseline_is_the_mean_square_of_v(model_folder)
     hidden_states = torch.cat([scheduler.add_noise(z_0, noise, steps), latents["image_latents"].expand_as(z_0)], dim=2)
     output = transformer(hidden_states, conditions["encoder_hidden_states"], steps, return_dict=False)[0]
     expected = (output - scheduler.get_velocity(z_0, noise, steps)).square().flatten(1).mean(dim=1)
-    # finetrainers finds the weight by truncating sigma * 1000: 29 / 1000 and 573 / 1000 must not become 28 and 572.
+    # finetrainers finds the weight by truncating sigma * 1000: 253 and 511 must not become 252 and 510.
     loss = finetrainers_loss(scheduler, prediction, target, returned)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
 

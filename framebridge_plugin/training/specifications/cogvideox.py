@@ -107,7 +107,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         source, subfolder = self._source("transformer")
         try:
             transformer = load_bridge_transformer(
-                source, subfolder=subfolder, torch_dtype=self.transformer_dtype, **self._hub_settings
+                source, subfolder=subfolder, dtype=self.transformer_dtype, **self._hub_settings
             )
         except FrameBridgeError:
             raise
