@@ -122,7 +122,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="a YAML file, or a name from `finetrainers recipes`"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and stop; only warn of missing files"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="path=value", help="replace a value, such as optimization.lr=2e-5"
     )
@@ -158,10 +160,13 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.recipe import load_recipe
+    from framebridge_plugin.recipe import load_recipe, resolve_recipe
 
     if arguments.dry_run:
-        print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
+        recipe, warnings = resolve_recipe(arguments.recipe, arguments.overrides)
+        print(recipe.to_yaml(), end="")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, os.environ)
 

@@ -6,12 +6,14 @@ Needs the standard library alone, so that a wrong path costs a second and not a 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LORA_INFO_FILE = "framebridge.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PARTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
 _PARTS = (*_PARTS_WITH_WEIGHTS, "tokenizer", "scheduler")
@@ -120,6 +122,53 @@ def part_problem(path: Path, part: str) -> str | None:
     if not weights:
         return f"{path} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
     return next((problem for file in weights if (problem := _weights_problem(file)) is not None), None)
+
+
+def find_saved_model(folder: Path) -> Path | None:
+    """Find what can be sampled from.
+
+    Args:
+        folder: The folder of a model, of a LoRA, of a run, or of one of its checkpoints.
+
+    Returns:
+        The folder of a model (it holds `model_index.json`) or of a LoRA (it holds `framebridge.json`): the given one,
+        else the end result of the run, else its newest checkpoint's; None if there is none.
+    """
+    for candidate in (folder, folder / "model", folder / "lora"):
+        if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
+            return candidate
+    checkpoints = [path for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    return None if newest is None else find_saved_model(newest)
+
+
+def is_plain(transformer: Path) -> bool:
+    """Tell a plain CogVideoX from a FrameBridge model, whose network takes the image's latent as well.
+
+    Args:
+        transformer: Folder of the transformer.
+
+    Returns:
+        Whether it has as many input as output channels; False also if its configuration does not tell.
+    """
+    config = _config(transformer)
+    return "in_channels" in config and config["in_channels"] == config.get("out_channels")
+
+
+def writing_problem(folder: Path) -> str | None:
+    """Examine a folder that is to be written into, and made before if need be.
+
+    Args:
+        folder: Its path.
+
+    Returns:
+        What is wrong and what to do, or None.
+    """
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return f"{existing} is a file: name another folder"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
 
 
 def clip_shape_rule(vae: Path | None, transformer: Path | None) -> ClipShapeRule:

@@ -9,7 +9,7 @@ import copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from framebridge_plugin.recipe_checks import Problem, launch_problems, recipe_pr
 from framebridge_plugin.recipe_schema import Recipe
 from framebridge_plugin.recipe_yaml import Document, parse_value, read_yaml
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "shipped_recipes"]
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "resolve_recipe", "shipped_recipes"]
 
 _LARGEST_RECIPE = 1_000_000  # bytes; more is some other file
 
@@ -106,6 +106,35 @@ def load_recipe(
     Raises:
         UsageError: With every error on a line of its own: file and line, dotted path, what is wrong, what to do.
     """
+    recipe, problems = _examine(name_or_path, overrides, environment)
+    if recipe is None or problems:
+        raise UsageError("\n".join(text for text, _ in problems))
+    return recipe
+
+
+def resolve_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe as `load_recipe` does, whether or not the files that it names are there yet.
+
+    Args:
+        name_or_path: See `find_recipe`.
+        overrides: See `load_recipe`.
+
+    Returns:
+        The recipe, and a line for each file or folder that is missing, damaged or not writable.
+
+    Raises:
+        UsageError: As `load_recipe`, if anything else is wrong.
+    """
+    recipe, problems = _examine(name_or_path, overrides, None)
+    if recipe is None or not all(on_disk for _, on_disk in problems):
+        raise UsageError("\n".join(text for text, _ in problems))
+    return recipe, [text for text, _ in problems]
+
+
+def _examine(
+    name_or_path: str | Path, overrides: Sequence[str], environment: Mapping[str, str] | None
+) -> tuple[Recipe | None, list[tuple[str, bool]]]:
+    """The recipe as far as it can be read; a line for each problem, and whether it is one of the disk alone."""
     path = find_recipe(name_or_path)
     document = _read(path)
     data = {} if document.data is None else document.data
@@ -116,23 +145,22 @@ def load_recipe(
     required = {name: None for name, field in Recipe.model_fields.items() if field.is_required()}
     data = {key: {} if value is None else value for key, value in (required | data).items()}
 
-    problems: list[tuple[str, str, int | None]] = [
-        (where, f"stands here again, after line {first}", line) for where, line, first in document.duplicates
-    ]
-    recipe, schema_problems = _validate(data)
-    problems += [(where, message, None) for where, message in schema_problems]
+    recipe, problems = _validate(data)
     if recipe is not None:
-        reported = {where for where, _, _ in problems}
-        found: Iterable[Problem] = [
-            *recipe_problems(recipe),
-            *(launch_problems(recipe, environment) if environment is not None else ()),
-        ]
-        problems += [(where, message, None) for where, message in found if where not in reported]
-    if problems or recipe is None:
-        located = sorted(_locate(document, overridden, *problem) for problem in problems)
-        lines = [f"{path}:{line}: {text}" if line else f"command line: {text}" for line, text in located]
-        raise UsageError("\n".join(dict.fromkeys(lines)))
-    return recipe
+        reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
+        found = [*recipe_problems(recipe), *(launch_problems(recipe, environment) if environment is not None else ())]
+        problems += [problem for problem in found if problem.where not in reported]
+    located = [
+        (_line_of(document, overridden, where), f"{where}: {message}", on_disk) for where, message, on_disk in problems
+    ]
+    located += [
+        (line, f"{where}: stands here again, after line {first}", False) for where, line, first in document.duplicates
+    ]
+    lines = {
+        f"{path}:{line}: {text}" if line else f"command line: {text}": on_disk
+        for line, text, on_disk in sorted(located)
+    }
+    return recipe, list(lines.items())
 
 
 def _read(path: Path) -> Document:
@@ -162,9 +190,11 @@ def _apply(overrides: Sequence[str], data: dict[str, Any]) -> set[str]:
         *parents, last = path.split(".")
         section = data
         for parent in parents:
-            if not isinstance(section.get(parent), dict):
+            if section.get(parent) is None:
                 section[parent] = {}
             section = section[parent]
+            if not isinstance(section, dict):
+                raise UsageError(f"command line: {path}: {parent} is {section!r}, not a section with keys of its own")
         section[last] = value
         paths.add(path)
     return paths
@@ -176,12 +206,12 @@ def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         return Recipe.model_validate(data), []
     except ValidationError as failure:
         errors = failure.errors(include_url=False)
-    problems = [(_dotted(error["loc"]), _message(dict(error))) for error in errors]
+    problems = [Problem(_dotted(error["loc"]), _message(dict(error))) for error in errors]
     repaired = copy.deepcopy(data)
     for error in errors:
         _take_away(repaired, error["loc"])
     for path, value in _STAND_INS.items():
-        if any(path == where or path.startswith(f"{where}.") for where, _ in problems):
+        if any(path == where or path.startswith(f"{where}.") for where, _, _ in problems):
             _insert(repaired, path, value)
     try:
         return Recipe.model_validate(repaired), problems
@@ -261,16 +291,11 @@ def _nearest_key(path: str) -> str:
     return known[0]
 
 
-def _locate(
-    document: Document, overridden: set[str], where: str, message: str, line: int | None = None
-) -> tuple[int, str]:
-    """The line of a problem, 0 for the command line, and its text."""
-    text = f"{where}: {message}"
-    if line is not None:
-        return line, text
+def _line_of(document: Document, overridden: set[str], where: str) -> int:
+    """The line of a dotted path, 0 for the command line."""
     if any(where == key or where.startswith(f"{key}.") or key.startswith(f"{where}.") for key in overridden):
-        return 0, text
+        return 0
     # What is missing has no line of its own: take its section's.
     parts = where.split(".")
     candidates = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
-    return next((document.lines[key] for key in candidates if key in document.lines), 1), text
+    return next((document.lines[key] for key in candidates if key in document.lines), 1)

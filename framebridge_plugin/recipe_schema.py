@@ -21,6 +21,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 
+COMPONENTS = ("transformer", "vae", "text_encoder")
 ATTENTION_PROVIDERS_TRAINING = (
     "flash", "flash_varlen", "flex", "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math",
     "xformers",
@@ -44,8 +45,11 @@ def _check_resume(value: Any) -> int | str | None:
 def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
         component, _, provider = value.partition(":")
-        if not component or provider not in providers:
-            raise ValueError(f"should be <component>:<provider>, with a provider among {', '.join(providers)}")
+        if component not in COMPONENTS or provider not in providers:
+            raise ValueError(
+                f"should be <component>:<provider>, with a component among {', '.join(COMPONENTS)} and a provider "
+                f"among {', '.join(providers)}"
+            )
         return value
 
     return AfterValidator(check)
@@ -63,20 +67,16 @@ class ModelSection(Section):
     model_name: Literal["cogvideox_bridge"] = Field(default="cogvideox_bridge", description="model specification")
     pretrained_model_name_or_path: PathText = Field(description="diffusers folder, or id on the Hugging Face Hub")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    variant: str | None = Field(default=None, description="weight files to take, such as fp16; none: the plain ones")
+    variant: str | None = Field(default=None, description="refused: finetrainers 0.2.0 reads the plain files only")
     cache_dir: PathText | None = Field(default=None, description="folder for downloads; none: Hugging Face's own")
     tokenizer_id: PathText | None = Field(default=None, description="folder or id that replaces the model's tokenizer")
-    tokenizer_2_id: PathText | None = Field(default=None, description="as above; CogVideoX has no second tokenizer")
-    tokenizer_3_id: PathText | None = Field(default=None, description="as above; CogVideoX has no third tokenizer")
+    tokenizer_2_id: PathText | None = Field(default=None, description="refused: CogVideoX has no second")
+    tokenizer_3_id: PathText | None = Field(default=None, description="refused: CogVideoX has no third")
     text_encoder_id: PathText | None = Field(
         default=None, description="folder or id that replaces the model's text encoder"
     )
-    text_encoder_2_id: PathText | None = Field(
-        default=None, description="as above; CogVideoX has no second text encoder"
-    )
-    text_encoder_3_id: PathText | None = Field(
-        default=None, description="as above; CogVideoX has no third text encoder"
-    )
+    text_encoder_2_id: PathText | None = Field(default=None, description="refused: CogVideoX has no second")
+    text_encoder_3_id: PathText | None = Field(default=None, description="refused: CogVideoX has no third")
     transformer_id: PathText | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
     vae_id: PathText | None = Field(default=None, description="folder or id that replaces the model's VAE")
 
@@ -88,7 +88,7 @@ class DatasetSection(Section):
         default=None, description="JSON file that lists data sets, in finetrainers' format"
     )
     dataset_shuffle_buffer_size: Count = Field(
-        default=1, description="clips; without effect: our order is a permutation"
+        default=1, description="without effect: every epoch is a permutation of all clips, whatever the size"
     )
     enable_precomputation: bool = Field(
         default=False, description="encode clips and captions first, then train on the files"
@@ -108,7 +108,7 @@ class DataloaderSection(Section):
 
 
 class DiffusionSection(Section):
-    """finetrainers' flow-matching settings; the bridge objective does not use them."""
+    """finetrainers' flow-matching settings; other values are refused, as neither objective here uses them."""
 
     flow_resolution_shifting: bool = Field(default=False, description="shift timesteps by resolution")
     flow_base_seq_len: Count = Field(default=256, description="tokens")
@@ -145,18 +145,22 @@ class OptimizationSection(Section):
     train_steps: Count = Field(default=1000, description="updates (not micro-steps)")
     optimizer: Literal[
         "adam", "adamw", "adam-bnb", "adamw-bnb", "adam-bnb-8bit", "adamw-bnb-8bit", "adamw-torchao-8bit"
-    ] = Field(default="adamw", description="bnb: bitsandbytes, to be installed by you; torchao: its 8-bit AdamW")
+    ] = Field(
+        default="adamw", description="bnb: bitsandbytes' own; torchao: its 8-bit AdamW; neither of them with dp_shards"
+    )
     lr: Positive = Field(default=1e-4, description="learning rate after the warm-up")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field(default="constant", description="course of the learning rate")
     lr_warmup_steps: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
-    lr_num_cycles: Count = Field(default=1, description="restarts of cosine_with_restarts")
+    lr_num_cycles: Count = Field(
+        default=1, description="cosine_with_restarts: how often the rate falls to 0; cosine: waves, down and up again"
+    )
     lr_power: Positive = Field(default=1.0, description="power of polynomial")
     beta1: BelowOne = Field(default=0.9, description="decay of the first moment")
     beta2: BelowOne = Field(default=0.95, description="decay of the second moment")
     beta3: BelowOne | None = Field(
-        default=None, description="decay used by some optimisers of finetrainers; none: theirs"
+        default=None, description="refused: no optimiser of finetrainers 0.2.0 has a third moment"
     )
     weight_decay: NonNegative = Field(default=1e-4, description="decoupled weight decay for the AdamW family")
     epsilon: Positive = Field(default=1e-8, description="keeps the division finite")
@@ -174,18 +178,24 @@ class ParallelismSection(Section):
     pp_degree: Count = Field(default=1, description="pipeline stages; only 1 works in finetrainers 0.2.0")
     cp_degree: Count = Field(default=1, description="context parallelism; only 1 works in finetrainers 0.2.0")
     tp_degree: Count = Field(default=1, description="tensor parallelism; CogVideoX has no plan for it: only 1")
-    init_timeout: Count = Field(default=300, description="seconds to wait for all processes at the start")
-    nccl_timeout: Count = Field(default=600, description="seconds to wait for a collective operation")
+    init_timeout: Count = Field(default=300, description="seconds for all processes to meet at the start")
+    nccl_timeout: Count = Field(
+        default=3600, description="seconds that a collective operation, or a checkpoint written by rank 0, may take"
+    )
 
 
 class PrecisionSection(Section):
     """Number formats."""
 
-    transformer_dtype: Dtype = Field(default="bf16", description="the trained network; time stays float32")
+    transformer_dtype: Dtype = Field(
+        default="bf16",
+        description="the trained network; time stays float32, and so do LoRA layers, except with dp_shards > 1: "
+        "finetrainers then casts them to this as well",
+    )
     vae_dtype: Dtype = Field(default="bf16", description="the VAE")
     text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder")
-    text_encoder_2_dtype: Dtype = Field(default="bf16", description="CogVideoX has no second text encoder")
-    text_encoder_3_dtype: Dtype = Field(default="bf16", description="CogVideoX has no third text encoder")
+    text_encoder_2_dtype: Dtype = Field(default="bf16", description="without effect: CogVideoX has no second")
+    text_encoder_3_dtype: Dtype = Field(default="bf16", description="without effect: CogVideoX has no third")
     allow_tf32: bool = Field(default=False, description="float32 products in TF32 on GPUs that have it")
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         default="highest", description="float32 matrix products; high: TF32"
@@ -221,7 +231,9 @@ class ValidationSection(Section):
         description=".csv, .json, .parquet or .arrow with columns caption and image_path; none: no validation",
     )
     validation_steps: Count = Field(default=500, description="updates between validations")
-    enable_model_cpu_offload: bool = Field(default=False, description="one GPU only: less memory, slower")
+    enable_model_cpu_offload: bool = Field(
+        default=False, description="one process with an accelerator only: less memory, slower"
+    )
 
 
 class TrackingSection(Section):
@@ -232,7 +244,11 @@ class TrackingSection(Section):
     logging_dir: Text = Field(default="logs", description="folder inside output_dir")
     logging_steps: Count = Field(default=1, description="updates between log entries")
     verbose: int = Field(
-        default=0, ge=0, le=3, description="0: warnings, 1: info, 2: debug, 3: debug on every process"
+        default=0,
+        ge=0,
+        le=3,
+        description="messages of transformers and diffusers; 0: warnings, 1: info, 2: debug, 3: debug on every "
+        "process; finetrainers' own are at info (environment variable FINETRAINERS_LOG_LEVEL)",
     )
 
 
@@ -249,14 +265,16 @@ class HubSection(Section):
 class CompileSection(Section):
     """torch.compile."""
 
-    compile_modules: list[Text] = Field(default=[], description="components to compile, such as transformer")
+    compile_modules: list[Literal["transformer", "vae", "text_encoder"]] = Field(
+        default=[], description="components to compile"
+    )
     compile_scopes: Annotated[list[Literal["regional", "full"]] | None, BeforeValidator(_one_or_many)] = Field(
         default=None, description="one for all, or one per module; none: regional"
     )
 
 
 class AttentionSection(Section):
-    """Attention implementations, as <component>:<provider>."""
+    """Attention implementations, as <component>:<provider>; CogVideoX's VAE has no attention."""
 
     attn_provider_training: list[Annotated[str, _check_providers(ATTENTION_PROVIDERS_TRAINING)]] | None = Field(
         default=None, description="such as transformer:flash; none: torch's own"
@@ -312,9 +330,9 @@ class FrameBridgeSection(Section):
     image_noise: bool = Field(default=True, description="noise on the pixels of the condition image")
     prior_noise: bool = Field(default=True, description="noise on the pixels of the prior, drawn per frame")
     noise_log_mean: float = Field(
-        default=-3.0, description="the noise's std is exp(N(mean, std^2)), pixels in [-1, 1]"
+        default=-3.0, ge=-20, le=3, description="the noise's std is exp(N(mean, std^2)), pixels in [-1, 1]"
     )
-    noise_log_std: NonNegative = Field(default=0.5, description="see noise_log_mean")
+    noise_log_std: float = Field(default=0.5, ge=0, le=3, description="see noise_log_mean")
     caption_dropout: BelowOne = Field(default=0.1, description="probability of an empty caption")
     data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.folder_checks import clip_shape_rule, folder_problem, local_path, part_problem
+from framebridge_plugin.folder_checks import (
+    LORA_INFO_FILE,
+    ClipShapeRule,
+    clip_shape_rule,
+    find_saved_model,
+    folder_problem,
+    is_plain,
+    local_path,
+    part_problem,
+    read_json,
+    writing_problem,
+)
 from framebridge_plugin.media import read_image
 
 
@@ -137,27 +149,64 @@ class SampleRequest:
             except UsageError as error:
                 problems.append(f"--image {error}")
         if self.output.suffix != ".mp4":
-            problems.append(f"--output {self.output}: should end in .mp4")
-        elif self.output.is_dir():
-            problems.append(f"--output {self.output}: is a folder")
+            return [*problems, f"--output {self.output}: should end in .mp4"]
+        if problem := writing_problem(self.output.parent):
+            return [*problems, f"--output {self.output}: {problem}"]
+        for path in (*self.video_paths(), self.contact_sheet_path()):
+            if path.is_dir():
+                problems.append(f"--output {path}: is a folder")
+            elif path.exists() and not os.access(path, os.W_OK):
+                problems.append(f"--output {path}: exists and is not writable")
         return problems
 
     def _model_problems(self) -> list[str]:
         path = local_path(self.model)
         if path is not None and not path.is_dir():
             return [f"--model {path}: {'is a file, not a folder' if path.exists() else 'no such folder'}"]
-        transformer = None if self.transformer is None else local_path(self.transformer)
         problems = []
+        transformer = None if self.transformer is None else local_path(self.transformer)
         if transformer is not None and (problem := part_problem(transformer, "transformer")):
             problems.append(f"--transformer {problem}")
-        # A run keeps its model in a folder of its own; what else a run may hold is for the sampler to find.
-        candidates = [] if path is None else [path, path / "model"]
-        folder = next((folder for folder in candidates if (folder / "model_index.json").is_file()), None)
-        if folder is None:
+        elif transformer is not None and is_plain(transformer):
+            problems.append(f"--transformer {transformer}: is a plain CogVideoX's; give a fine-tuned one")
+        if path is None:
             return problems
-        if problem := folder_problem(folder):
-            return [*problems, f"--model {problem}"]
-        rule = clip_shape_rule(folder / "vae", transformer or folder / "transformer")
-        for name, message in rule.problems(self.num_frames, self.height, self.width):
-            problems.append(f"--{name.replace('_', '-')}: {message}")
+        folder = find_saved_model(path)
+        if folder is None:
+            what = "is neither a model in diffusers' format nor a run that has saved one"
+            return [*problems, f"--model {path}: {what}; give a run's or a model's folder"]
+        if (folder / LORA_INFO_FILE).is_file():
+            problems += self._lora_problems(folder)
+        elif problem := folder_problem(folder):
+            problems.append(f"--model {problem}")
+        else:
+            if self.transformer is None and is_plain(folder / "transformer"):
+                problems.append(
+                    f"--model {folder}: is a plain CogVideoX; train it first with `finetrainers train`, or give a "
+                    "fine-tuned transformer by --transformer"
+                )
+            problems += self._shape_problems(clip_shape_rule(folder / "vae", transformer or folder / "transformer"))
         return problems
+
+    def _lora_problems(self, folder: Path) -> list[str]:
+        """Examine a LoRA's folder and the models that it names."""
+        problems = []
+        if self.transformer is not None:
+            problems.append(f"--transformer: {folder} is a LoRA, for its own base model's transformer; leave it out")
+        try:
+            info = read_json(folder / LORA_INFO_FILE)
+            base, replaced = local_path(info["base_model"]), info.get("replaced_components", {})
+            parts = {part: None if base is None else base / part for part in ("vae", "transformer")}
+            parts |= {part: local_path(source) for part, source in replaced.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [*problems, f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
+        if base is not None and (problem := folder_problem(base)):
+            problems.append(f"--model {folder}: its base model: {problem}")
+        for part in replaced:
+            if (source := parts[part]) is not None and (problem := part_problem(source, part)):
+                problems.append(f"--model {folder}: its {part}: {problem}")
+        return problems + self._shape_problems(clip_shape_rule(parts["vae"], parts["transformer"]))
+
+    def _shape_problems(self, rule: ClipShapeRule) -> list[str]:
+        found = rule.problems(self.num_frames, self.height, self.width)
+        return [f"--{name.replace('_', '-')}: {message}" for name, message in found]

@@ -16,10 +16,10 @@ CLASSES = {
 
 
 def write_model_folder(
-    folder: Path, *, temporal_compression: int = 4, vae_levels: int = 4, patch_size: int = 2
+    folder: Path, *, temporal_compression: int = 4, vae_levels: int = 4, patch_size: int = 2, in_channels: int = 16
 ) -> Path:
     configs = {
-        "transformer": {"patch_size": patch_size},
+        "transformer": {"patch_size": patch_size, "in_channels": in_channels, "out_channels": 16},
         "vae": {
             "temporal_compression_ratio": temporal_compression,
             "block_out_channels": [16] * vae_levels,

@@ -90,6 +90,22 @@ def test_dry_run_prints_the_resolved_recipe(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_warns_of_missing_files(recipe, tmp_path, capsys):
+    missing = ["framebridge.data.data_root=nowhere", "model.pretrained_model_name_or_path=./nowhere"]
+    assert main(["train", "--recipe", str(recipe), "--dry-run", *missing]) == 0
+    output = capsys.readouterr()
+    (tmp_path / "mine.yaml").write_text(output.out)
+    assert output.err.splitlines() == [
+        "warning: command line: framebridge.data.data_root: no such folder: nowhere",
+        "warning: command line: model.pretrained_model_name_or_path: no such folder: nowhere",
+    ]
+    assert main(["train", "--recipe", str(tmp_path / "mine.yaml")]) == 2  # a real run needs them
+    assert main(["train", "--recipe", str(recipe), "--dry-run", *missing, "training.batch_size=0"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert all(line.startswith("error: ") for line in output.err.splitlines())
+
+
 def test_a_wrong_recipe_is_refused_before_torch_is_imported(recipe):
     code = (
         "import sys\nfrom framebridge_plugin.cli import main\ncode = main(sys.argv[1:])\n"

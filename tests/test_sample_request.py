@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tests.cogvideox_files import write_model_folder
 def arguments(tmp_path):
     image = tmp_path / "cat.png"
     Image.effect_noise((96, 64), 50).save(image)
-    model = write_model_folder(tmp_path / "model")
+    model = write_model_folder(tmp_path / "model", in_channels=32)
     return {"model": str(model), "images": (image,), "prompts": ("a cat",), "output": tmp_path / "out.mp4"}
 
 
@@ -99,9 +101,98 @@ def test_a_damaged_model(arguments):
 
 def test_the_model_of_a_run(arguments, tmp_path):
     run = tmp_path / "run"
-    write_model_folder(run / "model", temporal_compression=2)
+    write_model_folder(run / "model", temporal_compression=2, in_channels=32)
     SampleRequest(**arguments | {"model": str(run), "num_frames": 5})
     assert "4 k + 1" in problems_of(arguments, model=str(run), num_frames=7)[0]
+
+
+def test_a_run_that_has_not_ended(arguments, tmp_path):
+    run = tmp_path / "run"
+    write_model_folder(run / "checkpoints" / "step_000900" / "model", in_channels=32)
+    write_model_folder(run / "checkpoints" / "step_001000" / "model", temporal_compression=2, in_channels=32)
+    SampleRequest(**arguments | {"model": str(run), "num_frames": 5})
+    assert "4 k + 1" in problems_of(arguments, model=str(run), num_frames=7)[0]
+
+
+def test_a_folder_without_a_model(arguments, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (problem,) = problems_of(arguments, model=str(tmp_path / "empty"))
+    assert problem.startswith(f"--model {tmp_path / 'empty'}: is neither a model")
+
+
+def test_a_plain_model_needs_a_transformer(arguments, tmp_path):
+    plain = write_model_folder(tmp_path / "plain")
+    (problem,) = problems_of(arguments, model=str(plain))
+    assert problem.startswith(f"--model {plain}: is a plain CogVideoX; train it first")
+    SampleRequest(**arguments | {"model": str(plain), "transformer": f"{arguments['model']}/transformer"})
+    SampleRequest(**arguments | {"model": str(plain), "transformer": "owner/name"})
+    (problem,) = problems_of(arguments, model=str(plain), transformer=f"{plain}/transformer")
+    assert problem.endswith("is a plain CogVideoX's; give a fine-tuned one")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA run's folder, and a function that writes what its LoRA says of its base model."""
+
+    def write(**info) -> str:
+        (tmp_path / "run" / "lora").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "lora" / "framebridge.json").write_text(json.dumps(info))
+        return str(tmp_path / "run")
+
+    return write
+
+
+def test_the_base_model_of_a_lora(arguments, lora, tmp_path):
+    base = str(write_model_folder(tmp_path / "base", temporal_compression=2))
+    run = lora(base_model=base)
+    SampleRequest(**arguments | {"model": run, "num_frames": 5})
+    assert "4 k + 1" in problems_of(arguments, model=run, num_frames=7)[0]
+    assert "4 k + 1" in problems_of(arguments, model=f"{run}/lora", num_frames=7)[0]
+    # A replaced VAE brings its own rule; what a hub id allows is CogVideoX's.
+    run = lora(base_model=base, replaced_components={"vae": f"{arguments['model']}/vae"})
+    assert "8 k + 1" in problems_of(arguments, model=run, num_frames=5)[0]
+    run = lora(base_model="zai-org/CogVideoX-2b")
+    assert "8 k + 1" in problems_of(arguments, model=run, num_frames=5)[0]
+
+
+@pytest.mark.parametrize(
+    "info, message",
+    [
+        ({"base_model": "/nowhere"}, "its base model: no such folder: /nowhere"),
+        ({"base_model": "a/b", "replaced_components": {"vae": "/nowhere"}}, "its vae: no such folder: /nowhere"),
+        ({}, "framebridge.json: is not as it was written"),
+        ({"base_model": 3}, "framebridge.json: is not as it was written"),
+    ],
+)
+def test_a_damaged_lora(arguments, lora, info, message):
+    (problem,) = problems_of(arguments, model=lora(**info))
+    assert message in problem
+
+
+def test_a_lora_takes_no_transformer(arguments, lora):
+    transformer = f"{arguments['model']}/transformer"
+    (problem,) = problems_of(arguments, model=lora(base_model=arguments["model"]), transformer=transformer)
+    assert problem.startswith("--transformer: ")
+    assert problem.endswith("leave it out")
+
+
+def test_where_the_videos_go(arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    SampleRequest(**arguments | {"output": tmp_path / "new" / "folder" / "out.mp4"})
+    assert not (tmp_path / "new").exists()
+    (problem,) = problems_of(arguments, output=tmp_path / "file" / "out.mp4")
+    assert problem.endswith(f"{tmp_path / 'file'} is a file: name another folder")
+    (tmp_path / "out-1.mp4").mkdir()
+    (tmp_path / "out.png").mkdir()
+    found = problems_of(arguments, num_videos=2)
+    assert found == [f"--output {tmp_path / name}: is a folder" for name in ("out-1.mp4", "out.png")]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_where_nothing_can_be_written(arguments, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    (problem,) = problems_of(arguments, output=tmp_path / "locked" / "new" / "out.mp4")
+    assert problem.endswith(f"{tmp_path / 'locked'} is not writable: name another folder")
 
 
 def test_pictures_that_are_none(arguments, tmp_path):

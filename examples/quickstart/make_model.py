@@ -45,12 +45,12 @@ from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read
 FRAMES, SIDE, STRIDE = 9, 64, 2  # a training example of the recipe
 LATENT_CHANNELS = 6
 TEXT_LENGTH = 48  # tokens of a caption; the longest has 42
-TEXT_WIDTH = 64
+TEXT_WIDTH = 32
 
 VAE_STEPS, VAE_LEARNING_RATE = 1200, 2e-3
 VAE_WHOLE_CLIPS_FROM = 0.85  # part of the VAE's training after which it sees whole clips instead of small cut-outs
-TRANSFORMER_STEPS, TRANSFORMER_LEARNING_RATE, TRANSFORMER_BATCH = 2000, 1e-3, 8
-CACHED_WINDOWS = 1200
+TRANSFORMER_STEPS, TRANSFORMER_LEARNING_RATE, TRANSFORMER_BATCH = 1600, 1.5e-3, 8
+CACHED_WINDOWS = 1000
 CAPTION_DROPOUT = 0.1
 
 COGVIDEOX_2B_SCHEDULE = {
@@ -299,12 +299,12 @@ def train_transformer(
     token_ids = tokenize(tokenizer, [*captions, ""])
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
-        attention_head_dim=32,
+        attention_head_dim=44,  # width 176: a token's 96 values and, after widening, the image's have to fit in
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        time_embed_dim=64,
+        time_embed_dim=32,
         text_embed_dim=TEXT_WIDTH,
-        num_layers=4,
+        num_layers=3,
         sample_width=latents.shape[4],
         sample_height=latents.shape[3],
         sample_frames=FRAMES,
@@ -317,8 +317,8 @@ def train_transformer(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=TEXT_WIDTH,
-            d_kv=16,
-            d_ff=128,
+            d_kv=8,
+            d_ff=64,
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",

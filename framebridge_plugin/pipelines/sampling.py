@@ -173,7 +173,7 @@ def _class_name(config: Path) -> str | None:
 
 
 def _load_scheduler(folder: Path) -> Any:
-    name = str(_class_name(folder / "scheduler_config.json"))
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
     scheduler_class = FrameBridgeScheduler if name == FrameBridgeScheduler.__name__ else getattr(diffusers, name)
     return scheduler_class.from_pretrained(folder)
 
