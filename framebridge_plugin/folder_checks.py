@@ -106,6 +106,9 @@ def part_problem(path: Path, part: str) -> str | None:
     """
     if (problem := _not_a_folder(path)) is not None:
         return problem
+    if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        # transformers would make up a vocabulary without a word.
+        return f"{path} has no vocabulary (spiece.model); download the model again"
     if part not in _PARTS_WITH_WEIGHTS:
         return None
     try:
@@ -142,17 +145,20 @@ def find_saved_model(folder: Path) -> Path | None:
     return None if newest is None else find_saved_model(newest)
 
 
-def is_plain(transformer: Path) -> bool:
+def plain_problem(transformer: Path) -> str | None:
     """Tell a plain CogVideoX from a FrameBridge model, whose network takes the image's latent as well.
 
     Args:
         transformer: Folder of the transformer.
 
     Returns:
-        Whether it has as many input as output channels; False also if its configuration does not tell.
+        What is wrong if it has as many input as output channels; None also if its configuration does not tell.
     """
     config = _config(transformer)
-    return "in_channels" in config and config["in_channels"] == config.get("out_channels")
+    channels = config.get("in_channels")
+    if not isinstance(channels, int) or channels != config.get("out_channels"):
+        return None
+    return f"a plain CogVideoX: its transformer has {channels} input channels, a FrameBridge model has {2 * channels}"
 
 
 def writing_problem(folder: Path) -> str | None:

@@ -154,7 +154,7 @@ class OptimizationSection(Section):
     ] = Field(default="constant", description="course of the learning rate")
     lr_warmup_steps: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
     lr_num_cycles: Count = Field(
-        default=1, description="cosine_with_restarts: how often the rate falls to 0; cosine: waves, down and up again"
+        default=1, description="cosine_with_restarts: how often the rate falls to 0; cosine: half waves"
     )
     lr_power: Positive = Field(default=1.0, description="power of polynomial")
     beta1: BelowOne = Field(default=0.9, description="decay of the first moment")

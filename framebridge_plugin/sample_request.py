@@ -14,9 +14,9 @@ from framebridge_plugin.folder_checks import (
     clip_shape_rule,
     find_saved_model,
     folder_problem,
-    is_plain,
     local_path,
     part_problem,
+    plain_problem,
     read_json,
     writing_problem,
 )
@@ -167,8 +167,8 @@ class SampleRequest:
         transformer = None if self.transformer is None else local_path(self.transformer)
         if transformer is not None and (problem := part_problem(transformer, "transformer")):
             problems.append(f"--transformer {problem}")
-        elif transformer is not None and is_plain(transformer):
-            problems.append(f"--transformer {transformer}: is a plain CogVideoX's; give a fine-tuned one")
+        elif transformer is not None and (problem := plain_problem(transformer)):
+            problems.append(f"--transformer {transformer}: {problem}; give a fine-tuned one")
         if path is None:
             return problems
         folder = find_saved_model(path)
@@ -180,11 +180,9 @@ class SampleRequest:
         elif problem := folder_problem(folder):
             problems.append(f"--model {problem}")
         else:
-            if self.transformer is None and is_plain(folder / "transformer"):
-                problems.append(
-                    f"--model {folder}: is a plain CogVideoX; train it first with `finetrainers train`, or give a "
-                    "fine-tuned transformer by --transformer"
-                )
+            if self.transformer is None and (problem := plain_problem(folder / "transformer")):
+                remedy = "train it with `finetrainers train`, or give a fine-tuned --transformer"
+                problems.append(f"--model {folder}: {problem}; {remedy}")
             problems += self._shape_problems(clip_shape_rule(folder / "vae", transformer or folder / "transformer"))
         return problems
 
@@ -200,11 +198,12 @@ class SampleRequest:
             parts |= {part: local_path(source) for part, source in replaced.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             return [*problems, f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
+        remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
         if base is not None and (problem := folder_problem(base)):
-            problems.append(f"--model {folder}: its base model: {problem}")
+            problems.append(f"--model {folder}: its base model: {problem}; {remedy}")
         for part in replaced:
             if (source := parts[part]) is not None and (problem := part_problem(source, part)):
-                problems.append(f"--model {folder}: its {part}: {problem}")
+                problems.append(f"--model {folder}: its {part}: {problem}; {remedy}")
         return problems + self._shape_problems(clip_shape_rule(parts["vae"], parts["transformer"]))
 
     def _shape_problems(self, rule: ClipShapeRule) -> list[str]:

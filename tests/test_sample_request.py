@@ -123,11 +123,12 @@ def test_a_folder_without_a_model(arguments, tmp_path):
 def test_a_plain_model_needs_a_transformer(arguments, tmp_path):
     plain = write_model_folder(tmp_path / "plain")
     (problem,) = problems_of(arguments, model=str(plain))
-    assert problem.startswith(f"--model {plain}: is a plain CogVideoX; train it first")
+    assert problem.startswith(f"--model {plain}: a plain CogVideoX: its transformer has 16 input channels")
+    assert problem.endswith("train it with `finetrainers train`, or give a fine-tuned --transformer")
     SampleRequest(**arguments | {"model": str(plain), "transformer": f"{arguments['model']}/transformer"})
     SampleRequest(**arguments | {"model": str(plain), "transformer": "owner/name"})
     (problem,) = problems_of(arguments, model=str(plain), transformer=f"{plain}/transformer")
-    assert problem.endswith("is a plain CogVideoX's; give a fine-tuned one")
+    assert problem.endswith("a FrameBridge model has 32; give a fine-tuned one")
 
 
 @pytest.fixture

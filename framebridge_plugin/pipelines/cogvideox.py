@@ -24,10 +24,10 @@ from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import ClipShapeRule
+from framebridge_plugin.folder_checks import LORA_INFO_FILE, ClipShapeRule
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
-from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, PROJECTION_FILE, load_projection
+from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
 from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 

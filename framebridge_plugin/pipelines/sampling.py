@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_checks import LORA_INFO_FILE, find_saved_model
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.pipelines.saving import LORA_INFO_FILE, load_lora_base, local_folder
+from framebridge_plugin.pipelines.saving import load_lora_base, local_folder
 from framebridge_plugin.sample_request import SampleRequest
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -117,18 +117,15 @@ def open_pipeline(
 
 def _find_model(folder: Path) -> Path:
     """The model or LoRA folder inside a run's folder."""
-    for candidate in (folder, folder / "model", folder / "lora"):
-        if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
-            return candidate
-    checkpoints = [path for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    if checkpoints:
-        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")))
-        _say(f"the run has not ended: its newest checkpoint {newest} is used")
-        return _find_model(newest)
-    raise FrameBridgeError(
-        f"{folder} is no model: it has no model_index.json, and no model/, lora/ or checkpoints/ of a run; give a "
-        "run's folder or a model in diffusers format"
-    )
+    found = find_saved_model(folder)
+    if found is None:
+        raise FrameBridgeError(
+            f"{folder} is no model: it has no model_index.json, and no model/, lora/ or checkpoints/ of a run; give a "
+            "run's folder or a model in diffusers format"
+        )
+    if found.parent.parent.name == "checkpoints":
+        _say(f"the run has not ended: its newest checkpoint {found.parent} is used")
+    return found
 
 
 def _open_lora(folder: Path, torch_dtype: torch.dtype | None) -> FrameBridgeCogVideoXPipeline:

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_checks import LORA_INFO_FILE
 from framebridge_plugin.models.widening import load_bridge_transformer
 
 UNCHANGED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
 PROJECTION_FILE = "patch_embed_proj.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_INFO_FILE = "framebridge.json"
 
 
 def local_folder(

@@ -98,7 +98,8 @@ class FrameBridgeTrainer(SFTTrainer):
             optimizer=self.optimizer,
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.train_steps,
-            num_cycles=args.lr_num_cycles,
+            # Its "cosine" counts whole waves, at whose end the rate is back where it began.
+            num_cycles=args.lr_num_cycles / 2 if args.lr_scheduler == "cosine" else args.lr_num_cycles,
             power=args.lr_power,
             lr_init=args.lr,
         )

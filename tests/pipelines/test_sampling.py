@@ -285,7 +285,7 @@ def test_a_lora_whose_base_model_is_gone_says_so(sample, inputs, tmp_path):
     info = tmp_path / "run/lora/framebridge.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "base_model": str(tmp_path / "gone")}))
     result = sample(tmp_path / "run")
-    assert result.code == 1
+    assert result.code == 2
     assert len(result.errors) == 1
     assert str(tmp_path / "gone") in result.errors[0]
 

@@ -150,14 +150,19 @@ def test_accumulation_counts_updates_and_clips_once(train, tmp_path):
     assert [entry["samples_seen"] for entry in entries] == [2, 4, 6]
 
 
-def test_diffusion_baseline_and_torchao_optimizer(train, tmp_path):
-    options = ("framebridge.objective=diffusion", "optimization.optimizer=adamw-torchao-8bit")
+@pytest.mark.parametrize("optimizer", ["adamw-torchao-8bit", "adamw-bnb-8bit"])
+def test_8bit_optimizers_resume_and_the_diffusion_baseline_trains(train, tmp_path, optimizer):
+    # A constant rate, so that a run of two updates is the first half of one of four.
+    options = (
+        *("framebridge.objective=diffusion", f"optimization.optimizer={optimizer}"),
+        *("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0"),
+    )
     assert succeeded(train(*options, output="whole"))
     config = json.loads((tmp_path / "whole/model/scheduler/scheduler_config.json").read_text())
     assert config["_class_name"] == "CogVideoXDDIMScheduler"
     assert succeeded(train(*options, "optimization.train_steps=2", output="part"))
     assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=2", output="part"))
-    assert metrics(tmp_path / "part")[-1]["step"] == 4
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("split", ["dp_degree", "dp_shards"])
@@ -198,6 +203,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
     assert message.startswith("error: step 2: the loss is")
     assert "Traceback" not in result.stderr
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == [1]
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(recipe_file, tmp_path):
+    command = f"ulimit -f 40; exec {sys.executable} -m framebridge_plugin train --recipe={recipe_file}"
+    result = subprocess.run(["bash", "-c", command], env=command_environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write checkpoint")
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_a_resume_with_another_objective_is_refused(train, tmp_path):
+    assert succeeded(train("optimization.train_steps=2"))
+    result = train("checkpoints.resume_from_checkpoint=latest", "framebridge.target=eps_psi")
+    assert result.returncode == 1
+    assert "it was trained with target 'v'" in result.stderr
+
+
+def test_the_hub_token_is_written_nowhere(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ("tracking.report_to=wandb", "hub.hub_token=hf_notmeanttobeseen", "optimization.train_steps=1")
+    assert succeeded(train(*options))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    assert [path for path in files if b"hf_notmeanttobeseen" in path.read_bytes()] == []
 
 
 def test_a_run_is_not_overwritten(train, tmp_path):

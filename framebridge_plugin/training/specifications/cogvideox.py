@@ -400,8 +400,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             raise FrameBridgeError(
                 f"validation sample {prompt!r} has no image; add an image_path (or video_path) to the validation file"
             )
-        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-        call = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        # A column with an empty cell arrives as floats.
+        types = {"height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float}
+        call = {name: kind(kwargs[name]) for name, kind in types.items() if kwargs.get(name) is not None}
         frames = pipeline(
             image=image if image is not None else video[0],  # type: ignore[index]
             prompt=prompt,
