@@ -31,6 +31,7 @@ from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
 from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ImageInput = Image.Image | torch.Tensor | list[Image.Image] | list[torch.Tensor]
 
 
@@ -129,6 +130,8 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             FrameBridgeError: If a size or the number of frames or images does not fit.
         """
         config = self.transformer.config
+        if output_type not in OUTPUT_TYPES:
+            raise FrameBridgeError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
         height = height or self.config.height or config.sample_height * self.vae_scale_factor_spatial
         width = width or self.config.width or config.sample_width * self.vae_scale_factor_spatial
         num_frames = num_frames or self.config.num_frames or config.sample_frames
@@ -165,9 +168,10 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
 
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
-            [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt,
+            [negative_prompt] * (len(prompt) if prompt is not None else num_prompts)
+            if isinstance(negative_prompt, str)
+            else negative_prompt,
             do_classifier_free_guidance=guidance_scale > 1.0,
-            num_videos_per_prompt=num_videos_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             max_sequence_length=max_sequence_length or config.max_text_seq_length,
@@ -177,14 +181,13 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         num_videos = batch_size * num_videos_per_prompt
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
         image_latents = encode_image(self.vae, image_BCHW, device)
-        image_latents = image_latents.repeat_interleave(num_videos // image_latents.shape[0], dim=0)
-        image_latents = image_latents.expand(-1, num_latent_frames, -1, -1, -1)
+        image_latents = _repeat_batch(image_latents, num_videos).expand(-1, num_latent_frames, -1, -1, -1)
 
         latents = self.denoise(
             image_latents=image_latents,
             prior=image_latents,
-            prompt_embeds=_expand_batch(prompt_embeds, num_videos),
-            negative_prompt_embeds=_expand_batch(negative_prompt_embeds, num_videos),
+            prompt_embeds=_repeat_batch(prompt_embeds, num_videos),
+            negative_prompt_embeds=_repeat_batch(negative_prompt_embeds, num_videos),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generator,
@@ -371,6 +374,6 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         return torch.stack([resize_and_crop(item.unsqueeze(0), height, width)[0] for item in pixels]) * 2.0 - 1.0
 
 
-def _expand_batch(tensor: Any, batch_size: int) -> Any:
-    """Repeats a batch of one; anything else is returned as it is."""
-    return tensor.expand(batch_size, -1, -1) if tensor is not None and tensor.shape[0] == 1 else tensor
+def _repeat_batch(tensor: Any, batch_size: int) -> Any:
+    """Repeats every sample in its place until there are `batch_size`; None stays None."""
+    return None if tensor is None else tensor.repeat_interleave(batch_size // tensor.shape[0], dim=0)

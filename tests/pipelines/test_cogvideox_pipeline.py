@@ -117,6 +117,23 @@ def test_prompt_embeddings_take_the_place_of_the_prompt(pipeline):
     assert torch.equal(embedded, latents_of(pipeline))
 
 
+def test_given_embeddings_are_repeated_as_prompts_are(pipeline):
+    prompts = ["a red square moves", "a blue square rests"]
+    with torch.no_grad():
+        embeds, negative = pipeline.encode_prompt(prompts, ["a white square"] * 2, max_sequence_length=16)
+    expected = latents_of(pipeline, prompt=prompts, negative_prompt="a white square", num_videos_per_prompt=2)
+    actual = latents_of(
+        pipeline, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative, num_videos_per_prompt=2
+    )
+    assert expected.shape[0] == 4
+    assert torch.equal(actual, expected)
+
+
+def test_an_unknown_output_type_is_refused_before_sampling(pipeline):
+    with pytest.raises(FrameBridgeError, match="output_type='gif' is none of pil, np, pt, latent"):
+        pipeline(image=picture(), prompt=PROMPT, output_type="gif")
+
+
 def test_the_prompt_the_negative_prompt_and_the_guidance_matter(pipeline):
     results = [
         latents_of(pipeline),

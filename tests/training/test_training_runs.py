@@ -244,3 +244,12 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(train, tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: cannot resume from")
     assert "Traceback" not in result.stderr
+
+
+def test_cosine_decays_to_zero(train, tmp_path):
+    options = ("optimization.lr_scheduler=cosine", "optimization.lr_warmup_steps=0", "optimization.lr=1e-3")
+    assert succeeded(train(*options))
+    rates = [entry["lr"] for entry in metrics(tmp_path / "run")]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 2e-4
