@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Threads that wait asleep: with other programs on the machine, spinning ones take ten times as long.
+export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: quickstart test lint clean
 
 # The first frame of the scene that nothing was trained on.
@@ -20,6 +23,11 @@ quickstart: $(STAMP)
 		--output runs/quickstart/sample.mp4 --guidance-scale 1
 	$(BIN)/python examples/quickstart/check.py --model-before examples/quickstart/model --run runs/quickstart \
 		--heldout quickstart-data/heldout --sample runs/quickstart/sample.mp4 --image $(IMAGE)
+	@echo "Look at, in runs/quickstart/:"
+	@echo "  loss.png                                  the loss of the run"
+	@echo "  validation/final-00.mp4, final-00.png     a sample of the run's own validation, and its contact sheet"
+	@echo "  sample.mp4, sample.png                    the sample of a scene that nothing was trained on"
+	@echo "  check.png                                 real clips, the autoencoder's reconstructions, and samples"
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

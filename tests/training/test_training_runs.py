@@ -70,11 +70,15 @@ def test_trains_saves_and_resumes_bit_for_bit(train, tmp_path, kind, backend):
 
 
 def test_a_killed_run_resumes_to_the_same_end(train, recipe_file, tmp_path):
-    options = ("optimization.train_steps=8", "dataloader.dataloader_num_workers=1")
-    assert succeeded(train(*options, output="whole"))
+    # A constant rate, so that the killed run may be longer than the other: it must not end before it is killed.
+    options = (
+        *("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0"),
+        "dataloader.dataloader_num_workers=1",
+    )
+    assert succeeded(train(*options, "optimization.train_steps=8", output="whole"))
     command = [sys.executable, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}", *options]
     killed = subprocess.Popen(
-        [*command, f"checkpoints.output_dir={tmp_path / 'killed'}"],
+        [*command, "optimization.train_steps=5000", f"checkpoints.output_dir={tmp_path / 'killed'}"],
         env=command_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -87,7 +91,8 @@ def test_a_killed_run_resumes_to_the_same_end(train, recipe_file, tmp_path):
     killed.wait()
     assert not (tmp_path / "killed/model").exists()
 
-    assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=latest", output="killed"))
+    resume = ("checkpoints.resume_from_checkpoint=4", "optimization.train_steps=8")
+    assert succeeded(train(*options, *resume, output="killed"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "whole/model", tmp_path / "killed/model")
 
@@ -95,7 +100,12 @@ def test_a_killed_run_resumes_to_the_same_end(train, recipe_file, tmp_path):
 def test_ctrl_c_leaves_the_last_checkpoint_usable(train, recipe_file, tmp_path):
     command = [sys.executable, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}"]
     process = subprocess.Popen(
-        [*command, "optimization.train_steps=500"], env=command_environment(), stderr=subprocess.PIPE, text=True
+        [*command, "optimization.train_steps=5000"],
+        env=command_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell in the background hands on an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
