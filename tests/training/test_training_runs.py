@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,3 +264,17 @@ def test_cosine_decays_to_zero(train, tmp_path):
     assert rates[0] == pytest.approx(1e-3)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 2e-4
+
+
+@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
+def test_a_hub_id_is_loaded_from_the_cache(train, model_folder, tmp_path, kind):
+    cache, commit = tmp_path / "hub", "0123456789" * 4
+    repository = cache / "models--tiny--cogvideox"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model_folder, repository / "snapshots" / commit)
+    model = ("model.pretrained_model_name_or_path=tiny/cogvideox", f"model.cache_dir={cache}")
+    assert succeeded(train(*kind, *model, "optimization.train_steps=1"))
+    if not kind:
+        assert (tmp_path / "run/model/text_encoder/model.safetensors").is_file()
+        assert (tmp_path / "run/model/tokenizer/spiece.model").is_file()
