@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -63,9 +64,12 @@ LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_P
 
 
 def command_environment() -> dict[str, str]:
-    """The environment of a command: no hub, one thread, and no launch variables of another run."""
+    """The environment of a command: no hub, no launch variables of another run, and as many threads as here.
+
+    With another number of threads sums are taken in another order, and differ in their last bits.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 @pytest.fixture
