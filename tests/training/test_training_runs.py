@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -11,10 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from framebridge_plugin.media import read_image, to_uint8
+from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.pipelines.sampling import open_pipeline
+from framebridge_plugin.randomness import derive_seed
 from tests.training.conftest import command_environment
 
 LORA = ("training.training_type=lora", "lora.rank=4", "lora.lora_alpha=8")
@@ -130,6 +137,26 @@ def test_validation_changes_nothing_and_writes_videos(train, validation_file, tm
 
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
+def test_the_final_validation_uses_the_trained_weights(train, model_folder, validation_file, tmp_path, kind):
+    options = (f"validation.validation_dataset_file={validation_file}", "optimization.lr=1e-2")
+    assert succeeded(train(*kind, *options))
+    pipeline = open_pipeline(str(tmp_path / "run"))
+    with validation_file.open() as file:
+        row = next(csv.DictReader(file))
+
+    def frames() -> np.ndarray:
+        generator = torch.Generator().manual_seed(derive_seed("validation", 7, 0))
+        call = {"image": read_image(row["image_path"]), "prompt": row["caption"], "num_inference_steps": 2}
+        return to_uint8(pipeline(**call, generator=generator, output_type="pil").frames[0]).astype(int)
+
+    with Image.open(tmp_path / "run/validation/final-00.png") as sheet:
+        first = np.asarray(sheet)[:64, :64].astype(int)  # the first frame of the contact sheet
+    assert np.abs(first - frames()[0]).max() <= 1
+    pipeline.transformer = load_bridge_transformer(str(model_folder), subfolder="transformer")
+    assert np.abs(first - frames()[0]).max() > 1
+
+
+@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
 def test_precomputation_gives_the_same_run(train, tmp_path, kind):
     assert succeeded(train(*kind, output="direct"))
     options = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3")
@@ -153,12 +180,15 @@ def test_bfloat16_lora_with_checkpointing_and_offline_wandb(train, validation_fi
 
 
 def test_accumulation_counts_updates_and_clips_once(train, tmp_path):
-    """Two halves of a batch give the update of the whole; only the draws of index and noise differ."""
-    options = ("training.batch_size=1", "training.gradient_accumulation_steps=2", "optimization.train_steps=3")
-    assert succeeded(train(*options))
-    entries = metrics(tmp_path / "run")
+    options = ("training.batch_size=1", "training.gradient_accumulation_steps=2")
+    assert succeeded(train(*options, "optimization.train_steps=3", output="loose"))
+    entries = metrics(tmp_path / "loose")
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert [entry["samples_seen"] for entry in entries] == [2, 4, 6]
+    # The norm is that of the whole update: with clipping after each half it would depend on the limit.
+    tight = ("optimization.max_grad_norm=1e-6", "optimization.train_steps=1")
+    assert succeeded(train(*options, *tight, output="tight"))
+    assert metrics(tmp_path / "tight")[0]["grad_norm"] == entries[0]["grad_norm"] > 1e-3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-torchao-8bit", "adamw-bnb-8bit"])
