@@ -16,19 +16,19 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from framebridge_plugin.data.captions import clean_caption
+from framebridge_plugin.data.class_folders import VIDEO_EXTENSIONS, index_class_folders
 from framebridge_plugin.data.clips import ClipSettings
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 logger = logging.getLogger(__name__)
 
-VIDEO_EXTENSIONS = ("mp4", "mov", "m4v", "mkv", "webm", "avi")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 CAPTION_LISTS = ("caption.txt", "captions.txt", "prompt.txt", "prompts.txt")
 VIDEO_LISTS = ("video.txt", "videos.txt")
 
-SOURCE_KEYS = ("data_root", "csv", "video_root", "id_token", "remove_common_llm_caption_prefixes")
-CLIP_KEYS = ("frame_stride", "window", "horizontal_flip")
+SOURCE_KEYS = ("data_root", "class_root", "csv", "video_root", "id_token", "remove_common_llm_caption_prefixes")
+CLIP_KEYS = ("frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip")
 ENTRY_KEYS = ("dataset_type", *SOURCE_KEYS, "video_resolution_buckets", *CLIP_KEYS, "reshape_mode")
 
 
@@ -83,8 +83,8 @@ def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, C
 
     The file is JSON, `{"datasets": [entry, ...]}`. An entry has the keys of `index_dataset`, and
     `video_resolution_buckets` with exactly one `[num_frames, height, width]`, `dataset_type` ("video"), and if wanted
-    `frame_stride`, `window`, `horizontal_flip` (see `ClipSettings`). Relative paths in it start from the current
-    folder, as in finetrainers.
+    `frame_sampling`, `frame_stride`, `window_frames`, `window`, `horizontal_flip` (see `ClipSettings`). Relative
+    paths in it start from the current folder, as in finetrainers.
 
     Args:
         path: The JSON file.
@@ -145,7 +145,8 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
 
     Either `data_root` names a folder in one of finetrainers' layouts: `metadata.csv`, `.jsonl` or `.json` with the
     columns `file_name` and `caption` (or `prompt` or `text`); pairs of `x.mp4` and `x.txt`; or `videos.txt` and
-    `prompts.txt` with one line per clip. Or `csv` names the reference's WebVid-2M table (columns `videoid` and
+    `prompts.txt` with one line per clip. Or `class_root` names a folder with one folder of videos per class, whose
+    name is their caption (UCF-101). Or `csv` names the reference's WebVid-2M table (columns `videoid` and
     `name`, other columns ignored) and `video_root` the folder of `<videoid>.mp4`; rows without a file or a caption
     are left out, and their number is logged.
 
@@ -161,10 +162,11 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
         UsageError: The keys do not name one data set.
         FrameBridgeError: A file or folder is missing, empty, of the wrong kind or inconsistent.
     """
-    given = [key for key in ("data_root", "csv", "video_root") if entry.get(key) is not None]
-    if given not in (["data_root"], ["csv", "video_root"]):
+    given = [key for key in ("data_root", "class_root", "csv", "video_root") if entry.get(key) is not None]
+    if given not in (["data_root"], ["class_root"], ["csv", "video_root"]):
         raise UsageError(
-            f"a data set is either data_root or csv with video_root; given: {', '.join(given) if given else 'none'}"
+            "a data set is either data_root, or class_root, or csv with video_root; given: "
+            + (", ".join(given) if given else "none")
         )
     id_token = entry.get("id_token")
     if id_token is not None and not isinstance(id_token, str):
@@ -179,6 +181,9 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
     if given == ["data_root"]:
         root, suffix = paths["data_root"], ""
         names, captions = _index_folder(root)
+    elif given == ["class_root"]:
+        root, suffix = paths["class_root"], ""
+        names, captions = map(_text_column, index_class_folders(root))
     else:
         root, suffix = paths["video_root"], ".mp4"
         names, captions = _index_webvid(paths["csv"], root)
@@ -205,7 +210,11 @@ def _index_folder(root: Path) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
             f"{root}: {len(missing)} of {len(names)} listed clips are missing, first {missing[0]!r}; "
             "add the files or remove their lines"
         )
-    return pa.chunked_array([pa.array(names, pa.string())]), pa.chunked_array([pa.array(captions, pa.string())])
+    return _text_column(names), _text_column(captions)
+
+
+def _text_column(values: Sequence[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(values, pa.string())])
 
 
 def _read_metadata(path: Path) -> tuple[list[str], list[str]]:

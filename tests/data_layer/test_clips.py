@@ -39,8 +39,7 @@ def test_a_short_file_gets_the_longest_stride_that_fits(length, num_frames, stri
             assert window is None
         else:
             assert window is not None
-            assert len(window) == num_frames
-            assert window.step == expected
+            assert list(window) == list(range(window[0], window[0] + num_frames * expected, expected))
             assert 0 <= window[0] <= window[-1] < length
 
 
@@ -130,6 +129,35 @@ def test_a_file_with_too_few_frames_is_refused(tmp_path):
     path = str(write_video(tmp_path / "short.mp4", frames=4))
     with pytest.raises(ClipError, match="it has 4 frames, fewer than the 5 of a clip"):
         read_clip(path, ClipSettings(5, 8, 8), generator())
+
+
+@pytest.mark.parametrize("length", [16, 29, 47, 48, 49, 300])
+def test_linspace_spreads_the_frames_over_a_window_as_numpy_does(length):
+    settings = ClipSettings(16, 8, 8, frame_sampling="linspace", window_frames=48)
+    starts = set()
+    for position in torch.rand(3000, generator=generator(), dtype=torch.float64).tolist():
+        window = frame_window(length, settings, position)
+        assert window is not None
+        span = min(48, length)
+        assert list(window) == np.linspace(window[0], window[0] + span - 1, 16, dtype=int).tolist()
+        starts.add(window[0])
+    assert starts == set(range(max(length - 48, 0) + 1))
+    assert frame_window(15, settings, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frame_sampling": "linspace"}, "window_frames goes with frame_sampling linspace"),
+        ({"window_frames": 48}, "window_frames goes with frame_sampling linspace"),
+        ({"frame_sampling": "linspace", "window_frames": 4}, "window_frames is 4; it must be at least num_frames, 5"),
+        ({"frame_sampling": "linspace", "window_frames": 9, "frame_stride": 3}, "frame_stride is for"),
+        ({"frame_sampling": "random"}, "frame_sampling is 'random'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        ClipSettings(5, 8, 8, **settings)
 
 
 @pytest.mark.parametrize(

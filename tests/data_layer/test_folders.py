@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.data import ClipSettings, index_dataset, load_dataset_config
+from framebridge_plugin.data import UCF101_CLASSES, ClipSettings, class_names, index_dataset, load_dataset_config
 from framebridge_plugin.data.captions import COMMON_PREFIXES
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
@@ -278,3 +278,36 @@ def test_missing_or_empty_sources_are_refused_in_one_line(tmp_path):
         index_dataset({**entry, "csv": "other.csv"}, tmp_path)
     with pytest.raises(FrameBridgeError, match="video_root .*results.csv is not an existing folder"):
         index_dataset({**entry, "video_root": "results.csv"}, tmp_path)
+
+
+def test_class_folders(tmp_path):
+    touch(
+        tmp_path, "PanLeft/b.avi", "PanLeft/a.MP4", "PanLeft/notes.txt", "ZoomIn/c.mp4", ".cache/d.mp4", "readme.txt"
+    )
+    (tmp_path / "Empty").mkdir()
+    rows = index_dataset({"class_root": str(tmp_path)})
+    assert list(rows) == [
+        (f"{tmp_path}/PanLeft/a.MP4", "PanLeft"),
+        (f"{tmp_path}/PanLeft/b.avi", "PanLeft"),
+        (f"{tmp_path}/ZoomIn/c.mp4", "ZoomIn"),
+    ]
+    # A class without clips keeps its number, and capitals come first, as in the reference.
+    assert class_names(tmp_path) == ["Empty", "PanLeft", "ZoomIn"]
+
+
+def test_class_folders_without_classes_or_videos_are_refused(tmp_path):
+    with pytest.raises(FrameBridgeError, match="holds no folders"):
+        index_dataset({"class_root": str(tmp_path)})
+    touch(tmp_path, "PanLeft/notes.txt")
+    with pytest.raises(FrameBridgeError, match="its folders hold no videos"):
+        index_dataset({"class_root": str(tmp_path)})
+
+
+def test_ucf101_has_its_101_classes_in_the_order_of_its_folders(tmp_path):
+    for name in UCF101_CLASSES:
+        (tmp_path / name).mkdir()
+    assert len(UCF101_CLASSES) == 101
+    assert class_names(tmp_path) == list(UCF101_CLASSES)
+    assert UCF101_CLASSES[0] == "ApplyEyeMakeup"
+    assert UCF101_CLASSES[34:36] == ("HammerThrow", "Hammering")
+    assert UCF101_CLASSES[100] == "YoYo"
