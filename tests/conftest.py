@@ -1,10 +1,14 @@
 """Settings that every test needs."""
 
 import os
+import tempfile
 
 # There is no model hub in the tests: a look-up that would leave the machine must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Indexes of the tests' data sets do not belong into the user's cache; other processes of the tests share this one.
+_cache = tempfile.TemporaryDirectory(prefix="framebridge-tests-")
+os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 # Tests import diffusers directly, as a user's program would after importing our pipeline.
 from framebridge_plugin.torchvision_repair import ensure_torchvision_operators

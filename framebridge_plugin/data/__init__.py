@@ -1,13 +1,33 @@
-"""Video clips and captions, from the user's folders to tensors; needs torch, PyAV and Arrow, but not finetrainers."""
+"""Video clips and captions, from the user's folders to tensors; needs torch, PyAV and `datasets`, not finetrainers.
+
+Importing this package imports none of them: its attributes load on first use, so that a recipe's folders can be
+listed before torch is loaded.
+"""
 
 from __future__ import annotations
 
-from framebridge_plugin.data.class_folders import class_names
-from framebridge_plugin.data.clips import ClipSettings, read_clip
-from framebridge_plugin.data.decoding import ClipError, read_frames
-from framebridge_plugin.data.folders import ClipIndex, index_dataset, load_dataset_config
-from framebridge_plugin.data.stream import ClipStream, Sample
-from framebridge_plugin.data.ucf101 import UCF101_CLASSES
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from framebridge_plugin.data.clips import ClipSettings, read_clip
+    from framebridge_plugin.data.decoding import ClipError, read_frames
+    from framebridge_plugin.data.folders import ClipIndex, index_dataset, load_dataset_config
+    from framebridge_plugin.data.stream import ClipStream, Sample
+    from framebridge_plugin.data.ucf101 import load_ucf101
+    from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, ucf101_class_names
+    from framebridge_plugin.data.webvid import load_webvid
+
+_ATTRIBUTES = {
+    "clips": ("ClipSettings", "read_clip"),
+    "decoding": ("ClipError", "read_frames"),
+    "folders": ("ClipIndex", "index_dataset", "load_dataset_config"),
+    "stream": ("ClipStream", "Sample"),
+    "ucf101": ("load_ucf101",),
+    "ucf101_classes": ("UCF101_CLASSES", "ucf101_class_names"),
+    "webvid": ("load_webvid",),
+}
+_MODULE_OF_ATTRIBUTE = {name: f"{__name__}.{module}" for module, names in _ATTRIBUTES.items() for name in names}
 
 __all__ = [
     "UCF101_CLASSES",
@@ -16,9 +36,21 @@ __all__ = [
     "ClipSettings",
     "ClipStream",
     "Sample",
-    "class_names",
     "index_dataset",
     "load_dataset_config",
+    "load_ucf101",
+    "load_webvid",
     "read_clip",
     "read_frames",
+    "ucf101_class_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF_ATTRIBUTE:
+        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from framebridge_plugin.data.clips import ClipSettings, read_clip
 from framebridge_plugin.data.decoding import ClipError
 from framebridge_plugin.data.folders import ClipIndex
+from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.randomness import derive_seed
 
@@ -83,7 +84,6 @@ class ClipStream(IterableDataset[Sample]):
         self._ends = list(itertools.accumulate(len(index) for index, _ in self.datasets))
         if not self._ends or self._ends[-1] == 0:
             raise FrameBridgeError("the data sets hold no clips; give at least one")
-        self._order: tuple[int, torch.Tensor] | None = None
 
     @property
     def epoch_size(self) -> int:
@@ -99,10 +99,10 @@ class ClipStream(IterableDataset[Sample]):
 
     def _sample(self, position: int, attempts: _Attempts) -> Sample:
         epoch, offset = divmod(position, self.epoch_size)
-        order = self._epoch_order(epoch)
-        sample_seed = derive_seed(self.seed, epoch, int(order[offset]))
+        order = KeyedPermutation(self.epoch_size, self.seed, epoch)
+        sample_seed = derive_seed(self.seed, epoch, order[offset])
         for replacement in itertools.count():
-            row = int(order[(offset + replacement) % self.epoch_size])
+            row = order[(offset + replacement) % self.epoch_size]
             dataset = bisect.bisect_right(self._ends, row)
             index, settings = self.datasets[dataset]
             path, caption = index[row - (self._ends[dataset] - len(index))]
@@ -117,12 +117,6 @@ class ClipStream(IterableDataset[Sample]):
             attempts.succeeded()
             return {"caption": caption, "video": video_FCHW, "sample_seed": sample_seed}
         raise AssertionError("unreachable")
-
-    def _epoch_order(self, epoch: int) -> torch.Tensor:
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "order"))
-            self._order = epoch, torch.randperm(self.epoch_size, generator=generator)
-        return self._order[1]
 
 
 class _Attempts:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.data import UCF101_CLASSES, ClipSettings, class_names, index_dataset, load_dataset_config
+from framebridge_plugin.data import UCF101_CLASSES, ClipSettings, index_dataset, load_dataset_config
 from framebridge_plugin.data.captions import COMMON_PREFIXES
+from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 CAPTIONS = ['A dog, a cat and "friends".', "Two\nlines", "  Ümlaut — 狗  ", "NA", "The video shows a red car"]
@@ -116,7 +117,7 @@ def test_rows_without_file_or_caption_are_counted_and_left_out(tmp_path, caplog)
     assert [caption for _, caption in index] == ["a", "e"]
     (record,) = caplog.records
     assert "of 5 rows, 1 have no file" in record.getMessage()
-    assert "2 have no caption; 2 are used" in record.getMessage()
+    assert "2 no caption; 2 are used" in record.getMessage()
 
 
 def test_newlines_in_captions_of_a_table_larger_than_a_block(tmp_path):

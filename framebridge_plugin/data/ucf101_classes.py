@@ -1,0 +1,44 @@
+"""UCF-101's classes and their numbers; needs the standard library alone."""
+
+from __future__ import annotations
+
+import os
+
+from framebridge_plugin.data.class_folders import class_names
+
+# In the order of the folder names' code points, which is the order of the labels in the authors' checkpoints. The
+# archive's classInd.txt counts from 1 and has Hammering before HammerThrow and JumpingJack before JumpRope.
+UCF101_CLASSES = (
+    *("ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BaseballPitch"),
+    *("Basketball", "BasketballDunk", "BenchPress", "Biking", "Billiards", "BlowDryHair", "BlowingCandles"),
+    *("BodyWeightSquats", "Bowling", "BoxingPunchingBag", "BoxingSpeedBag", "BreastStroke", "BrushingTeeth"),
+    *("CleanAndJerk", "CliffDiving", "CricketBowling", "CricketShot", "CuttingInKitchen", "Diving", "Drumming"),
+    *("Fencing", "FieldHockeyPenalty", "FloorGymnastics", "FrisbeeCatch", "FrontCrawl", "GolfSwing", "Haircut"),
+    *("HammerThrow", "Hammering", "HandstandPushups", "HandstandWalking", "HeadMassage", "HighJump", "HorseRace"),
+    *("HorseRiding", "HulaHoop", "IceDancing", "JavelinThrow", "JugglingBalls", "JumpRope", "JumpingJack", "Kayaking"),
+    *("Knitting", "LongJump", "Lunges", "MilitaryParade", "Mixing", "MoppingFloor", "Nunchucks", "ParallelBars"),
+    *("PizzaTossing", "PlayingCello", "PlayingDaf", "PlayingDhol", "PlayingFlute", "PlayingGuitar", "PlayingPiano"),
+    *("PlayingSitar", "PlayingTabla", "PlayingViolin", "PoleVault", "PommelHorse", "PullUps", "Punch", "PushUps"),
+    *("Rafting", "RockClimbingIndoor", "RopeClimbing", "Rowing", "SalsaSpin", "ShavingBeard", "Shotput"),
+    *("SkateBoarding", "Skiing", "Skijet", "SkyDiving", "SoccerJuggling", "SoccerPenalty", "StillRings"),
+    *("SumoWrestling", "Surfing", "Swing", "TableTennisShot", "TaiChi", "TennisSwing", "ThrowDiscus"),
+    *("TrampolineJumping", "Typing", "UnevenBars", "VolleyballSpiking", "WalkingWithDog", "WallPushups"),
+    *("WritingOnBoard", "YoYo"),
+)
+
+
+def ucf101_class_names(root: str | os.PathLike[str]) -> list[str]:
+    """The classes of a data set, in the order of their labels.
+
+    Args:
+        root: The folder of the class folders.
+
+    Returns:
+        `UCF101_CLASSES` where all folders are among them, so that a part of UCF-101 has the labels of the whole, else
+        the names of the folders.
+
+    Raises:
+        FrameBridgeError: It is no folder, or has no folders in it.
+    """
+    names = class_names(root)
+    return list(UCF101_CLASSES) if set(names) <= set(UCF101_CLASSES) else names

@@ -1,0 +1,99 @@
+"""UCF-101's folders and official folds."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from framebridge_plugin.data import UCF101_CLASSES, index_dataset, load_ucf101
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three of the 101 classes with two groups of two clips each, and lists as in the archive."""
+    root = tmp_path / "UCF-101"
+    names = {"Archery": "Archery", "HandstandPushups": "HandStandPushups", "YoYo": "YoYo"}
+    for folder, name in names.items():
+        (root / folder).mkdir(parents=True)
+        for group in (1, 8):
+            for clip in (1, 2):
+                (root / folder / f"v_{name}_g{group:02}_c{clip:02}.avi").touch()
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    for fold, test_group in ((1, 1), (2, 8), (3, 1)):
+        test, train = [], []
+        for folder in names:
+            for group in (1, 8):
+                for clip in (1, 2):
+                    # The lists spell one class as its folder, unlike its files.
+                    line = f"{folder}/v_{folder}_g{group:02}_c{clip:02}.avi"
+                    (test if group == test_group else train).append(line)
+        (lists / f"testlist{fold:02}.txt").write_text("\r\n".join(test) + "\r\n")
+        (lists / f"trainlist{fold:02}.txt").write_text("".join(f"{line} {n}\r\n" for n, line in enumerate(train, 1)))
+    return root
+
+
+def test_all_clips_with_the_labels_of_the_whole_corpus(corpus):
+    rows = load_ucf101(corpus)
+    assert len(rows) == 12
+    assert rows.features["label"].names == list(UCF101_CLASSES)
+    assert rows[0] == {"path": str(corpus / "Archery/v_Archery_g01_c01.avi"), "label": 2, "group": 1}
+    assert rows[11]["label"] == 100
+    assert sorted(set(rows["group"])) == [1, 8]
+    assert next(iter(rows.to_iterable_dataset())) == rows[0]
+
+
+@pytest.mark.parametrize(("fold", "test_group"), [(1, 1), (2, 8), (3, 1)])
+def test_official_folds(corpus, fold, test_group):
+    train, test = (load_ucf101(corpus, split, fold) for split in ("train", "test"))
+    assert set(test["group"]) == {test_group}
+    assert set(train["group"]) == {9 - test_group}
+    assert sorted([*train["path"], *test["path"]]) == sorted(load_ucf101(corpus)["path"])
+
+
+def test_a_fold_through_the_dataset_file(corpus, tmp_path):
+    lists = (tmp_path / "ucfTrainTestlist").rename(tmp_path / "lists")
+    entry = {"class_root": "UCF-101", "split": "test", "fold": 2, "splits_dir": "lists"}
+    index = index_dataset(entry, tmp_path)
+    assert lists.is_dir()
+    assert len(index) == 6
+    assert index[0] == (str(corpus / "Archery/v_Archery_g08_c01.avi"), "Archery")
+    assert index.class_names == list(UCF101_CLASSES)
+
+
+def test_clips_of_a_list_that_are_missing_are_counted(corpus, caplog):
+    (corpus / "YoYo/v_YoYo_g01_c01.avi").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert len(load_ucf101(corpus, "test", 1)) == 5
+    assert "1 of the 6 videos of the test split of fold 1 are missing" in caplog.text
+
+
+def test_a_file_added_later_is_seen(corpus):
+    assert len(load_ucf101(corpus)) == 12
+    (corpus / "YoYo/v_YoYo_g09_c01.avi").touch()
+    assert len(load_ucf101(corpus)) == 13
+
+
+def test_folders_of_other_classes_keep_their_own_names(tmp_path):
+    for name in ("ZoomIn", "PanLeft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").touch()
+    rows = load_ucf101(tmp_path)
+    assert rows.features["label"].names == ["PanLeft", "ZoomIn"]
+    assert list(rows["label"]) == [0, 1]
+    assert list(rows["group"]) == [-1, -1]
+
+
+def test_wrong_requests_are_refused(corpus, tmp_path):
+    with pytest.raises(UsageError, match="split is 'val'"):
+        load_ucf101(corpus, "val")
+    with pytest.raises(UsageError, match="fold is 4"):
+        load_ucf101(corpus, "train", 4)
+    with pytest.raises(FrameBridgeError, match=r"testlist01\.txt cannot be read; unpack UCF101TrainTestSplits"):
+        load_ucf101(corpus, "test", splits_dir=tmp_path / "none")
+    with pytest.raises(FrameBridgeError, match="cannot be listed"):
+        load_ucf101(tmp_path / "none")
+    with pytest.raises(UsageError, match="split does not go with data_root"):
+        index_dataset({"data_root": str(tmp_path), "split": "test"})

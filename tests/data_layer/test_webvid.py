@@ -1,0 +1,139 @@
+"""WebVid's tables and folders, as they are found in the wild, and the index that is built from them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset, load_webvid
+from framebridge_plugin.data.stream import BrokenDatasetError
+from framebridge_plugin.errors import FrameBridgeError
+
+HEADER = ["videoid", "contentUrl", "duration", "page_dir", "name"]
+CAPTION = 'A "quoted" cat, asleep\non two lines'
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Four rows: a flat file, a file in its page's folder, no file, no caption."""
+    rows = [
+        ["0012", "https://x/0012.mp4", "PT00H00M15S", "000001_000050", CAPTION],
+        ["7", "https://x/7.mp4", "PT00H00M09S", "000051_000100", "a dog"],
+        ["8", "https://x/8.mp4", "PT00H00M09S", "000051_000100", "gone"],
+        ["9", "https://x/9.mp4", "PT00H00M09S", "000051_000100", "  "],
+    ]
+    write(tmp_path / "results.csv", [HEADER, *rows])
+    for name in ("0012.mp4", "000051_000100/7.mp4", "000051_000100/9.mp4", "000051_000100/notes.txt", "readme.txt"):
+        path = tmp_path / "videos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+def write(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_both_layouts_and_odd_captions(corpus, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = load_webvid(corpus / "results.csv", corpus / "videos")
+    assert rows.column_names == [*HEADER, "path"]
+    assert rows[0] == {
+        **dict(zip(HEADER, ["0012", "https://x/0012.mp4", "PT00H00M15S", "000001_000050", CAPTION], strict=True)),
+        "path": str(corpus / "videos/0012.mp4"),
+    }
+    assert rows["path"][1] == str(corpus / "videos/000051_000100/7.mp4")
+    assert len(rows) == 2
+    counts = "of 4 rows, 1 have no file and 1 no caption; 2 are used"
+    assert counts in caplog.text
+    assert rows.info.description == counts
+    assert [row["videoid"] for row in rows.to_iterable_dataset()] == ["0012", "7"]
+
+
+def test_many_parts_a_folder_and_a_pattern(corpus):
+    parts = corpus / "parts"
+    parts.mkdir()
+    write(parts / "p_1.csv", [["name", "videoid"], [CAPTION, "0012"]])  # no page_dir: flat files alone
+    write(parts / "p_2.csv", [["page_dir", "videoid", "name"], ["000051_000100", "7", "a dog"]])
+    expected = [("0012", CAPTION), ("7", "a dog")]
+    for given in (parts, str(parts / "p_*.csv"), [parts / "p_1.csv", parts / "p_2.csv"]):
+        rows = load_webvid(given, corpus / "videos")
+        assert [(row["videoid"], row["name"]) for row in rows] == expected
+        assert [row["duration"] for row in rows] == ["", ""]
+
+
+def test_the_cache_is_opened_without_a_look_at_table_and_folders(corpus):
+    table = corpus / "results.csv"
+    first = load_webvid(table, corpus / "videos")
+    status, root_status = table.stat(), (corpus / "videos").stat()
+    table.write_bytes(b"x" * status.st_size)
+    os.utime(table, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (corpus / "videos/0012.mp4").unlink()
+    os.utime(corpus / "videos", ns=(root_status.st_atime_ns, root_status.st_mtime_ns))
+    assert list(load_webvid(table, corpus / "videos")) == list(first)
+
+
+def test_a_changed_table_or_folder_is_indexed_again(corpus):
+    table, videos = corpus / "results.csv", corpus / "videos"
+    assert len(load_webvid(table, videos)) == 2
+    (videos / "8.mp4").touch()
+    assert len(load_webvid(table, videos)) == 3
+    with table.open("a", newline="") as file:
+        csv.writer(file).writerow(["8", "", "", "", "once more"])
+    assert len(load_webvid(table, videos)) == 4
+    # What lies deeper is not asked about, except on demand.
+    (videos / "000051_000100/7.mp4").unlink()
+    assert len(load_webvid(table, videos)) == 4
+    assert len(load_webvid(table, videos, refresh=True)) == 3
+    assert len(load_webvid(table, videos)) == 3
+
+
+def test_a_video_that_has_vanished_since_is_a_broken_file(corpus):
+    entry = {"csv": str(corpus / "results.csv"), "video_root": str(corpus / "videos")}
+    index = index_dataset(entry)
+    (corpus / "videos/000051_000100/7.mp4").unlink()
+    (corpus / "videos/0012.mp4").unlink()
+    with pytest.raises(BrokenDatasetError, match="missing file or dangling link"):
+        next(iter(ClipStream([(index, ClipSettings(1, 8, 8))], seed=1)))
+
+
+def test_a_worker_gets_the_index_by_its_path(corpus):
+    rows = [[str(number), "", "", "", "caption " * 20] for number in range(2000)]
+    write(corpus / "big.csv", [HEADER, *rows])
+    for number in range(2000):
+        (corpus / "videos" / f"{number}.mp4").touch()
+    index = index_dataset({"csv": str(corpus / "big.csv"), "video_root": str(corpus / "videos")})
+    assert len(index) == 2000
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 20_000
+    assert pickle.loads(pickled)[1234] == (str(corpus / "videos/1234.mp4"), ("caption " * 20).strip())
+
+
+@pytest.mark.parametrize(
+    ("table", "videos", "message"),
+    [
+        ("none.csv", "videos", "is not an existing file"),
+        ("results.csv", "none", "is not an existing folder"),
+        ("no_name.csv", "videos", "has no column name; its columns are videoid, caption"),
+        ("empty.csv", "videos", "has no column videoid and no name; its columns are none"),
+        ("others.csv", "videos", "none of its 1 rows has both a caption and a file"),
+        ("latin.csv", "videos", "is no readable CSV table in UTF-8"),
+        ("ragged.csv", "videos", "is no readable CSV table in UTF-8"),
+    ],
+)
+def test_wrong_sources_are_refused_in_one_line(corpus, table, videos, message):
+    write(corpus / "no_name.csv", [["videoid", "caption"], ["7", "a dog"]])
+    write(corpus / "others.csv", [HEADER, ["77", "", "", "", "a dog"]])
+    write(corpus / "ragged.csv", [HEADER, ["77", "", "", "", "a dog", "more"]])
+    (corpus / "empty.csv").touch()
+    (corpus / "latin.csv").write_bytes("videoid,name\n7,\xe9t\xe9\n".encode("latin-1"))
+    with pytest.raises(FrameBridgeError, match=message) as caught:
+        load_webvid(corpus / table, corpus / videos)
+    assert "\n" not in str(caught.value)
