@@ -1,13 +1,19 @@
-"""One call of a CogVideoX transformer: the same code for training and for sampling."""
+"""One call of a network: the same code for training and for sampling.
+
+A network's time is real-valued under SNR alignment and needs float32: bfloat16 turns 965.7 into 964.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.distributed.fsdp import FSDPModule
+
+from framebridge_plugin.models.latte import LatteTransformer
 
 
 def call_transformer(
@@ -18,13 +24,13 @@ def call_transformer(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Runs the network in the precision of its text input, with the time in its own.
+    """Runs a CogVideoX network in the precision of its text input, with the time in its own.
 
     Args:
         transformer: The network, sharded (FSDP2) or not.
         hidden_states: Latent input [B, T, C, h, w]; cast to the precision of the text.
         timestep: The network's times [B], real-valued in float32, or integers; they reach the time embedding as they
-            are given, for bfloat16 would turn 965.7 into 964.
+            are given.
         encoder_hidden_states: Text embeddings [B, L, D].
         image_rotary_emb: Cosines and sines of the rotary embedding, for networks that have one.
         attention_kwargs: Passed to the attention processors.
@@ -32,12 +38,7 @@ def call_transformer(
     Returns:
         The output in float32, [B, T, C, h, w].
     """
-    is_sharded = isinstance(transformer, FSDPModule)
-    with contextlib.ExitStack() as stack:
-        if is_sharded:
-            # It casts all floating-point inputs to the precision of its weights, the time too.
-            hook = transformer.time_proj.register_forward_pre_hook(lambda module, args: (timestep,))
-            stack.callback(hook.remove)
+    with _unrounded_time(transformer, timestep):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),
             encoder_hidden_states=encoder_hidden_states,
@@ -46,3 +47,49 @@ def call_transformer(
             attention_kwargs=attention_kwargs,
             return_dict=False,
         )[0].float()
+
+
+def call_latte(
+    transformer: LatteTransformer,
+    latents_BFCHW: torch.Tensor,
+    timestep_B: torch.Tensor | None,
+    class_labels_B: torch.Tensor,
+    image_latents_B1CHW: torch.Tensor | None = None,
+    neural_prior_BFCHW: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Runs a Latte network in its own precision, with the time in float32.
+
+    Args:
+        transformer: The network, sharded (FSDP2) or not.
+        latents_BFCHW: Noisy latents; for a network of stage "neural_prior" the image latent, repeated over the frames.
+        timestep_B: The network's times, real-valued in float32, or integers; None for a neural prior.
+        class_labels_B: Labels, int64; the network's null label for no class.
+        image_latents_B1CHW: The clean latent of the first frame, put in front of the latents; None for a neural prior.
+        neural_prior_BFCHW: The neural prior's video, for a network that takes it: further channels of the input, in
+            which the frame in front has the image latent once more.
+
+    Returns:
+        The output in float32, [B, F, C, h, w]; that of the frame in front is dropped.
+    """
+    inputs = latents_BFCHW
+    if image_latents_B1CHW is not None:
+        inputs = torch.cat([image_latents_B1CHW, inputs], dim=1)
+        if neural_prior_BFCHW is not None:
+            inputs = torch.cat([inputs, torch.cat([image_latents_B1CHW, neural_prior_BFCHW], dim=1)], dim=2)
+    with _unrounded_time(transformer, timestep_B):
+        output = transformer(inputs.to(transformer.dtype), timestep_B, class_labels_B, return_dict=False)[0].float()
+    return output[:, -latents_BFCHW.shape[1] :]
+
+
+@contextlib.contextmanager
+def _unrounded_time(transformer: Any, timestep: torch.Tensor | None) -> Iterator[None]:
+    """Gives the time embedding the time as it is: FSDP2 casts all floating-point inputs to the weights' precision."""
+    is_sharded = isinstance(transformer, FSDPModule)
+    if timestep is None or not is_sharded:
+        yield
+        return
+    hook = transformer.time_proj.register_forward_pre_hook(lambda module, args: (timestep,))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from framebridge_plugin.models.calling import call_transformer
+from framebridge_plugin.models import LatteTransformer
+from framebridge_plugin.models.calling import call_latte, call_transformer
+from tests.reference_vectors import load_vectors
 
 TIME = 965.716
+Network = CogVideoXTransformer3DModel | LatteTransformer
 
 
 @pytest.fixture
@@ -24,8 +29,7 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def transformer() -> CogVideoXTransformer3DModel:
+def make_cogvideox() -> CogVideoXTransformer3DModel:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=1,
@@ -41,29 +45,96 @@ def transformer() -> CogVideoXTransformer3DModel:
         max_text_seq_length=4,
     )
     transformer.patch_embed.pos_embedding = transformer.patch_embed.pos_embedding.bfloat16()
-    return transformer.bfloat16()
+    return transformer
 
 
-def call(transformer: CogVideoXTransformer3DModel, times: list[torch.Tensor]) -> torch.Tensor:
+def make_latte(**changes: Any) -> LatteTransformer:
+    torch.manual_seed(0)
+    settings = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 8, "num_classes": 3}
+    return LatteTransformer(**{**settings, "sample_height": 4, "sample_width": 4, "num_frames": 4, **changes})
+
+
+def call(transformer: Network, times: list[torch.Tensor]) -> torch.Tensor:
     hook = transformer.time_proj.register_forward_hook(lambda module, args, output: times.append(args[0]))
-    text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
     latents = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    output = call_transformer(transformer, latents, torch.tensor([TIME]), text)
+    time = torch.tensor([TIME])
+    if isinstance(transformer, LatteTransformer):
+        output = call_latte(transformer, latents, time, torch.tensor([2]), latents.flip(-1))
+    else:
+        text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+        output = call_transformer(transformer, latents, time, text)
     hook.remove()
     return output
 
 
-def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(transformer, one_process_group):
+@pytest.mark.parametrize("make", [make_cogvideox, make_latte])
+def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_process_group):
+    transformer = make().bfloat16()
     times: list[torch.Tensor] = []
     whole = call(transformer, times)
     sharded = copy.deepcopy(transformer)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     # As finetrainers shards a network.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, cast_forward_inputs=True)
+    for block in sharded.transformer_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(sharded, mesh=mesh, mp_policy=policy)
     for _ in range(2):
         output = call(sharded, times)
         assert output.dtype == torch.float32
         assert torch.equal(output, whole)
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
     assert [time.dtype for time in times] == [torch.float32] * 3
     assert [time.item() for time in times] == pytest.approx([TIME] * 3, abs=1e-4)
+
+
+@pytest.fixture
+def seen() -> list[tuple[torch.Tensor, ...]]:
+    return []
+
+
+def spy(transformer: LatteTransformer, seen: list[tuple[torch.Tensor, ...]]) -> LatteTransformer:
+    transformer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    return transformer
+
+
+@pytest.mark.parametrize(("mode", "in_channels"), [("None", 4), ("prior", 8)])
+@torch.no_grad()
+def test_latte_is_shown_what_the_reference_shows_it(mode, in_channels, seen):
+    vectors, _ = load_vectors("latte_diffusion")
+    expected, indices = (vectors[f"loss.align0.{mode}.tmix.{name}"] for name in ("model_x", "model_t"))
+    image, prior = vectors["condition_frame"], vectors["coarse_video"] if mode == "prior" else None
+    network = spy(make_latte(in_channels=in_channels), seen)
+    latents = expected[:, 1:, :4]
+    output = call_latte(network, latents, indices, torch.tensor([0, 3]), image, prior)
+    ((inputs, times, labels),) = seen
+    assert torch.equal(inputs, expected)
+    assert torch.equal(times, indices)
+    assert labels.tolist() == [0, 3]
+    assert torch.equal(output, network(inputs, times, labels).sample[:, 1:])
+    assert output.shape == latents.shape
+
+
+@torch.no_grad()
+def test_a_neural_prior_is_shown_the_repeated_image_alone(seen):
+    network = spy(make_latte(stage="neural_prior"), seen).bfloat16()
+    image = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)).expand(-1, 4, -1, -1, -1)
+    output = call_latte(network, image, None, torch.tensor([1]))
+    ((inputs, times, _),) = seen
+    assert torch.equal(inputs, image.bfloat16())
+    assert times is None
+    assert output.dtype == torch.float32
+    assert output.shape == image.shape
+
+
+@torch.no_grad()
+def test_a_latte_network_with_lora_layers_gets_its_own_precision(seen):
+    network = spy(make_latte().bfloat16(), seen)
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    for name, parameter in network.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    call(network, [])
+    assert seen[0][0].dtype == torch.bfloat16
+    assert seen[0][1].dtype == torch.float32
