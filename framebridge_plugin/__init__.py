@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
+    from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
     from framebridge_plugin.schedulers.framebridge_scheduler import FrameBridgeScheduler
     from framebridge_plugin.training.registration import register
 
@@ -17,11 +18,18 @@ __version__ = "0.1.0"
 
 _MODULE_OF_ATTRIBUTE = {
     "FrameBridgeCogVideoXPipeline": "framebridge_plugin.pipelines.cogvideox",
+    "FrameBridgeLattePipeline": "framebridge_plugin.pipelines.latte",
     "FrameBridgeScheduler": "framebridge_plugin.schedulers.framebridge_scheduler",
     "register": "framebridge_plugin.training.registration",
 }
 
-__all__ = ["FrameBridgeCogVideoXPipeline", "FrameBridgeScheduler", "__version__", "register"]
+__all__ = [
+    "FrameBridgeCogVideoXPipeline",
+    "FrameBridgeLattePipeline",
+    "FrameBridgeScheduler",
+    "__version__",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""What can be told about a CogVideoX folder without loading it: is it there, is it whole, which clips fit it.
+"""What can be told about a model's folder without loading it: is it there, is it whole, which clips fit it.
 
-Needs the standard library alone, so that a wrong path costs a second and not a minute.
+Needs the standard library alone, so that a wrong path costs a second and not a minute. How the parts of a Latte model
+fit each other is in `latte_checks`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,43 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 LORA_INFO_FILE = "framebridge.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
-_PARTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
-_PARTS = (*_PARTS_WITH_WEIGHTS, "tokenizer", "scheduler")
-_CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+_PARTS_WITHOUT_WEIGHTS = ("tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What makes up a model's folder in diffusers' format.
+
+    Attributes:
+        name: What the class of its pipeline has in its name.
+        parts: Its components, each with the class that its config.json must name, or None for any.
+    """
+
+    name: str
+    parts: Mapping[str, str | None]
+
+
+COGVIDEOX = ModelKind(
+    "CogVideoX",
+    {
+        "transformer": "CogVideoXTransformer3DModel",
+        "vae": "AutoencoderKLCogVideoX",
+        "text_encoder": None,
+        "tokenizer": None,
+        "scheduler": None,
+    },
+)
+LATTE_BRIDGE = ModelKind(
+    "FrameBridgeLatte", {"transformer": "LatteTransformer", "vae": "AutoencoderKL", "scheduler": None}
+)
+LATTE_NEURAL_PRIOR = ModelKind("FrameBridgeLatte", {"neural_prior": "LatteTransformer", "vae": "AutoencoderKL"})
 
 
 @dataclass(frozen=True)
@@ -45,7 +73,7 @@ class ClipShapeRule:
         Yields:
             The name of an argument, and what is wrong with it.
         """
-        if num_frames is not None and num_frames % self.frames_step != 1:
+        if num_frames is not None and (num_frames - 1) % self.frames_step:
             nearest = _nearest(num_frames - 1, self.frames_step, least=0) + 1
             rule = f"{self.frames_step} k + 1 frames"
             yield "num_frames", f"the VAE returns only {rule}, not {num_frames}; the nearest is {nearest}"
@@ -73,11 +101,37 @@ def local_path(name: str) -> Path | None:
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
-def folder_problem(path: Path) -> str | None:
-    """Examine a whole CogVideoX folder in diffusers' format.
+def model_kind(folder: Path) -> ModelKind | None:
+    """Tell what kind of model a folder holds.
+
+    Args:
+        folder: Folder of a whole model, or of a LoRA that our trainer saved.
+
+    Returns:
+        The kind; None if the folder says nothing, or names something else.
+    """
+    try:
+        if (folder / LORA_INFO_FILE).is_file():
+            info = read_json(folder / LORA_INFO_FILE)
+            # LoRA folders of version 0.1.0 do not say it: there was only one kind.
+            class_name = info.get("pipeline_class", "FrameBridgeCogVideoXPipeline")
+            is_bridge = info.get("network_name") != "neural_prior"
+        else:
+            index = read_json(folder / "model_index.json")
+            class_name, is_bridge = _class_name(index), _is_present("transformer", index)
+    except ValueError:
+        return None
+    if class_name == "FrameBridgeLattePipeline":
+        return LATTE_BRIDGE if is_bridge else LATTE_NEURAL_PRIOR
+    return COGVIDEOX if COGVIDEOX.name in str(class_name) else None
+
+
+def folder_problem(path: Path, kind: ModelKind = COGVIDEOX) -> str | None:
+    """Examine a model's whole folder in diffusers' format.
 
     Args:
         path: The folder that holds `model_index.json`.
+        kind: Which model it should be.
 
     Returns:
         What is wrong and what to do, or None.
@@ -85,21 +139,22 @@ def folder_problem(path: Path) -> str | None:
     if (problem := _not_a_folder(path)) is not None:
         return problem
     try:
-        class_name = read_json(path / "model_index.json").get("_class_name")
+        class_name = _class_name(read_json(path / "model_index.json"))
     except ValueError as error:
-        return f"{error}; give the folder of a whole CogVideoX model in diffusers' format"
-    class_name = class_name[-1] if isinstance(class_name, list) and class_name else class_name
-    if "CogVideoX" not in str(class_name):
-        return f"{path} holds a {class_name}, not a CogVideoX pipeline"
-    return next((problem for part in _PARTS if (problem := part_problem(path / part, part)) is not None), None)
+        return f"{error}; give the folder of a whole {kind.name} model in diffusers' format"
+    if kind.name not in str(class_name):
+        return f"{path} holds a {class_name}, not a {kind.name} pipeline"
+    problems = (part_problem(path / part, part, kind) for part in kind.parts)
+    return next((problem for problem in problems if problem is not None), None)
 
 
-def part_problem(path: Path, part: str) -> str | None:
+def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | None:
     """Examine one component's folder.
 
     Args:
         path: The folder of the component.
-        part: Which component it should be: transformer, vae, text_encoder, tokenizer or scheduler.
+        part: Which component it should be, one of the kind's.
+        kind: Which model it should be a part of.
 
     Returns:
         What is wrong and what to do, or None.
@@ -109,12 +164,13 @@ def part_problem(path: Path, part: str) -> str | None:
     if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
         # transformers would make up a vocabulary without a word.
         return f"{path} has no vocabulary (spiece.model); download the model again"
-    if part not in _PARTS_WITH_WEIGHTS:
+    if part in _PARTS_WITHOUT_WEIGHTS:
         return None
     try:
         class_name = read_json(path / "config.json").get("_class_name")
-        if part in _CLASSES and class_name != _CLASSES[part]:
-            return f"{path} holds a {class_name}, not a {_CLASSES[part]}"
+        wanted = kind.parts[part]
+        if wanted is not None and class_name != wanted:
+            return f"{path} holds a {class_name}, not a {wanted}"
         for index in path.glob("*.index.json"):
             for name in sorted(set(read_json(index).get("weight_map", {}).values())):
                 if not (path / name).is_file():
@@ -217,6 +273,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return content
+
+
+def _class_name(index: Mapping[str, Any]) -> Any:
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
+
+
+def _is_present(component: str, index: Mapping[str, Any]) -> bool:
+    entry = index.get(component)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
 def _config(folder: Path) -> dict[str, Any]:

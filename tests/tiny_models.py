@@ -1,4 +1,4 @@
-"""Builds what the tests train on: a complete but tiny CogVideoX folder, and folders of real clips."""
+"""Builds what the tests train on: complete but tiny CogVideoX and Latte folders, and folders of real clips."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -15,8 +16,17 @@ from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
 
 ensure_torchvision_operators()
 
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+)
 from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
+
+from framebridge_plugin.models import LatteTransformer  # noqa: E402
+from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline  # noqa: E402
+from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
 
 CAPTIONS = (
     "a red square moves to the right over a grey floor",
@@ -24,6 +34,8 @@ CAPTIONS = (
     "a green square falls down in front of a bright wall",
     "a white square climbs up and fades away at dusk",
 )
+CLASS_NAMES = ("left", "right", "up", "down")
+LATTE_KINDS = ("bridge", "neural_prior", "bridge_neural_prior", "diffusion")
 LATENT_CHANNELS = 4
 VAE_SPATIAL_COMPRESSION = 8
 VAE_TEMPORAL_COMPRESSION = 4
@@ -124,6 +136,111 @@ def make_tiny_cogvideox(
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
+
+
+def make_tiny_latte(
+    folder: str | Path,
+    kind: str = "bridge",
+    *,
+    class_names: Sequence[str] | None = CLASS_NAMES,
+    num_classes: int | None = None,
+    num_frames: int = 4,
+    size: int | tuple[int, int] = 64,
+    compression: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Writes a complete Latte folder, about 15,000 random weights a network, as training from scratch would leave it.
+
+    Args:
+        folder: Where to write; created if absent.
+        kind: One of `LATTE_KINDS`: `bridge`, `neural_prior` (no transformer and no scheduler), `bridge_neural_prior`
+            (a bridge that takes the neural prior's video, and the neural prior), `diffusion` (the matched baseline).
+        class_names: Names of the classes, or None for a model that knows only their number.
+        num_classes: Number of classes; by default that of the names.
+        num_frames: Frames of the video.
+        size: Height and width in pixels, or one number for both.
+        compression: Pixels per latent row and column: 4 (three blocks in the autoencoder) or 8 (four).
+        seed: Seed of the transformer's weights. Autoencoder and neural prior have fixed ones, so that folders of
+            different kinds share them.
+        dtype: Type in which the weights are stored.
+
+    Returns:
+        The folder.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = {
+        "sample_height": height // compression,
+        "sample_width": width // compression,
+        "num_frames": num_frames,
+        "class_names": None if class_names is None else list(class_names),
+        "num_classes": len(class_names or ()) if num_classes is None else num_classes,
+    }
+    transformer = neural_prior = scheduler = None
+    if kind != "neural_prior":
+        transformer = make_tiny_latte_network(seed, takes_neural_prior=kind == "bridge_neural_prior", **shape)
+        scheduler = make_latte_backbone() if kind == "diffusion" else FrameBridgeScheduler(target="eps_psi")
+    if "neural_prior" in kind:
+        neural_prior = make_tiny_latte_network(1000, stage="neural_prior", **shape)
+    pipeline = FrameBridgeLattePipeline(make_tiny_image_vae(compression), transformer, scheduler, neural_prior)
+    if dtype != torch.float32:
+        pipeline.to(dtype)
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_tiny_latte_network(
+    seed: int = 0, *, takes_neural_prior: bool = False, stage: str = "bridge", **shape: Any
+) -> LatteTransformer:
+    """Returns a Latte with 2 blocks of width 16, whose output is not zero as it is before training."""
+    network = LatteTransformer(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS * (2 if takes_neural_prior else 1),
+        out_channels=LATENT_CHANNELS,
+        stage=stage,
+        **shape,
+    )
+    network.initialize_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return network.eval()
+
+
+def make_tiny_image_vae(compression: int = 4, **settings: Any) -> AutoencoderKL:
+    """Returns an image autoencoder with random weights that compresses 4 or 8 times, as sd-vae-ft-ema does."""
+    blocks = {4: 3, 8: 4}[compression]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=LATENT_CHANNELS,
+            **settings,
+        )
+    return vae.eval()
+
+
+def make_latte_backbone() -> CogVideoXDDIMScheduler:
+    """Returns the noise schedule that Latte is trained with as a diffusion model: DDPM's linear betas."""
+    return CogVideoXDDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type="epsilon",
+        rescale_betas_zero_snr=False,
+        set_alpha_to_one=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
 
 
 def make_tiny_tokenizer(folder: str | Path, max_text_length: int = 16) -> T5Tokenizer:

@@ -19,20 +19,23 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_checks import LORA_INFO_FILE, ClipShapeRule
 from framebridge_plugin.models.calling import call_transformer
+from framebridge_plugin.pipelines.common import (
+    ImageInput,
+    check_generator,
+    check_output_type,
+    common_batch_size,
+    images_to_pixels,
+    repeat_batch,
+    sample_latents,
+)
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
-from framebridge_plugin.pipelines.saving import PROJECTION_FILE, load_projection
-from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
+from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, load_extra_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-ImageInput = Image.Image | torch.Tensor | list[Image.Image] | list[torch.Tensor]
 
 
 class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
@@ -130,8 +133,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             FrameBridgeError: If a size or the number of frames or images does not fit.
         """
         config = self.transformer.config
-        if output_type not in OUTPUT_TYPES:
-            raise FrameBridgeError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        check_output_type(output_type)
         height = height or self.config.height or config.sample_height * self.vae_scale_factor_spatial
         width = width or self.config.width or config.sample_width * self.vae_scale_factor_spatial
         num_frames = num_frames or self.config.num_frames or config.sample_frames
@@ -139,15 +141,13 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         rule = ClipShapeRule(2 * self.vae_scale_factor_temporal, self.vae_scale_factor_spatial * config.patch_size)
         for name, problem in rule.problems(num_frames, height, width):
             raise FrameBridgeError(f"{name}: {problem}")
-        image_BCHW = self._preprocess_image(image, height, width)
+        image_BCHW = images_to_pixels(image, height, width)
         if isinstance(prompt, str):
             prompt = [prompt]
         num_prompts = len(prompt) if prompt is not None else 1 if prompt_embeds is None else prompt_embeds.shape[0]
-        batch_size = max(num_prompts, image_BCHW.shape[0])
-        if {num_prompts, image_BCHW.shape[0]} - {1, batch_size}:
-            raise FrameBridgeError(
-                f"{image_BCHW.shape[0]} images but {num_prompts} prompts; give one for all, or one for each"
-            )
+        batch_size = common_batch_size(image_BCHW.shape[0], num_prompts, "prompts")
+        num_videos = batch_size * num_videos_per_prompt
+        generator = check_generator(generator, num_videos)
         if prompt is not None and num_prompts == 1:
             prompt = prompt * batch_size
         self.check_inputs(
@@ -162,9 +162,6 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         device = self._execution_device
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
 
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
@@ -178,16 +175,15 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             device=device,
         )
 
-        num_videos = batch_size * num_videos_per_prompt
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
         image_latents = encode_image(self.vae, image_BCHW, device)
-        image_latents = _repeat_batch(image_latents, num_videos).expand(-1, num_latent_frames, -1, -1, -1)
+        image_latents = repeat_batch(image_latents, num_videos).expand(-1, num_latent_frames, -1, -1, -1)
 
         latents = self.denoise(
             image_latents=image_latents,
             prior=image_latents,
-            prompt_embeds=_repeat_batch(prompt_embeds, num_videos),
-            negative_prompt_embeds=_repeat_batch(negative_prompt_embeds, num_videos),
+            prompt_embeds=repeat_batch(prompt_embeds, num_videos),
+            negative_prompt_embeds=repeat_batch(negative_prompt_embeds, num_videos),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generator,
@@ -243,76 +239,36 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         Returns:
             Float32 latents of the videos, [B, T, C, h, w].
         """
-        self._current_timestep = None
-        self._interrupt = False
-        device = image_latents.device
         # Not transformer.dtype, that of the first weight: LoRA training keeps the input projection in float32.
         dtype = self.transformer.patch_embed.text_proj.weight.dtype
-        guided = guidance_scale > 1.0
-        if guided:
+        text, image = prompt_embeds, image_latents
+        if guidance_scale > 1.0:
             assert negative_prompt_embeds is not None
-            text = torch.cat([negative_prompt_embeds, prompt_embeds]).to(dtype)
-        else:
-            text = prompt_embeds.to(dtype)
+            text, image = torch.cat([negative_prompt_embeds, prompt_embeds]), torch.cat([image_latents] * 2)
+        text = text.to(dtype)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        is_bridge = isinstance(self.scheduler, FrameBridgeScheduler)
-        if latents is not None:
-            latents = latents.to(device=device, dtype=torch.float32)
-        elif is_bridge:
-            latents = self.scheduler.initial_latent(prior, generator=generator)
-        else:
-            latents = randn_tensor(prior.shape, generator=generator, device=device) * self.scheduler.init_noise_sigma
+        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return call_transformer(
+                self.transformer,
+                torch.cat([latents, image], dim=2),
+                time,
+                text,
+                image_rotary_emb,
+                attention_kwargs,
+            )
 
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        old_pred_original_sample = None
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                if is_bridge:
-                    network_latents, network_time = self.scheduler.align(latents, prior, t)
-                else:
-                    network_latents, network_time = latents, t.expand(latents.shape[0])
-                hidden_states = torch.cat([network_latents, image_latents], dim=2)
-                if guided:
-                    hidden_states, network_time = torch.cat([hidden_states] * 2), torch.cat([network_time] * 2)
-                output = call_transformer(
-                    self.transformer, hidden_states, network_time, text, image_rotary_emb, attention_kwargs
-                )
-                if guided:
-                    unconditional, conditional = output.chunk(2)
-                    output = unconditional + guidance_scale * (conditional - unconditional)
-
-                if is_bridge:
-                    latents = self.scheduler.step(output, t, latents, prior, generator=generator).prev_sample
-                elif isinstance(self.scheduler, CogVideoXDPMScheduler):
-                    latents, old_pred_original_sample = self.scheduler.step(
-                        output,
-                        old_pred_original_sample,
-                        t,
-                        timesteps[i - 1] if i > 0 else None,
-                        latents,
-                        generator=generator,
-                        return_dict=False,
-                    )
-                else:
-                    latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
-                latents = latents.float()
-
-                if callback_on_step_end is not None:
-                    available = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
-                    tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs or ["latents"]}
-                    latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
-                progress_bar.update()
-        self._current_timestep = None
-        return latents
+        return sample_latents(
+            self,
+            network,
+            prior,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_tensors={"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes scaled latents.
@@ -340,8 +296,8 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
         if isinstance(pretrained_model_name_or_path_or_dict, str | os.PathLike):
             folder = Path(pretrained_model_name_or_path_or_dict)
-            if (folder / PROJECTION_FILE).is_file() or (folder / LORA_INFO_FILE).is_file():
-                replaced = load_projection(self.transformer, folder)
+            if (folder / EXTRA_WEIGHTS_FILE).is_file() or (folder / LORA_INFO_FILE).is_file():
+                replaced = load_extra_weights(self.transformer, folder)
                 # Of several LoRAs the last one's projection counts, and the first replaced the base model's.
                 self.__dict__.setdefault("_base_projection", replaced)
 
@@ -355,25 +311,4 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         super().unload_lora_weights(*args, **kwargs)
         base = self.__dict__.pop("_base_projection", None)
         if base is not None:
-            self.transformer.patch_embed.proj.load_state_dict(base)
-
-    def _preprocess_image(self, image: ImageInput, height: int, width: int) -> torch.Tensor:
-        """Images to pixels in [-1, 1], [B, 3, H, W], resized and cropped as in training."""
-        if isinstance(image, torch.Tensor) and image.ndim == 4:
-            image = list(image)
-        images = image if isinstance(image, list) else [image]
-        if not images:
-            raise FrameBridgeError("no image given; pass at least one")
-        pixels = [image_to_tensor(item) if isinstance(item, Image.Image) else item for item in images]
-        for item in pixels:
-            if not isinstance(item, torch.Tensor) or item.ndim != 3 or item.shape[0] != 3:
-                found = (
-                    f"a tensor of shape {list(item.shape)}" if isinstance(item, torch.Tensor) else type(item).__name__
-                )
-                raise FrameBridgeError(f"image: should be a PIL image or a tensor [3, H, W], not {found}")
-        return torch.stack([resize_and_crop(item.unsqueeze(0), height, width)[0] for item in pixels]) * 2.0 - 1.0
-
-
-def _repeat_batch(tensor: Any, batch_size: int) -> Any:
-    """Repeats every sample in its place until there are `batch_size`; None stays None."""
-    return None if tensor is None else tensor.repeat_interleave(batch_size // tensor.shape[0], dim=0)
+            self.transformer.load_state_dict(base, strict=False)

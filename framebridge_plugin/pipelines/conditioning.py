@@ -6,20 +6,36 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from diffusers.utils.torch_utils import randn_tensor
+
+FRAMES_AT_ONCE = 16
+"""Frames that an image autoencoder is given in one call, which bounds its memory."""
 
 
-def latent_scale(vae: AutoencoderKLCogVideoX) -> float:
+def latent_scale(vae: AutoencoderKLCogVideoX | AutoencoderKL) -> float:
     """The factor from the autoencoder's latents to the network's.
 
     Args:
-        vae: The autoencoder.
+        vae: The autoencoder, of videos or of images.
 
     Returns:
         `scaling_factor`, or its inverse where the config says `invert_scale_latents`.
     """
     factor = vae.config.scaling_factor
-    return 1.0 / factor if vae.config.invert_scale_latents else factor
+    return 1.0 / factor if vae.config.get("invert_scale_latents") else factor
+
+
+def latent_shift(vae: AutoencoderKL) -> float:
+    """What is taken from an image autoencoder's latents before they are scaled.
+
+    Args:
+        vae: The autoencoder.
+
+    Returns:
+        `shift_factor`; 0 where the config has none.
+    """
+    return vae.config.get("shift_factor") or 0.0
 
 
 @torch.no_grad()
@@ -60,6 +76,56 @@ def encode_image(
         Float32 latents of shape [B, 1, C, h, w].
     """
     return encode_video(vae, image_BCHW.unsqueeze(1), device)
+
+
+@torch.no_grad()
+def encode_frames(
+    vae: AutoencoderKL,
+    video_BFCHW: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator],
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Encodes videos frame by frame with an image autoencoder: a sample of the posterior, scaled.
+
+    A frame's latent is drawn here once. Whoever needs that of the first frame more than once (target, image condition,
+    prior, input of the neural prior) takes the same one.
+
+    Args:
+        vae: The autoencoder; the computation has its precision.
+        video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
+        generator: The source of the draws; a list gives one to each video.
+        device: Where to compute; by default where the autoencoder is (offloading hooks move it only when it runs).
+
+    Returns:
+        Float32 latents of shape [B, F, C, h, w].
+    """
+    device = device or vae.device
+    frames = video_BFCHW.flatten(0, 1)
+    means, deviations = [], []
+    for some in frames.split(FRAMES_AT_ONCE):
+        posterior = vae.encode(some.to(device=device, dtype=vae.dtype)).latent_dist
+        means.append(posterior.mean.float())
+        deviations.append(posterior.std.float())
+    mean_BFCHW, std_BFCHW = (torch.cat(parts).unflatten(0, video_BFCHW.shape[:2]) for parts in (means, deviations))
+    # Drawn for the whole batch, so that the latents do not depend on how the frames were split.
+    noise_BFCHW = randn_tensor(mean_BFCHW.shape, generator=generator, device=device, dtype=torch.float32)
+    return (mean_BFCHW + std_BFCHW * noise_BFCHW - latent_shift(vae)) * latent_scale(vae)
+
+
+@torch.no_grad()
+def decode_frames(vae: AutoencoderKL, latents_BFCHW: torch.Tensor) -> torch.Tensor:
+    """Decodes scaled latents frame by frame with an image autoencoder.
+
+    Args:
+        vae: The autoencoder; the computation has its precision.
+        latents_BFCHW: Latents as `encode_frames` returns them, [B, F, C, h, w].
+
+    Returns:
+        Float32 pixels in about [-1, 1], [B, F, 3, H, W].
+    """
+    latents = (latents_BFCHW.flatten(0, 1) / latent_scale(vae) + latent_shift(vae)).to(vae.dtype)
+    pixels = torch.cat([vae.decode(some).sample.float() for some in latents.split(FRAMES_AT_ONCE)])
+    return pixels.unflatten(0, latents_BFCHW.shape[:2])
 
 
 def add_pixel_noise(

@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
-from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import LORA_INFO_FILE, find_saved_model
-from framebridge_plugin.media import contact_sheet, read_image, write_video
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.folder_checks import (
+    COGVIDEOX,
+    LATTE_BRIDGE,
+    LATTE_NEURAL_PRIOR,
+    LORA_INFO_FILE,
+    ModelKind,
+    find_saved_model,
+)
+from framebridge_plugin.media import contact_sheet, write_video
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.pipelines.saving import load_lora_base, local_folder
-from framebridge_plugin.sample_request import SampleRequest
+from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
+from framebridge_plugin.pipelines.saving import load_latte_lora_base, load_lora_base, local_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
-_OURS = FrameBridgeCogVideoXPipeline.__name__
+if TYPE_CHECKING:
+    from framebridge_plugin.sample_inputs import SampleInput
+    from framebridge_plugin.sample_request import SampleRequest
+
+Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
+
+_COGVIDEOX_PIPELINE, _LATTE_PIPELINE = FrameBridgeCogVideoXPipeline.__name__, FrameBridgeLattePipeline.__name__
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def sample(request: SampleRequest) -> list[Path]:
+def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     """Samples videos and writes them, with a contact sheet of all.
 
     Args:
         request: What to sample, checked.
+        inputs: Its first frames with their conditions.
 
     Returns:
         The videos' files.
 
     Raises:
+        UsageError: If the model, which came from the hub, is of another kind than the options are for.
         FrameBridgeError: If the model cannot be opened, or a size does not fit it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,53 +57,65 @@ def sample(request: SampleRequest) -> list[Path]:
     pipeline = open_pipeline(
         request.model, transformer=request.transformer, torch_dtype=_DTYPES[request.dtype or default_dtype]
     )
-    if isinstance(pipeline.scheduler, FrameBridgeScheduler):
-        pipeline.scheduler = FrameBridgeScheduler.from_config(
-            pipeline.scheduler.config,
-            sampler=request.sampler,
-            order=request.order,
-            eta=request.eta,
-            grid=request.grid,
-            start=request.start,
-        )
-    else:
-        _say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
+    kind = _kind_of(pipeline)
+    if problems := request.kind_problems(kind):
+        raise UsageError("\n".join(problems))
+    call = _prepare_call(pipeline, request, kind)
     pipeline.to(device)
 
     paths, videos, labels = request.video_paths(), [], []
     for number, path in enumerate(paths):
-        image = number // request.num_videos
+        image, condition = inputs[number // request.num_videos]
         seed = request.seed + number
         pipeline.set_progress_bar_config(desc=f"Video {number + 1} of {len(paths)}")
         video = pipeline(
-            image=read_image(request.images[image]),
-            prompt=request.prompt_of(image),
-            num_frames=request.num_frames,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
+            image, condition, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
         ).frames[0]
         write_video(video, path)
         videos.append(video)
-        labels.append(f"{path.name}: seed {seed}, {request.prompt_of(image)}")
+        labels.append(f"{path.name}: seed {seed}, {condition}")
         _say(f"video: {path}")
     contact_sheet(videos, request.contact_sheet_path(), labels=labels)
     _say(f"contact sheet: {request.contact_sheet_path()}")
     return paths
 
 
-def open_pipeline(
-    model: str, *, transformer: str | None = None, torch_dtype: torch.dtype | None = None
-) -> FrameBridgeCogVideoXPipeline:
+def _kind_of(pipeline: Pipeline) -> ModelKind:
+    if isinstance(pipeline, FrameBridgeCogVideoXPipeline):
+        return COGVIDEOX
+    return LATTE_NEURAL_PRIOR if pipeline.transformer is None else LATTE_BRIDGE
+
+
+def _prepare_call(pipeline: Pipeline, request: SampleRequest, kind: ModelKind) -> dict[str, Any]:
+    """Sets the scheduler as the request says; returns the arguments of a call."""
+    if kind is LATTE_NEURAL_PRIOR:
+        _say("a neural prior: one call of the network per video")
+        return {}
+    settings = request.sampler_settings(kind)
+    if isinstance(pipeline.scheduler, FrameBridgeScheduler):
+        pipeline.scheduler = FrameBridgeScheduler.from_config(
+            pipeline.scheduler.config,
+            sampler=settings.sampler,
+            order=settings.order,
+            eta=settings.eta,
+            grid=settings.grid,
+            start=settings.start,
+        )
+    else:
+        _say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
+    call: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    if kind is COGVIDEOX:
+        call |= {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+    return call
+
+
+def open_pipeline(model: str, *, transformer: str | None = None, torch_dtype: torch.dtype | None = None) -> Pipeline:
     """Opens a model, wherever a run or a release left it.
 
     Args:
         model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id.
-        transformer: A fine-tuned `transformer/` folder or id to put into `model`, with the bridge settings beside it
-            if there are any, and those of the reference if not.
+        transformer: A fine-tuned CogVideoX `transformer/` folder or id to put into `model`, with the bridge settings
+            beside it if there are any, and those of the reference if not.
         torch_dtype: Precision of the weights; float32 by default.
 
     Returns:
@@ -110,8 +138,7 @@ def open_pipeline(
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FrameBridgeError(
-            f"cannot open model {str(source)!r}: {line}; give a run's folder, or a complete CogVideoX model in "
-            "diffusers format"
+            f"cannot open model {str(source)!r}: {line}; give a run's folder, or a complete model in diffusers format"
         ) from error
 
 
@@ -128,35 +155,44 @@ def _find_model(folder: Path) -> Path:
     return found
 
 
-def _open_lora(folder: Path, torch_dtype: torch.dtype | None) -> FrameBridgeCogVideoXPipeline:
+def _open_lora(folder: Path, torch_dtype: torch.dtype | None) -> Pipeline:
     info = json.loads((folder / LORA_INFO_FILE).read_text())
-    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(
-        info["base_model"],
-        scheduler=_load_scheduler(folder / "scheduler"),
-        dtype=torch_dtype,
-        num_frames=info["num_frames"],
-        height=info["height"],
-        width=info["width"],
-        **load_lora_base(info, torch_dtype),
-    )
+    pipeline: Pipeline
+    if info.get("pipeline_class") == _LATTE_PIPELINE:
+        components = load_latte_lora_base(info, torch_dtype)
+        if info["network_name"] == "transformer":
+            components["scheduler"] = _load_scheduler(folder / "scheduler")
+        pipeline = FrameBridgeLattePipeline.from_pretrained(info["base_model"], dtype=torch_dtype, **components)
+    else:
+        pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(
+            info["base_model"],
+            scheduler=_load_scheduler(folder / "scheduler"),
+            dtype=torch_dtype,
+            num_frames=info["num_frames"],
+            height=info["height"],
+            width=info["width"],
+            **load_lora_base(info, torch_dtype),
+        )
     pipeline.load_lora_weights(folder)
     return pipeline
 
 
-def _open_model(
-    folder: Path, transformer: str | None, torch_dtype: torch.dtype | None
-) -> FrameBridgeCogVideoXPipeline:
+def _open_model(folder: Path, transformer: str | None, torch_dtype: torch.dtype | None) -> Pipeline:
     class_name = _class_name(folder / "model_index.json")
+    if class_name == _LATTE_PIPELINE:
+        if transformer is not None:
+            raise FrameBridgeError(f"--transformer is for CogVideoX; {folder} is a whole Latte model: leave it out")
+        return FrameBridgeLattePipeline.from_pretrained(folder, dtype=torch_dtype)
     replaced: dict[str, Any] = {}
     if transformer is not None:
         replaced["transformer"] = CogVideoXTransformer3DModel.from_pretrained(transformer, dtype=torch_dtype)
-    if transformer is not None and _class_name(Path(transformer).parent / "model_index.json") == _OURS:
+    if transformer is not None and _class_name(Path(transformer).parent / "model_index.json") == _COGVIDEOX_PIPELINE:
         replaced["scheduler"] = _load_scheduler(Path(transformer).parent / "scheduler")
     elif class_name == "CogVideoXPipeline":
         backbone = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         replaced["scheduler"] = FrameBridgeScheduler.from_backbone(backbone, target="v", alignment_edge="reference")
         _say("the model has no bridge settings: the reference's are used (target v, SNR-aligned, beta .01 to 50)")
-    elif class_name != _OURS:
+    elif class_name != _COGVIDEOX_PIPELINE:
         raise FrameBridgeError(
             f"{folder} is a {class_name}, which is no FrameBridge model; fine-tune a CogVideoX text-to-video model "
             "with `finetrainers train`"

@@ -1,8 +1,7 @@
-"""Writing and opening what a training run leaves behind: diffusers folders, LoRA files and the projection beside them.
+"""Writing and opening what a training run leaves behind: diffusers folders, and LoRA files with what belongs to them.
 
-A model folder is complete (tokenizer, text encoder, autoencoder, transformer, scheduler), so that
-`FrameBridgeCogVideoXPipeline.from_pretrained` opens it alone. The parts that training does not change are hard links
-to the base model's files where the file system allows it, copies elsewhere.
+A model folder is complete, so that the pipeline's `from_pretrained` opens it alone. The parts that training does not
+change are hard links to the files that they came from where the file system allows it, copies elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, SchedulerMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,10 +25,17 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_checks import LORA_INFO_FILE
+from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 
-UNCHANGED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
-PROJECTION_FILE = "patch_embed_proj.safetensors"
+COGVIDEOX_COMPONENTS = {
+    "tokenizer": ("transformers", "T5Tokenizer"),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+}
+"""What training of a CogVideoX leaves as it is: library and class of each component."""
+
+EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -67,82 +74,92 @@ def local_folder(
 def save_model_folder(
     directory: str | os.PathLike,
     *,
-    transformer_config: Mapping[str, Any],
-    transformer_state_dict: Mapping[str, torch.Tensor],
-    scheduler: SchedulerMixin,
-    component_folders: Mapping[str, Path],
-    clip_shape: tuple[int, int, int] | None = None,
+    pipeline_class: str,
+    network_name: str,
+    network_class: Any,
+    network_config: Mapping[str, Any],
+    network_state_dict: Mapping[str, torch.Tensor],
+    scheduler: SchedulerMixin | None,
+    linked_components: Mapping[str, tuple[str, str, Path]],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a complete diffusers folder for `FrameBridgeCogVideoXPipeline.from_pretrained`.
+    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens.
 
     Args:
         directory: Where to write; made if needed.
-        transformer_config: The widened transformer's config.
-        transformer_state_dict: Its weights, whole tensors.
-        scheduler: The scheduler that it was trained with.
-        component_folders: Folders of tokenizer, text encoder and autoencoder.
-        clip_shape: (frames, height, width) that it was trained on, the defaults of a call.
+        pipeline_class: Name of the pipeline, such as "FrameBridgeCogVideoXPipeline".
+        network_name: The trained network's folder and name in the pipeline: "transformer" or "neural_prior".
+        network_class: Its class, a diffusers model.
+        network_config: Its config.
+        network_state_dict: Its weights, whole tensors.
+        scheduler: The scheduler that it was trained with; None for a network that has none.
+        linked_components: The components that were not trained, by name: the library and the name of their class, as
+            `model_index.json` gives them, and their folder.
+        settings: Further arguments of the pipeline, for `model_index.json`.
     """
     folder = Path(directory)
     with torch.device("meta"):
-        transformer = CogVideoXTransformer3DModel.from_config(dict(transformer_config))
-    transformer.load_state_dict(dict(transformer_state_dict), strict=True, assign=True)
-    transformer.save_pretrained(folder / "transformer")
-    scheduler.save_pretrained(folder / "scheduler")
-    for name, source in component_folders.items():
+        network = network_class.from_config(dict(network_config))
+    network.load_state_dict(dict(network_state_dict), strict=True, assign=True)
+    network.save_pretrained(folder / network_name)
+    index = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}
+    for name, (library, class_name, source) in linked_components.items():
         link_or_copy_tree(source, folder / name)
-
-    num_frames, height, width = clip_shape or (None, None, None)
-    index = {
-        "_class_name": "FrameBridgeCogVideoXPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "tokenizer": ["transformers", "T5Tokenizer"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-        "scheduler": [_library_of(scheduler), type(scheduler).__name__],
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
-    }
+        index[name] = [library, class_name]
+    index[network_name] = [_library_of(network_class), network_class.__name__]
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = [_library_of(type(scheduler)), type(scheduler).__name__]
+    index |= settings or {}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_lora_folder(
     directory: str | os.PathLike,
     *,
+    pipeline_class: str,
+    network_name: str,
     lora_state_dict: Mapping[str, torch.Tensor],
     adapter_metadata: Mapping[str, Any],
-    projection_state_dict: Mapping[str, torch.Tensor],
-    scheduler: SchedulerMixin,
+    extra_state_dict: Mapping[str, torch.Tensor],
+    scheduler: SchedulerMixin | None,
     base_model: str,
     replaced_components: Mapping[str, str] | None = None,
     clip_shape: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes a LoRA file that diffusers loads, the trained input projection beside it, and the scheduler.
+    """Writes a LoRA file that diffusers loads, other trained weights beside it, the scheduler, and where it came from.
 
     Args:
         directory: Where to write; made if needed.
+        pipeline_class: Name of the pipeline that the base model and the LoRA make together.
+        network_name: The trained network's name in it, "transformer" or "neural_prior"; the names in the LoRA file
+            begin with it.
         lora_state_dict: LoRA weights with the names that peft gives them.
         adapter_metadata: Rank, alpha and target modules; they go into the file's header.
-        projection_state_dict: `weight` and, if there is one, `bias` of `patch_embed.proj`.
-        scheduler: The scheduler that it was trained with.
+        extra_state_dict: Trained weights that are no LoRA layers, such as a widened input projection, under the
+            network's own names; may be empty.
+        scheduler: The scheduler that it was trained with; None for a network that has none.
         base_model: Folder or hub id of the model that was fine-tuned.
         replaced_components: Folders or hub ids of the components that did not come from it, by name.
         clip_shape: (frames, height, width) that it was trained on.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    CogVideoXPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=dict(lora_state_dict),
-        transformer_lora_adapter_metadata=dict(adapter_metadata),
-        weight_name=LORA_FILE,
+    header = {f"{network_name}.{key}": value for key, value in adapter_metadata.items()}
+    save_file(
+        {f"{network_name}.{name}": tensor.contiguous() for name, tensor in lora_state_dict.items()},
+        folder / LORA_FILE,
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=2, sort_keys=True)},
     )
-    save_file({k: v.contiguous() for k, v in projection_state_dict.items()}, folder / PROJECTION_FILE)
-    scheduler.save_pretrained(folder / "scheduler")
+    if extra_state_dict:
+        extra = {name: tensor.contiguous() for name, tensor in extra_state_dict.items()}
+        save_file(extra, folder / EXTRA_WEIGHTS_FILE)
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
     num_frames, height, width = clip_shape or (None, None, None)
     info = {
+        "pipeline_class": pipeline_class,
+        "network_name": network_name,
         "base_model": _absolute(base_model),
         "replaced_components": {name: _absolute(source) for name, source in (replaced_components or {}).items()},
         "num_frames": num_frames,
@@ -178,27 +195,49 @@ def load_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = No
     return components
 
 
-def load_projection(transformer: CogVideoXTransformer3DModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Puts the trained input projection that lies beside a LoRA file into a widened transformer.
+def load_latte_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Loads what a Latte LoRA was trained on in place of its base model's own components.
 
     Args:
-        transformer: The widened transformer; changed in place.
+        info: Content of the `framebridge.json` that `save_lora_folder` wrote.
+        torch_dtype: Precision of the weights; float32 by default.
+
+    Returns:
+        Components by name, for the `from_pretrained` of the pipeline.
+    """
+    components = {}
+    for name, source in info["replaced_components"].items():
+        component_class: Any = AutoencoderKL if name == "vae" else LatteTransformer
+        # A neural prior on the hub is a model's id, its folder is the network's.
+        subfolder = "neural_prior" if name == "neural_prior" and not os.path.isdir(source) else None
+        components[name] = component_class.from_pretrained(
+            source, subfolder=subfolder, dtype=torch_dtype or torch.float32
+        )
+    return components
+
+
+def load_extra_weights(network: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Puts the trained weights that lie beside a LoRA file into the network that it is for.
+
+    Args:
+        network: The network; changed in place.
         folder: The folder of the LoRA file.
 
     Returns:
-        The weights that were replaced.
+        The weights that were replaced, by name.
 
     Raises:
         FrameBridgeError: If the file is missing, damaged or of another model.
     """
-    file = folder / PROJECTION_FILE
-    projection = transformer.patch_embed.proj
-    replaced = {name: tensor.detach().clone() for name, tensor in projection.state_dict().items()}
+    file = folder / EXTRA_WEIGHTS_FILE
     try:
-        projection.load_state_dict(load_file(file))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        extra = load_file(file)
+        state = network.state_dict()
+        replaced = {name: state[name].detach().clone() for name in extra}
+        network.load_state_dict(extra, strict=False)
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise FrameBridgeError(
-            f"{file}: cannot load the trained input projection ({_first_line(error)}); "
+            f"{file}: cannot load the weights trained beside the LoRA layers ({_first_line(error)}); "
             "take the folder as it was written, with the base model that it names"
         ) from error
     return replaced
@@ -216,6 +255,8 @@ def link_or_copy_tree(source: Path, destination: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for file in files:
             origin, copy = os.path.realpath(os.path.join(folder, file)), target / file
+            if copy.exists() and os.path.samefile(origin, copy):
+                continue
             copy.unlink(missing_ok=True)
             try:
                 os.link(origin, copy)
@@ -232,7 +273,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _library_of(component: object) -> str:
+def _library_of(component_class: type) -> str:
     """The name under which diffusers imports a component's class."""
-    module = type(component).__module__
+    module = component_class.__module__
     return "diffusers" if module.startswith("diffusers.") else module

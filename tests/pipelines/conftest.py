@@ -1,4 +1,4 @@
-"""A plain tiny CogVideoX, and what training makes of it: a bridge model and its diffusion baseline."""
+"""A plain tiny CogVideoX, and what training makes of it: a bridge model and its diffusion baseline; tiny Lattes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from framebridge_plugin.models.widening import load_bridge_transformer
-from framebridge_plugin.pipelines.saving import save_model_folder
+from framebridge_plugin.pipelines.saving import COGVIDEOX_COMPONENTS, save_model_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from tests.tiny_models import make_tiny_cogvideox
+from tests.tiny_models import LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
 
 
 def make_trained_folder(folder: Path, base: Path, objective: str = "bridge", num_frames: int = 9) -> Path:
@@ -22,11 +22,14 @@ def make_trained_folder(folder: Path, base: Path, objective: str = "bridge", num
     bridge = FrameBridgeScheduler.from_backbone(backbone, beta_max=40.0, target="v")
     save_model_folder(
         folder,
-        transformer_config=transformer.config,
-        transformer_state_dict=transformer.state_dict(),
+        pipeline_class="FrameBridgeCogVideoXPipeline",
+        network_name="transformer",
+        network_class=CogVideoXTransformer3DModel,
+        network_config=transformer.config,
+        network_state_dict=transformer.state_dict(),
         scheduler=bridge if objective == "bridge" else backbone,
-        component_folders={name: base / name for name in ("tokenizer", "text_encoder", "vae")},
-        clip_shape=(num_frames, 64, 64),
+        linked_components={name: (*source, base / name) for name, source in COGVIDEOX_COMPONENTS.items()},
+        settings={"num_frames": num_frames, "height": 64, "width": 64},
     )
     return folder
 
@@ -50,3 +53,10 @@ def baseline_folder(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory
 def rotary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rotary")
     return make_trained_folder(folder / "model", make_tiny_cogvideox(folder / "plain", rotary=True))
+
+
+@pytest.fixture(scope="session")
+def latte_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny Latte model of every kind."""
+    folder = tmp_path_factory.mktemp("latte")
+    return {kind: make_tiny_latte(folder / kind, kind) for kind in LATTE_KINDS}

@@ -62,7 +62,8 @@ def test_training_loss_and_gradients(vectors, case):
     rotary = (v["rope_cos"], v["rope_sin"]) if case == "rope" else None
     seen = {}
 
-    def network(hidden_states, timestep):
+    def network(latents, timestep):
+        hidden_states = torch.cat([latents, v["X_cond"]], dim=2)
         seen.update(hidden_states=hidden_states, timestep=timestep)
         return transformer(
             hidden_states=hidden_states,
@@ -73,7 +74,7 @@ def test_training_loss_and_gradients(vectors, case):
         )[0]
 
     prediction, target = bridge_prediction(
-        network, make_scheduler(), v["X0"], v["prior"], v["X_cond"], v["noise"], v["timesteps"].double()
+        network, make_scheduler(), v["X0"], v["prior"], v["noise"], v["timesteps"].double()
     )
     loss = (prediction - target).square().mean()
     loss.backward()

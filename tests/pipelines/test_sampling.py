@@ -257,7 +257,7 @@ DAMAGED = [
     "model/scheduler/scheduler_config.json",
     "model/model_index.json",
     "lora/pytorch_lora_weights.safetensors",
-    "lora/patch_embed_proj.safetensors",
+    "lora/extra_weights.safetensors",
     "lora/framebridge.json",
     "lora/scheduler/scheduler_config.json",
 ]

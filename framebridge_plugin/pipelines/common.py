@@ -1,0 +1,205 @@
+"""What the image-to-video pipelines share: their arguments as they come in, and the sampling loop on latents.
+
+Layouts: B batch, T latent frames, C channels, H and W height and width (of latents or pixels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ImageInput = Image.Image | torch.Tensor | list[Image.Image] | list[torch.Tensor]
+Generators = torch.Generator | list[torch.Generator]
+
+
+def check_output_type(output_type: str) -> None:
+    """Refuses an unknown kind of result before anything is computed.
+
+    Args:
+        output_type: One of `OUTPUT_TYPES`.
+
+    Raises:
+        FrameBridgeError: If it is not.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise FrameBridgeError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+
+
+def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor:
+    """Resizes and crops images as training does with its clips.
+
+    Args:
+        image: One image or several: PIL images, or pixels in [0, 1] of shape [3, H, W], also stacked to [B, 3, H, W].
+        height: Height wanted, in pixels.
+        width: Width wanted, in pixels.
+
+    Returns:
+        Pixels in [-1, 1], [B, 3, height, width].
+
+    Raises:
+        FrameBridgeError: If there is no image, or one is none.
+    """
+    if isinstance(image, torch.Tensor) and image.ndim == 4:
+        image = list(image)
+    images = image if isinstance(image, list) else [image]
+    if not images:
+        raise FrameBridgeError("no image given; pass at least one")
+    pixels = [image_to_tensor(item) if isinstance(item, Image.Image) else item for item in images]
+    for item in pixels:
+        if not isinstance(item, torch.Tensor) or item.ndim != 3 or item.shape[0] != 3:
+            found = f"a tensor of shape {list(item.shape)}" if isinstance(item, torch.Tensor) else type(item).__name__
+            raise FrameBridgeError(f"image: should be a PIL image or a tensor [3, H, W], not {found}")
+    return torch.stack([resize_and_crop(item.unsqueeze(0), height, width)[0] for item in pixels]) * 2.0 - 1.0
+
+
+def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:
+    """How many pairs of image and text or class there are, where one of either may serve for all.
+
+    Args:
+        num_images: Number of images.
+        num_conditions: Number of texts or classes.
+        name: What they are called, in the plural.
+
+    Returns:
+        The larger of the two.
+
+    Raises:
+        FrameBridgeError: If the two are neither equal nor one of them 1.
+    """
+    batch_size = max(num_images, num_conditions)
+    if {num_images, num_conditions} - {1, batch_size}:
+        raise FrameBridgeError(f"{num_images} images but {num_conditions} {name}; give one for all, or one for each")
+    return batch_size
+
+
+def repeat_batch(tensor: Any, batch_size: int) -> Any:
+    """Repeats every sample in its place.
+
+    Args:
+        tensor: A batch whose size divides `batch_size`, or None.
+        batch_size: The size wanted.
+
+    Returns:
+        The larger batch; None stays None.
+    """
+    return None if tensor is None else tensor.repeat_interleave(batch_size // tensor.shape[0], dim=0)
+
+
+def check_generator(generator: Generators | None, num_videos: int) -> Generators:
+    """The source of a call's draws.
+
+    Args:
+        generator: What the caller gave.
+        num_videos: Number of videos that will be drawn.
+
+    Returns:
+        The caller's generator or generators, or one with a fresh seed if there is none.
+
+    Raises:
+        FrameBridgeError: If there are several, but not one for each video.
+    """
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, list) and len(generator) != num_videos:
+        raise FrameBridgeError(f"{len(generator)} generators for {num_videos} samples: pass one, or one per sample")
+    return generator
+
+
+def sample_latents(
+    pipeline: Any,
+    network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    prior: torch.Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    generator: Generators | None,
+    latents: torch.Tensor | None = None,
+    callback_on_step_end: Callable[..., dict] | None = None,
+    callback_tensors: Mapping[str, torch.Tensor | None] | None = None,
+    callback_tensor_inputs: list[str] | None = None,
+) -> torch.Tensor:
+    """The sampling loop: from the prior back along the bridge, or from noise for the diffusion baseline.
+
+    Args:
+        pipeline: The pipeline whose scheduler, progress bar and interrupt flag are used. Its scheduler is a
+            `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
+        network: (latents [B, T, C, H, W], time [B]) -> output [B, T, C, H, W], everything else being bound. With
+            guidance the batch is twice as large: the unconditional half comes first.
+        prior: End point z_T of the bridge, [B, T, C, H, W]; the diffusion baseline takes its shape and device alone.
+        num_inference_steps: Calls of the network.
+        guidance_scale: Weight w of uncond + w (cond - uncond); 1 or less switches guidance off.
+        generator: The source of every draw; a list gives one to each video.
+        latents: Where to start, in place of the scheduler's own start.
+        callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
+            returns under "latents" replaces them.
+        callback_tensors: What it can be given besides the latents, by name.
+        callback_tensor_inputs: Names of the tensors that it gets; by default the latents.
+
+    Returns:
+        Float32 latents of the videos, [B, T, C, H, W].
+    """
+    pipeline._interrupt = False
+    scheduler, device = pipeline.scheduler, prior.device
+    is_bridge = isinstance(scheduler, FrameBridgeScheduler)
+    guided = guidance_scale > 1.0
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    if latents is not None:
+        latents = latents.to(device=device, dtype=torch.float32)
+    elif is_bridge:
+        latents = scheduler.initial_latent(prior, generator=generator)
+    else:
+        latents = randn_tensor(prior.shape, generator=generator, device=device) * scheduler.init_noise_sigma
+
+    timesteps = scheduler.timesteps
+    pipeline._num_timesteps = len(timesteps)
+    old_pred_original_sample = None
+    with pipeline.progress_bar(total=len(timesteps)) as progress_bar:
+        for i, t in enumerate(timesteps):
+            if pipeline.interrupt:
+                continue
+            pipeline._current_timestep = t
+            if is_bridge:
+                network_latents, network_time = scheduler.align(latents, prior, t)
+            else:
+                network_latents, network_time = latents, t.expand(latents.shape[0])
+            if guided:
+                network_latents, network_time = torch.cat([network_latents] * 2), torch.cat([network_time] * 2)
+            output = network(network_latents, network_time)
+            if guided:
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + guidance_scale * (conditional - unconditional)
+
+            if is_bridge:
+                latents = scheduler.step(output, t, latents, prior, generator=generator).prev_sample
+            elif isinstance(scheduler, CogVideoXDPMScheduler):
+                latents, old_pred_original_sample = scheduler.step(
+                    output,
+                    old_pred_original_sample,
+                    t,
+                    timesteps[i - 1] if i > 0 else None,
+                    latents,
+                    generator=generator,
+                    return_dict=False,
+                )
+            else:
+                latents = scheduler.step(output, t, latents, generator=generator).prev_sample
+            latents = latents.float()
+
+            if callback_on_step_end is not None:
+                available = {"latents": latents, **(callback_tensors or {})}
+                tensors = {name: available[name] for name in callback_tensor_inputs or ["latents"]}
+                latents = callback_on_step_end(pipeline, i, t, tensors).get("latents", latents)
+            progress_bar.update()
+    pipeline._current_timestep = None
+    return latents
