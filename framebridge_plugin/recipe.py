@@ -9,14 +9,15 @@ import copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.recipe_checks import Problem, launch_problems, recipe_problems
+from framebridge_plugin.recipe_checks import launch_problems, recipe_problems
+from framebridge_plugin.recipe_problem import Problem
 from framebridge_plugin.recipe_schema import Recipe
 from framebridge_plugin.recipe_yaml import Document, parse_value, read_yaml
 
@@ -146,10 +147,11 @@ def _examine(
     data = {key: {} if value is None else value for key, value in (required | data).items()}
 
     recipe, problems = _validate(data)
-    if recipe is not None:
-        reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
+    reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
+    # Without the model's name, which most of the rules depend on, they would be those of another model.
+    if recipe is not None and not reported & {"model", "model.model_name"}:
         found = [*recipe_problems(recipe), *(launch_problems(recipe, environment) if environment is not None else ())]
-        problems += [problem for problem in found if problem.where not in reported]
+        problems += [problem for problem in found if not _is_within(problem.where, reported)]
     located = [
         (_line_of(document, overridden, where), f"{where}: {message}", on_disk) for where, message, on_disk in problems
     ]
@@ -161,6 +163,10 @@ def _examine(
         for line, text, on_disk in sorted(located)
     }
     return recipe, list(lines.items())
+
+
+def _is_within(where: str, paths: Iterable[str]) -> bool:
+    return any(where == path or where.startswith(f"{path}.") for path in paths)
 
 
 def _read(path: Path) -> Document:

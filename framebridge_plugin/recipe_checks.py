@@ -2,56 +2,51 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from framebridge_plugin.errors import UsageError
-from framebridge_plugin.folder_checks import (
-    ClipShapeRule,
-    clip_shape_rule,
-    folder_problem,
-    local_path,
-    part_problem,
-    read_json,
-    writing_problem,
-)
-from framebridge_plugin.media import read_image
-from framebridge_plugin.recipe_schema import DataSection, DiffusionSection, Recipe
+from framebridge_plugin.folder_checks import clip_shape_rule, folder_problem, local_path, part_problem, writing_problem
+from framebridge_plugin.recipe_data_checks import data_problems, validation_problems
+from framebridge_plugin.recipe_latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
+from framebridge_plugin.recipe_problem import Problem
+from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.recipe_sections import MODEL_DEFAULTS, DiffusionSection
 
-
-class Problem(NamedTuple):
-    """Something that keeps a recipe from being run.
-
-    Attributes:
-        where: A dotted path.
-        message: What is wrong there, and what to do about it.
-        on_disk: Whether the recipe itself is fine, and a file or folder is not there as it says.
-    """
-
-    where: str
-    message: str
-    on_disk: bool = False
-
-
-VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
-_SIZES = ("num_frames", "height", "width")
-
-# What a user would expect to change the run, and does not.
+# What a user would expect to change the run, and does not: for all models, and by the beginning of the model's name.
+_ONE_TEXT_ENCODER = "no model here has more than one text encoder"
 _WITHOUT_EFFECT = {
     "model.variant": "finetrainers 0.2.0 reads the plain weight files only, and precision.* sets the number formats",
-    "model.tokenizer_2_id": "CogVideoX has one tokenizer",
-    "model.tokenizer_3_id": "CogVideoX has one tokenizer",
-    "model.text_encoder_2_id": "CogVideoX has one text encoder",
-    "model.text_encoder_3_id": "CogVideoX has one text encoder",
+    "model.tokenizer_2_id": _ONE_TEXT_ENCODER,
+    "model.tokenizer_3_id": _ONE_TEXT_ENCODER,
+    "model.text_encoder_2_id": _ONE_TEXT_ENCODER,
+    "model.text_encoder_3_id": _ONE_TEXT_ENCODER,
     "optimization.beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
 } | {
     f"diffusion.{name}": "neither the bridge nor the diffusion baseline is trained by flow matching"
     for name in DiffusionSection.model_fields
+}
+_CLASSES_NOT_TEXT = "Latte has no text encoder: the caption of a clip is the name of its class"
+_NO_PIXEL_NOISE = "with Latte the first frame's one latent is condition, prior and first frame of the video"
+_NO_BRIDGE = "the neural prior is the mean of the videos that begin with an image, without a bridge"
+_LATTE_WITHOUT_EFFECT = {
+    "model.tokenizer_id": _CLASSES_NOT_TEXT,
+    "model.text_encoder_id": _CLASSES_NOT_TEXT,
+    "precision.text_encoder_dtype": _CLASSES_NOT_TEXT,
+    "framebridge.data.id_token": _CLASSES_NOT_TEXT,
+    "framebridge.image_noise": _NO_PIXEL_NOISE,
+    "framebridge.prior_noise": _NO_PIXEL_NOISE,
+    "framebridge.noise_log_mean": _NO_PIXEL_NOISE,
+    "framebridge.noise_log_std": _NO_PIXEL_NOISE,
+}
+_WITHOUT_EFFECT_FOR = {
+    "cogvideox_bridge": dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
+    "latte_bridge": _LATTE_WITHOUT_EFFECT,
+    "latte_neural_prior": _LATTE_WITHOUT_EFFECT
+    | {
+        f"framebridge.{name}": _NO_BRIDGE
+        for name in ("objective", "target", "snr_aligned", "alignment_edge", "beta_min", "beta_max", "neural_prior")
+    },
 }
 
 # Attention providers by the beginning of their names.
@@ -72,15 +67,20 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     Yields:
         Each problem.
     """
-    rule = clip_shape_rule(_part_folder(recipe, "vae"), _part_folder(recipe, "transformer"))
     yield from _no_effect_problems(recipe)
     yield from _objective_problems(recipe)
     yield from _training_problems(recipe)
     yield from _parallelism_problems(recipe)
     yield from _attention_problems(recipe)
-    yield from _model_problems(recipe)
-    yield from _data_problems(recipe, rule)
-    yield from _validation_problems(recipe, rule)
+    if recipe.is_latte:
+        yield from latte_problems(recipe)
+        yield from data_problems(recipe, latte_clip_rule(recipe))
+        yield from validation_problems(recipe, *latte_sample_rules(recipe))
+    else:
+        rule = clip_shape_rule(_part_folder(recipe, "vae"), _part_folder(recipe, "transformer"))
+        yield from _cogvideox_problems(recipe)
+        yield from data_problems(recipe, rule)
+        yield from validation_problems(recipe, rule, lambda caption: None)
     if problem := writing_problem(Path(recipe.checkpoints.output_dir)):
         yield Problem("checkpoints.output_dir", problem, on_disk=True)
 
@@ -123,19 +123,30 @@ _ACCELERATE = (
 
 
 def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
-    for where, reason in _WITHOUT_EFFECT.items():
-        section, _, name = where.partition(".")
-        values = getattr(recipe, section)
-        if getattr(values, name) != type(values).model_fields[name].default:
+    model_name = recipe.model.model_name
+    for where, reason in (_WITHOUT_EFFECT | _WITHOUT_EFFECT_FOR[model_name]).items():
+        *parents, name = where.split(".")
+        section = recipe
+        for parent in parents:
+            section = getattr(section, parent)
+        if section is None:
+            continue  # framebridge.data
+        default = type(section).model_fields[name].default
+        if parents == ["framebridge"]:
+            default = MODEL_DEFAULTS[model_name].get(name, default)
+        if getattr(section, name) != default:
             yield Problem(where, f"has no effect: {reason}; remove it")
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[Problem]:
     ours = recipe.framebridge
-    if ours.objective == "diffusion" and ours.target != "v":
-        yield Problem("framebridge.target", f"objective diffusion predicts v, not {ours.target}")
+    target, predicted = ("eps_psi", "the noise") if recipe.is_latte else ("v", "v")
+    if ours.objective == "diffusion" and ours.target != target:
+        yield Problem("framebridge.target", f"objective diffusion predicts {predicted}, not {ours.target}: remove it")
     if ours.beta_min == ours.beta_max == 0:
         yield Problem("framebridge.beta_max", "should be above 0 when beta_min is 0: there would be no noise at all")
+    if ours.ema_start_step and not ours.ema_decay:
+        yield Problem("framebridge.ema_start_step", "has no effect with ema_decay 0: remove it")
 
 
 def _training_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -159,6 +170,8 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.dataset.precomputation_once and not recipe.dataset.enable_precomputation:
         yield Problem("dataset.precomputation_once", "needs dataset.enable_precomputation=true")
+    if recipe.is_latte and "text_encoder" in recipe.compile.compile_modules:
+        yield Problem("compile.compile_modules", "Latte has no text encoder: remove it")
     modules, scopes = recipe.compile.compile_modules, recipe.compile.compile_scopes
     if scopes is not None and not (modules and len(scopes) in (1, len(modules))):
         yield Problem(
@@ -191,14 +204,20 @@ def _attention_problems(recipe: Recipe) -> Iterator[Problem]:
             component, _, provider = value.partition(":")
             package = next((p for start, p in _PROVIDER_PACKAGES.items() if provider.startswith(start)), None)
             if component == "vae":
-                yield Problem(f"attention.{name}", f"{value}: CogVideoX's VAE has no attention; remove it")
+                vae = "Latte's VAE keeps torch's own" if recipe.is_latte else "CogVideoX's VAE has no attention"
+                yield Problem(f"attention.{name}", f"{value}: {vae}; remove it")
+            elif component == "text_encoder" and recipe.is_latte:
+                yield Problem(f"attention.{name}", f"{value}: Latte has no text encoder; remove it")
             elif package is not None and importlib.util.find_spec(package[0]) is None:
                 remedy = f"`pip install {package[1]}`, or take {component}:native"
                 yield Problem(f"attention.{name}", f"{value} needs the package {package[1]}: {remedy}")
 
 
-def _model_problems(recipe: Recipe) -> Iterator[Problem]:
+def _cogvideox_problems(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
+    if model.pretrained_model_name_or_path is None:
+        yield Problem("model.pretrained_model_name_or_path", "is required")
+        return
     path = local_path(model.pretrained_model_name_or_path)
     if path is not None and (problem := folder_problem(path)) is not None:
         yield Problem("model.pretrained_model_name_or_path", problem, on_disk=True)
@@ -213,151 +232,6 @@ def _part_folder(recipe: Recipe, part: str) -> Path | None:
     replacement = getattr(recipe.model, f"{part}_id")
     if replacement is not None:
         return local_path(replacement)
-    path = local_path(recipe.model.pretrained_model_name_or_path)
+    whole = recipe.model.pretrained_model_name_or_path
+    path = None if whole is None else local_path(whole)
     return None if path is None else path / part
-
-
-def _data_problems(recipe: Recipe, rule: ClipShapeRule) -> Iterator[Problem]:
-    data, dataset_config = recipe.framebridge.data, recipe.dataset.dataset_config
-    if data is None and dataset_config is None:
-        yield Problem("framebridge.data", "the recipe names no data: give framebridge.data, or dataset.dataset_config")
-    elif data is not None and dataset_config is not None:
-        yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
-    if data is not None:
-        yield from _source_problems(data)
-        for name, message in rule.problems(data.num_frames, data.height, data.width):
-            yield Problem(f"framebridge.data.{name}", message)
-    if dataset_config is not None:
-        yield from _dataset_json_problems(dataset_config, rule)
-
-
-def _dataset_json_problems(dataset_config: str, rule: ClipShapeRule) -> Iterator[Problem]:
-    """Check the shapes of the clips; the other keys are checked by the reader of the data."""
-    where = "dataset.dataset_config"
-    try:
-        entries = read_json(Path(dataset_config)).get("datasets")
-    except ValueError as error:
-        yield Problem(where, str(error), on_disk=True)
-        return
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
-        return
-    for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
-        if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
-            for name, message in rule.problems(*bucket):
-                yield Problem(where, f"{name} in {bucket}: {message}")
-
-
-def _source_problems(data: DataSection) -> Iterator[Problem]:
-    section = "framebridge.data"
-    given = {name for name in ("data_root", "csv", "video_root") if getattr(data, name) is not None}
-    if given not in ({"data_root"}, {"csv", "video_root"}):
-        found = " and ".join(sorted(given)) or "neither"
-        yield Problem(section, f"give either data_root, or csv with video_root, not {found}")
-    for name in sorted(given - {"csv"}):
-        folder = Path(getattr(data, name))
-        if not folder.is_dir():
-            yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
-        elif next(os.scandir(folder), None) is None:
-            yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
-    if data.csv is not None:
-        table = Path(data.csv)
-        if problem := _file_problem(table):
-            yield Problem(f"{section}.csv", problem, on_disk=True)
-        elif problem := _columns_problem(table, {"videoid", "name"}):
-            yield Problem(f"{section}.csv", problem)
-
-
-def _validation_problems(recipe: Recipe, rule: ClipShapeRule) -> Iterator[Problem]:
-    if recipe.validation.validation_dataset_file is None:
-        return
-    where, path = "validation.validation_dataset_file", Path(recipe.validation.validation_dataset_file)
-    if path.suffix not in VALIDATION_SUFFIXES:
-        yield Problem(where, f"should end in {', '.join(VALIDATION_SUFFIXES)}")
-        return
-    if problem := _file_problem(path):
-        yield Problem(where, problem, on_disk=True)
-        return
-    try:
-        rows = _read_rows(path)
-    except (ValueError, csv.Error) as error:
-        yield Problem(where, f"{path} cannot be read ({error})")
-        return
-    if not rows and rows is not None:
-        yield Problem(where, f"{path} has no rows")
-    for number, row in enumerate(rows or (), start=1):
-        for message in _row_problems(row, rule):
-            yield Problem(where, f"{path}: row {number}: {message}")
-        for message in _row_file_problems(row):
-            yield Problem(where, f"{path}: row {number}: {message}", on_disk=True)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]] | None:
-    """The rows of a validation file; None for what is neither CSV nor JSON, which is left to its reader."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            return [{name: _typed(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    if path.suffix == ".json":
-        rows = read_json(path).get("data")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it should hold a list 'data' of objects")
-        return rows
-    return None
-
-
-def _typed(text: Any) -> Any:
-    """What the text of a CSV file stands for, None for no text."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except (TypeError, ValueError):
-            pass
-    return text or None
-
-
-def _row_problems(row: Mapping[str, Any], rule: ClipShapeRule) -> Iterator[str]:
-    if row.get("caption") in (None, "") or not (row.get("image_path") or row.get("video_path")):
-        yield "lacks caption, or image_path (or video_path)"
-    sizes = {}
-    for name in (*_SIZES, "num_inference_steps", "export_fps"):
-        value, largest = row.get(name), 1000 if name == "num_inference_steps" else math.inf
-        if value is not None and not (type(value) is int and 1 <= value <= largest):
-            wanted = "1 to 1000" if largest == 1000 else "1 or more"
-            yield f"{name} should be a whole number, {wanted}, not {value!r}"
-        elif name in _SIZES:
-            sizes[name] = value
-    for name, message in rule.problems(*(sizes.get(name) for name in _SIZES)):
-        yield f"{name}: {message}"
-    scale = row.get("guidance_scale")
-    if scale is not None and not (type(scale) in (int, float) and 0 <= scale < math.inf):
-        yield f"guidance_scale should be a number of 0 or more, not {scale!r}"
-
-
-def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("image_path", "video_path"):
-        path = row.get(name)
-        if path is None or str(path).startswith("http"):
-            continue
-        if not Path(str(path)).is_file():
-            yield f"{name}: no such file: {path}"
-        elif name == "image_path":
-            try:
-                read_image(str(path))
-            except UsageError as error:
-                yield f"image_path: {error}"
-
-
-def _file_problem(path: Path) -> str | None:
-    if not path.is_file():
-        return f"no such file: {path}"
-    return f"{path} is empty" if path.stat().st_size == 0 else None
-
-
-def _columns_problem(path: Path, columns: set[str]) -> str | None:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        return f"{path} is not a readable CSV file ({error})"
-    missing = columns - set(header)
-    return f"{path} has no column {' and '.join(sorted(missing))}, only {', '.join(header)[:200]}" if missing else None

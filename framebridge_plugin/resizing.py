@@ -7,10 +7,27 @@ import torch
 from PIL import Image, ImageOps
 
 
+def cover_size(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int]:
+    """The size at which a picture just covers another size, its proportions kept.
+
+    Args:
+        old_height: Height of the picture in pixels.
+        old_width: Width of the picture in pixels.
+        height: Height to cover, in pixels.
+        width: Width to cover, in pixels.
+
+    Returns:
+        Height and width, rounded to pixels: one is the size to cover, the other at least that.
+    """
+    scale = max(height / old_height, width / old_width)
+    return max(round(old_height * scale), height), max(round(old_width * scale), width)
+
+
 def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resizes so that height and width are just covered, then crops the centre.
 
     The resize is bilinear with antialiasing: the network would otherwise learn the aliasing of its training clips.
+    Frames of 8 bits stay so until they are small, which is ten times as fast and at most one step of 255 off.
 
     Args:
         pixels: Frames [F, 3, H, W], uint8 in [0, 255] or floating point in [0, 1].
@@ -20,17 +37,18 @@ def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tens
     Returns:
         Float32 frames [F, 3, height, width] in [0, 1].
     """
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255.0
+    is_uint8 = pixels.dtype == torch.uint8
     old_height, old_width = pixels.shape[-2:]
-    scale = max(height / old_height, width / old_width)
-    size = (max(round(old_height * scale), height), max(round(old_width * scale), width))
+    size = cover_size(old_height, old_width, height, width)
     if size != (old_height, old_width):
+        # The fast kernel for 8 bits wants the three colours side by side, as decoders store them.
+        pixels = pixels.contiguous(memory_format=torch.channels_last) if is_uint8 else pixels.float()
         pixels = torch.nn.functional.interpolate(
-            pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True
+            pixels, size=size, mode="bilinear", align_corners=False, antialias=True
         )
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pixels[..., top : top + height, left : left + width].float().clamp(0.0, 1.0).contiguous()
+    cropped = pixels[..., top : top + height, left : left + width].contiguous()
+    return cropped.float().div_(255.0) if is_uint8 else cropped.float().clamp(0.0, 1.0)
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:

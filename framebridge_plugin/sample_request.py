@@ -5,22 +5,54 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from framebridge_plugin.data.class_folders import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.folder_checks import (
-    LORA_INFO_FILE,
-    ClipShapeRule,
-    clip_shape_rule,
-    find_saved_model,
-    folder_problem,
+    COGVIDEOX,
+    LATTE_NEURAL_PRIOR,
+    ModelKind,
     local_path,
-    part_problem,
-    plain_problem,
-    read_json,
     writing_problem,
 )
+from framebridge_plugin.latte_checks import LatteFacts
 from framebridge_plugin.media import read_image
+from framebridge_plugin.sample_model import SampleModel, examine_model
+
+DATA_FILE = "dataset_config.json"
+
+Sampler = Literal["sde", "dbim"]
+Grid = Literal["trailing", "linspace", "lambda"]
+Start = Literal["booted", "clean_prior"]
+
+_SAMPLER_OPTIONS = ("steps", "sampler", "order", "eta", "grid", "start", "guidance_scale")
+
+
+class SamplerSettings(NamedTuple):
+    """How a video is sampled.
+
+    Attributes:
+        steps: Network evaluations (twice that with guidance), 1 to 1000.
+        sampler: `sde` (the reference's) or `dbim`.
+        order: 1, or 2 for the multistep of `dbim`.
+        eta: Noise added by `dbim`, 0 (none) to 1 (as the SDE); None is the sampler's own.
+        grid: Where the steps lie in time.
+        start: `booted` from the prior with its noise, or from the `clean_prior` (as the reference).
+        guidance_scale: Classifier-free guidance; 1 is none.
+    """
+
+    steps: int
+    sampler: Sampler
+    order: int
+    eta: float | None
+    grid: Grid
+    start: Start
+    guidance_scale: float
+
+
+_COGVIDEOX_DEFAULTS = SamplerSettings(50, "sde", 1, None, "trailing", "booted", 6.0)
+_LATTE_DEFAULTS = SamplerSettings(1000, "sde", 1, None, "linspace", "booted", 7.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +61,20 @@ class SampleRequest:
 
     Attributes:
         model: A run's folder, a model's folder, or an id on the Hugging Face Hub.
-        images: Files; each is the first frame of its videos.
-        prompts: One for all images, or one per image.
         output: The mp4 to write; several videos take its name with a number.
-        transformer: Folder (or id) of a fine-tuned transformer to put into `model`.
-        steps: Network evaluations (twice that with guidance), 1 to 1000.
-        sampler: `sde` (the reference's) or `dbim`.
-        order: 1, or 2 for the multistep of `dbim`.
-        eta: Noise added by `dbim`, 0 (none, the default) to 1 (as the SDE).
-        grid: Where the steps lie in time.
-        start: `booted` from the prior with its noise, or from the `clean_prior` (as the reference).
-        guidance_scale: Classifier-free guidance; 1 is none.
+        images: Files, pictures or videos (whose first frame is taken); each is the first frame of its videos.
+        data_rows: In place of `images`, rows of the run's data set, whose captions are the default conditions.
+        prompts: For CogVideoX: one for all images, or one per image.
+        class_names: For Latte: one for all images, or one per image.
+        labels: For Latte, in place of `class_names`: the classes' numbers.
+        transformer: Folder (or id) of a fine-tuned transformer to put into a CogVideoX `model`.
+        steps: See `SamplerSettings`; None, here and below, takes the default of the model's kind.
+        sampler: See `SamplerSettings`.
+        order: See `SamplerSettings`.
+        eta: See `SamplerSettings`.
+        grid: See `SamplerSettings`.
+        start: See `SamplerSettings`.
+        guidance_scale: See `SamplerSettings`.
         seed: Seed of the first video; video number i takes seed + i.
         num_frames: Frames; None takes the model's.
         height: Pixels; None takes the model's.
@@ -52,17 +87,20 @@ class SampleRequest:
     """
 
     model: str
-    images: tuple[Path, ...]
-    prompts: tuple[str, ...]
     output: Path
+    images: tuple[Path, ...] = ()
+    data_rows: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
     transformer: str | None = None
-    steps: int = 50
-    sampler: Literal["sde", "dbim"] = "sde"
-    order: Literal[1, 2] = 1
+    steps: int | None = None
+    sampler: Sampler | None = None
+    order: Literal[1, 2] | None = None
     eta: float | None = None
-    grid: Literal["trailing", "linspace", "lambda"] = "trailing"
-    start: Literal["booted", "clean_prior"] = "booted"
-    guidance_scale: float = 6.0
+    grid: Grid | None = None
+    start: Start | None = None
+    guidance_scale: float | None = None
     seed: int = 42
     num_frames: int | None = None
     height: int | None = None
@@ -71,25 +109,48 @@ class SampleRequest:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            *self._value_problems(),
-            *self._sampler_problems(),
-            *self._file_problems(),
-            *self._model_problems(),
-        ]
+        problems = [*self._value_problems(), *self._sampler_problems(), *self._file_problems()]
+        problems += self._model_problems(self.model)
         if problems:
             raise UsageError("\n".join(problems))
 
-    def prompt_of(self, image: int) -> str:
-        """The prompt that belongs to an image.
+    @property
+    def num_images(self) -> int:
+        """Number of first frames."""
+        return len(self.images) or len(self.data_rows)
 
-        Args:
-            image: Its position in `images`.
+    def local_model(self) -> SampleModel | None:
+        """What the model's folder says.
 
         Returns:
-            The prompt.
+            The facts; None for an id on the hub.
         """
-        return self.prompts[image if len(self.prompts) > 1 else 0]
+        return examine_model(self.model, self.transformer)[0]
+
+    def condition_of(self, image: int) -> str | int | None:
+        """The prompt, the class's name or its label that belongs to an image.
+
+        Args:
+            image: Its position in `images` or `data_rows`.
+
+        Returns:
+            What was given; None leaves it to the data set.
+        """
+        given = self.prompts or self.class_names or self.labels or (None,)
+        return given[image if len(given) > 1 else 0]
+
+    def sampler_settings(self, kind: ModelKind) -> SamplerSettings:
+        """The options of the sampler, with the defaults of a kind of model.
+
+        Args:
+            kind: The kind of model.
+
+        Returns:
+            The settings.
+        """
+        given = {name: getattr(self, name) for name in _SAMPLER_OPTIONS}
+        defaults = _COGVIDEOX_DEFAULTS if kind is COGVIDEOX else _LATTE_DEFAULTS
+        return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 
     def video_paths(self) -> list[Path]:
         """Where the videos go.
@@ -98,7 +159,7 @@ class SampleRequest:
             One path per image and video, the videos of the first image first: `output` itself if it is one video,
             else `name-0.mp4`, `name-1.mp4` and so on beside it.
         """
-        count = len(self.images) * self.num_videos
+        count = self.num_images * self.num_videos
         if count == 1:
             return [self.output]
         digits = len(str(count - 1))
@@ -112,31 +173,105 @@ class SampleRequest:
         """
         return self.output.with_suffix(".png")
 
+    def data_file(self) -> Path | None:
+        """The description of the data set that the model was trained on.
+
+        Returns:
+            The file that the run wrote in its folder; None if there is none above the model.
+        """
+        path = local_path(self.model)
+        if path is None:
+            return None
+        folder = path.absolute()
+        # A run holds checkpoints/step_000100/model/.
+        return next((path / DATA_FILE for path in (folder, *folder.parents[:3]) if (path / DATA_FILE).is_file()), None)
+
+    def check_download(self, folder: Path) -> None:
+        """Check what could not be checked of an id on the hub.
+
+        Args:
+            folder: Where its files are.
+
+        Raises:
+            UsageError: With every error on a line of its own.
+        """
+        if local_path(self.model) is None and (problems := self._model_problems(str(folder))):
+            raise UsageError("\n".join(problems))
+
+    def _model_problems(self, name: str) -> list[str]:
+        model, problems = examine_model(name, self.transformer)
+        if model is not None:
+            problems += self._kind_problems(model.kind, model.facts)
+            found = model.rule.problems(self.num_frames, self.height, self.width)
+            problems += [f"--{option.replace('_', '-')}: {message}" for option, message in found]
+        return problems
+
+    def _kind_problems(self, kind: ModelKind, facts: LatteFacts | None) -> list[str]:
+        """Errors in what depends on the kind: the conditions, and options that one kind alone has."""
+        if kind is COGVIDEOX:
+            given = ("--class-name", self.class_names), ("--label", self.labels)
+            wrong = [option for option, values in given if values]
+            problems = [f"{option}: a CogVideoX model takes text, not classes; give --prompt" for option in wrong]
+            missing = "--prompt: give one for all images, or one for each"
+        else:
+            wrong = ["--prompt"] if self.prompts else []
+            problems = [f"{option}: a Latte model takes classes, not text; give --class-name" for option in wrong]
+            missing = "--class-name: give one for all images, or one for each (or give their numbers by --label)"
+            problems += self._latte_problems(kind, facts)
+        if not wrong and not self.data_rows and self.condition_of(0) is None:
+            problems.append(missing)
+        return problems
+
+    def _latte_problems(self, kind: ModelKind, facts: LatteFacts | None) -> list[str]:
+        problems = []
+        if self.transformer is not None:
+            problems.append("--transformer: is for CogVideoX; name a Latte model's whole folder by --model")
+        given = [f"--{name.replace('_', '-')}" for name in _SAMPLER_OPTIONS if getattr(self, name) is not None]
+        if kind is LATTE_NEURAL_PRIOR and given:
+            what = "a neural prior gives its video in one call, without a sampler"
+            problems.append(f"{', '.join(given)}: {what}; leave {'it' if len(given) == 1 else 'them'} out")
+        if facts is not None:
+            option = "--class-name" if self.class_names else "--label"
+            for given_class in dict.fromkeys(map(str, self.class_names or self.labels)):
+                if problem := facts.class_problem(given_class):
+                    problems.append(f"{option} {given_class}: {problem}")
+        return problems
+
     def _value_problems(self) -> list[str]:
         checks = {
-            f"--steps {self.steps}: should be 1 to 1000": 1 <= self.steps <= 1000,
-            f"--guidance-scale {self.guidance_scale}: should be 0 or more": 0 <= self.guidance_scale < float("inf"),
+            f"--steps {self.steps}: should be 1 to 1000": self.steps is None or 1 <= self.steps <= 1000,
+            f"--guidance-scale {self.guidance_scale}: should be 0 or more": (
+                self.guidance_scale is None or 0 <= self.guidance_scale < float("inf")
+            ),
             f"--seed {self.seed}: should be 0 to 2^63 - 1": 0 <= self.seed < 2**63,
             f"--num-videos {self.num_videos}: should be 1 or more": self.num_videos >= 1,
             f"--num-frames {self.num_frames}: should be 1 or more": self.num_frames is None or self.num_frames >= 1,
             f"--height {self.height}: should be 1 or more": self.height is None or self.height >= 1,
             f"--width {self.width}: should be 1 or more": self.width is None or self.width >= 1,
-            "--image: give at least one": bool(self.images),
-            f"--prompt: give one for all, or one for each of the {len(self.images)} images, not {len(self.prompts)}": (
-                len(self.prompts) in (1, len(self.images))
+            "--image: give at least one, or rows of the run's data set by --data-index": self.num_images > 0,
+            "--data-index: the images come from files or from the data set; leave it out, or --image": (
+                not (self.images and self.data_rows)
             ),
+            "--data-index: should be 0 or more": all(row >= 0 for row in self.data_rows),
         }
+        given = {"--prompt": self.prompts, "--class-name": self.class_names, "--label": self.labels}
+        given = {option: values for option, values in given.items() if values}
+        checks[f"{' and '.join(given)}: give one kind of them"] = len(given) <= 1
+        for option, values in given.items():
+            wanted = f"give one for all, or one for each of the {self.num_images} images"
+            checks[f"{option}: {wanted}, not {len(values)}"] = len(values) in (1, self.num_images)
         return [problem for problem, fine in checks.items() if not fine]
 
     def _sampler_problems(self) -> list[str]:
         problems = []
+        sampler = self.sampler or "sde"
         if self.eta is not None and not 0 <= self.eta <= 1:
             problems.append(f"--eta {self.eta}: should be 0 to 1")
-        elif self.sampler == "sde" and self.eta not in (None, 1.0):
+        elif sampler == "sde" and self.eta not in (None, 1.0):
             problems.append(f"--eta {self.eta}: the SDE is eta 1; for less noise take --sampler dbim")
-        if self.sampler == "sde" and self.order != 1:
+        if sampler == "sde" and self.order not in (None, 1):
             problems.append(f"--order {self.order}: the SDE has order 1 only; take --sampler dbim")
-        noise = (1.0 if self.sampler == "sde" else 0.0) if self.eta is None else self.eta
+        noise = (1.0 if sampler == "sde" else 0.0) if self.eta is None else self.eta
         if self.start == "clean_prior" and noise < 1:
             problems.append("--start clean_prior: needs the noise of --sampler sde (or --eta 1); take --start booted")
         return problems
@@ -144,10 +279,18 @@ class SampleRequest:
     def _file_problems(self) -> list[str]:
         problems = []
         for path in self.images:
+            if is_video(path.name):
+                if not path.is_file():
+                    problems.append(f"--image {path}: no such file")
+                continue  # decoded when the libraries are loaded
             try:
                 read_image(path)
             except UsageError as error:
                 problems.append(f"--image {error}")
+        if self.data_rows and self.data_file() is None:
+            problems.append(
+                f"--data-index: {self.model} is not in the folder of a run with a {DATA_FILE}; give --image"
+            )
         if self.output.suffix != ".mp4":
             return [*problems, f"--output {self.output}: should end in .mp4"]
         if problem := writing_problem(self.output.parent):
@@ -158,54 +301,3 @@ class SampleRequest:
             elif path.exists() and not os.access(path, os.W_OK):
                 problems.append(f"--output {path}: exists and is not writable")
         return problems
-
-    def _model_problems(self) -> list[str]:
-        path = local_path(self.model)
-        if path is not None and not path.is_dir():
-            return [f"--model {path}: {'is a file, not a folder' if path.exists() else 'no such folder'}"]
-        problems = []
-        transformer = None if self.transformer is None else local_path(self.transformer)
-        if transformer is not None and (problem := part_problem(transformer, "transformer")):
-            problems.append(f"--transformer {problem}")
-        elif transformer is not None and (problem := plain_problem(transformer)):
-            problems.append(f"--transformer {transformer}: {problem}; give a fine-tuned one")
-        if path is None:
-            return problems
-        folder = find_saved_model(path)
-        if folder is None:
-            what = "is neither a model in diffusers' format nor a run that has saved one"
-            return [*problems, f"--model {path}: {what}; give a run's or a model's folder"]
-        if (folder / LORA_INFO_FILE).is_file():
-            problems += self._lora_problems(folder)
-        elif problem := folder_problem(folder):
-            problems.append(f"--model {problem}")
-        else:
-            if self.transformer is None and (problem := plain_problem(folder / "transformer")):
-                remedy = "train it with `finetrainers train`, or give a fine-tuned --transformer"
-                problems.append(f"--model {folder}: {problem}; {remedy}")
-            problems += self._shape_problems(clip_shape_rule(folder / "vae", transformer or folder / "transformer"))
-        return problems
-
-    def _lora_problems(self, folder: Path) -> list[str]:
-        """Examine a LoRA's folder and the models that it names."""
-        problems = []
-        if self.transformer is not None:
-            problems.append(f"--transformer: {folder} is a LoRA, for its own base model's transformer; leave it out")
-        try:
-            info = read_json(folder / LORA_INFO_FILE)
-            base, replaced = local_path(info["base_model"]), info.get("replaced_components", {})
-            parts = {part: None if base is None else base / part for part in ("vae", "transformer")}
-            parts |= {part: local_path(source) for part, source in replaced.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return [*problems, f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
-        remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
-        if base is not None and (problem := folder_problem(base)):
-            problems.append(f"--model {folder}: its base model: {problem}; {remedy}")
-        for part in replaced:
-            if (source := parts[part]) is not None and (problem := part_problem(source, part)):
-                problems.append(f"--model {folder}: its {part}: {problem}; {remedy}")
-        return problems + self._shape_problems(clip_shape_rule(parts["vae"], parts["transformer"]))
-
-    def _shape_problems(self, rule: ClipShapeRule) -> list[str]:
-        found = rule.problems(self.num_frames, self.height, self.width)
-        return [f"--{name.replace('_', '-')}: {message}" for name, message in found]

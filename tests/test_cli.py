@@ -33,7 +33,9 @@ def recipe(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["convert", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\nfrom framebridge_plugin.cli import main\n"
@@ -49,7 +51,7 @@ def test_help_imports_nothing_heavy(arguments):
 def test_version_and_commands():
     assert run("--version").stdout.strip() == f"framebridge-plugin {__version__}"
     help_text = run("--help").stdout
-    assert all(command in help_text for command in ("train", "sample", "recipes", "doctor"))
+    assert all(command in help_text for command in ("train", "sample", "convert", "recipes", "doctor"))
 
 
 def test_console_script(tmp_path):
@@ -69,7 +71,10 @@ def test_console_script(tmp_path):
         (["train", "--recipe", "quickstart", "--dry"], "unknown argument --dry"),
         (["train", "--recipe", "nowhere.yaml"], "no such file, nor a shipped recipe"),
         (["recipes", "all"], "unknown argument all"),
-        (["sample", "--model", "x"], "--image"),
+        (["sample", "--model", "x"], "--output"),
+        (["sample", "--model", "x", "--output", "x.mp4"], "one of the arguments --image --data-index is required"),
+        (["sample", "--image", "x", "--data-index", "1"], "--data-index: not allowed with argument --image"),
+        (["sample", "--prompt", "x", "--label", "1"], "--label: not allowed with argument --prompt"),
         (["sample", "--sampler", "ode"], "invalid choice: 'ode'"),
     ],
 )

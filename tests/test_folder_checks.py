@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.folder_checks import ClipShapeRule, clip_shape_rule, folder_problem, local_path, part_problem
+from framebridge_plugin.folder_checks import (
+    COGVIDEOX,
+    LATTE_BRIDGE,
+    LATTE_NEURAL_PRIOR,
+    ClipShapeRule,
+    clip_shape_rule,
+    folder_problem,
+    local_path,
+    model_kind,
+    part_problem,
+)
 from tests.cogvideox_files import write_model_folder
+from tests.latte_files import write_latte_folder
 
 
 @pytest.fixture
@@ -106,3 +117,20 @@ def test_the_rule_for_clips(model, tmp_path):
     assert problem == ("num_frames", "the VAE returns only 8 k + 1 frames, not 16; the nearest is 17")
     assert [name for name, _ in ClipShapeRule().problems(None, 5, 250)] == ["height", "width"]
     assert "try 16" in next(iter(ClipShapeRule().problems(None, 5, None)))[1]
+
+
+def test_kinds_of_models(model, tmp_path):
+    assert model_kind(model) is COGVIDEOX
+    assert model_kind(write_latte_folder(tmp_path / "bridge")) is LATTE_BRIDGE
+    assert model_kind(write_latte_folder(tmp_path / "both", "bridge_neural_prior")) is LATTE_BRIDGE
+    assert model_kind(write_latte_folder(tmp_path / "prior", "neural_prior")) is LATTE_NEURAL_PRIOR
+    for what, content in {"flux": '{"_class_name": "FluxPipeline"}', "damaged": "{", "none": "{}"}.items():
+        (tmp_path / what).mkdir()
+        (tmp_path / what / "model_index.json").write_text(content)
+        assert model_kind(tmp_path / what) is None
+    for network, expected in {"transformer": LATTE_BRIDGE, "neural_prior": LATTE_NEURAL_PRIOR}.items():
+        info = {"pipeline_class": "FrameBridgeLattePipeline", "network_name": network}
+        (tmp_path / "damaged" / "framebridge.json").write_text(json.dumps(info))
+        assert model_kind(tmp_path / "damaged") is expected
+    (tmp_path / "damaged" / "framebridge.json").write_text('{"base_model": "a/b"}')
+    assert model_kind(tmp_path / "damaged") is COGVIDEOX

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.folder_checks import COGVIDEOX
 from framebridge_plugin.sample_request import SampleRequest
 from tests.cogvideox_files import write_model_folder
 
@@ -28,8 +29,7 @@ def problems_of(arguments, **changes) -> list[str]:
 
 def test_defaults(arguments):
     request = SampleRequest(**arguments)
-    assert (request.steps, request.sampler, request.order, request.eta) == (50, "sde", 1, None)
-    assert (request.grid, request.start, request.guidance_scale) == ("trailing", "booted", 6.0)
+    assert request.sampler_settings(COGVIDEOX) == (50, "sde", 1, None, "trailing", "booted", 6.0)
     assert (request.num_frames, request.height, request.width, request.num_videos) == (None, None, None, 1)
     assert request.video_paths() == [arguments["output"]]
     assert request.contact_sheet_path() == arguments["output"].with_suffix(".png")
@@ -40,9 +40,9 @@ def test_many_videos(arguments):
     names = [path.name for path in request.video_paths()]
     assert len(set(names)) == 12
     assert (names[0], names[11]) == ("out-00.mp4", "out-11.mp4")
-    assert [request.prompt_of(image) for image in range(3)] == ["a cat"] * 3
+    assert [request.condition_of(image) for image in range(3)] == ["a cat"] * 3
     own = SampleRequest(**arguments | {"images": arguments["images"] * 2, "prompts": ("a", "b")})
-    assert [own.prompt_of(image) for image in range(2)] == ["a", "b"]
+    assert [own.condition_of(image) for image in range(2)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,11 @@ def bridge_losses(
         index = (share * schedule.num_train_timesteps).floor()
         noise = torch.randn(clips.z_0.shape, generator=generator)
         prediction, target = bridge_prediction(
-            lambda inputs, time: transformer(inputs, clips.text, time, return_dict=False)[0],
+            lambda latents, time: transformer(
+                torch.cat([latents, clips.z_image], dim=2), clips.text, time, return_dict=False
+            )[0],
             pipeline.scheduler,
             clips.z_0,
-            clips.z_image,
             clips.z_image,
             noise,
             index,

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from framebridge_plugin.data.bad_files import BadFilePolicy, BadFileTracker, load_bad_file_policy
     from framebridge_plugin.data.clips import ClipSettings, read_clip
     from framebridge_plugin.data.decoding import ClipError, read_frames
     from framebridge_plugin.data.folders import ClipIndex, index_dataset, load_dataset_config
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from framebridge_plugin.data.webvid import load_webvid
 
 _ATTRIBUTES = {
+    "bad_files": ("BadFilePolicy", "BadFileTracker", "load_bad_file_policy"),
     "clips": ("ClipSettings", "read_clip"),
     "decoding": ("ClipError", "read_frames"),
     "folders": ("ClipIndex", "index_dataset", "load_dataset_config"),
@@ -31,12 +33,15 @@ _MODULE_OF_ATTRIBUTE = {name: f"{__name__}.{module}" for module, names in _ATTRI
 
 __all__ = [
     "UCF101_CLASSES",
+    "BadFilePolicy",
+    "BadFileTracker",
     "ClipError",
     "ClipIndex",
     "ClipSettings",
     "ClipStream",
     "Sample",
     "index_dataset",
+    "load_bad_file_policy",
     "load_dataset_config",
     "load_ucf101",
     "load_webvid",

@@ -3,9 +3,10 @@
 Frame k of a file is the k-th frame that decoding it from its start puts out. Seeking is only trusted where it is
 provably the same:
 
-1. mp4, mov, mkv and webm whose packets all carry a decoding and a unique presentation time: the sorted presentation
-   times of the packets that are shown are the index; decoding starts at the last key packet at or before the first
-   wanted frame, and the decoded times must say that it did and that every wanted frame came.
+1. mp4, mov, mkv and webm of a codec that stores one frame per packet, whose packets all carry a decoding and a unique
+   presentation time: the sorted presentation times of the packets that are shown are the index; decoding starts at
+   the last key packet at or before the first wanted frame, and the decoded times must say that it did and that from
+   the first wanted frame to the last every frame of the index came, and no other.
 2. Anything else, and any failure of 1: decode from the start and count.
 
 Only wanted frames are converted to RGB, which is where most of the time goes otherwise.
@@ -13,12 +14,9 @@ Only wanted frames are converted to RGB, which is where most of the time goes ot
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import av
@@ -26,45 +24,36 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
+from framebridge_plugin.data.packet_index import NotIndexedError, packet_index
+from framebridge_plugin.resizing import cover_size
 
 MAX_PIXELS = 7680 * 4320
 """Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
-
-SEEKABLE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 
 # While the frames of a file are counted by decoding it, they are kept up to this many bytes, so that most files are
 # decoded once: a window is drawn only when the length is known.
 HELD_BYTES = 256 * 2**20
 
-
-class ClipError(FrameBridgeError):
-    """A video file that cannot give the clip that was asked for.
-
-    Args:
-        path: The file.
-        reason: What is wrong with it, in a few words.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"cannot read the clip {self.path}: {self.reason}"
+Choose = Callable[[int], Sequence[int]]
 
 
-def read_frames(path: str, choose: Callable[[int], Sequence[int]]) -> torch.Tensor:
+def read_frames(
+    path: str, choose: Choose, *, strict: bool = False, cover: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Read chosen frames of a video file.
 
     Args:
         path: A video file.
         choose: Called with the number of frames in the file; returns the wanted frame numbers, strictly increasing,
             in [0, number of frames - 1]. It may be called twice, and may raise `ClipError`.
+        strict: Whether damage in what is decoded is an error. Else FFmpeg hides what it can, so that damaged pictures
+            come back without a word.
+        cover: Height and width that the upright pictures are resized to cover, by FFmpeg's bilinear filter while it
+            converts them; None leaves their size.
 
     Returns:
         uint8 RGB tensor of shape [F, 3, H, W], turned upright as the file's display matrix says.
@@ -73,184 +62,199 @@ def read_frames(path: str, choose: Callable[[int], Sequence[int]]) -> torch.Tens
         ClipError: The file is missing, no regular file, empty, not a video, damaged where it matters, larger than
             `MAX_PIXELS`, or changes its size within the clip.
     """
-    _check_regular_file(path)
-    try:
-        frames = _read_by_seeking(path, choose)
-        return _read_from_start(path, choose) if frames is None else frames
-    except av.FFmpegError as error:
-        raise ClipError(path, f"not a video file, or a damaged one ({_reason(error)})") from error
-
-
-def _check_regular_file(path: str) -> None:
-    # Decoders wait for ever on a named pipe, so this must come before any of them opens the path.
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ClipError(path, f"{error.strerror or error} (missing file or dangling link?)") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ClipError(path, "not a regular file")
-    if status.st_size == 0:
-        raise ClipError(path, "the file is empty")
+    check_regular_file(path)
+    with damage_as_clip_error(path):
+        frames = _read_by_seeking(path, choose, strict, cover)
+        return _read_from_start(path, choose, strict, cover) if frames is None else frames
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    # Tags in a foreign encoding are no reason to refuse a video.
-    with av.open(path, metadata_errors="ignore") as container:
+def damage_as_clip_error(path: str) -> Iterator[None]:
+    """Turn FFmpeg's errors within the block into `ClipError`.
+
+    Args:
+        path: The file that is read there.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ClipError: FFmpeg reported an error.
+    """
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise ClipError(path, f"the file is damaged ({_reason(error)})", "corrupt") from error
+
+
+@contextmanager
+def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a video file and choose its video stream.
+
+    Args:
+        path: A regular file.
+        strict: Whether its decoder is to report damage.
+
+    Yields:
+        The container, which is closed afterwards, and the stream.
+
+    Raises:
+        ClipError: It is no video that can be decoded.
+    """
+    try:
+        # Tags in a foreign encoding are no reason to refuse a video.
+        container = av.open(path, metadata_errors="ignore")
+    except PermissionError as error:
+        raise ClipError(path, error.strerror or "it may not be read", "unreadable") from error
+    except av.FFmpegError as error:
+        raise ClipError(path, f"not a video file, or one with a damaged header ({_reason(error)})", "not_video") from error
+    with container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            raise ClipError(path, "it holds no video stream")
+            raise ClipError(path, "it holds no video stream", "no_video_stream")
         if stream.codec_context is None:
-            raise ClipError(path, "its video codec is unknown")
+            raise ClipError(path, "its video codec is unknown", "codec")
         _check_size(path, stream.codec_context.width, stream.codec_context.height)
         # FFmpeg's own threads can deadlock on an early stop, and loader workers already fill the cores.
         stream.codec_context.thread_count = 1
+        if strict:
+            stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 
 
-def _decoded(path: str, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def decoded(path: str, container: InputContainer, stream: VideoStream, strict: bool = False) -> Iterator[VideoFrame]:
+    """Decode from where the container stands.
+
+    Args:
+        path: The file.
+        container: The open file.
+        stream: Its video stream.
+        strict: Whether a picture that its decoder marks as damaged is an error.
+
+    Yields:
+        The frames in the order in which they are shown.
+
+    Raises:
+        ClipError: The file is damaged.
+    """
     try:
-        yield from container.decode(stream)
+        for frame in container.decode(stream):
+            if strict and frame.is_corrupt:
+                raise ClipError(path, "a picture of it is damaged", "corrupt")
+            yield frame
     except IndexError as error:
         # PyAV's answer when a transport stream announces a stream that was not there when it was opened.
-        raise ClipError(path, "a new stream begins in the middle of it") from error
+        raise ClipError(path, "a new stream begins in the middle of it", "corrupt") from error
 
 
-def _read_by_seeking(path: str, choose: Callable[[int], Sequence[int]]) -> torch.Tensor | None:
-    """Read by rule 1; None where it does not apply or failed."""
+def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """How a frame is to be turned before it is shown.
+
+    Args:
+        frame: A decoded frame.
+
+    Returns:
+        The numbers (a, b, c, d) that send a stored point (p, q) to (a p + c q, b p + d q), in units of 1/65536.
+    """
+    side_data: Any = frame.side_data  # A mapping by name, which PyAV's type stub does not say.
     try:
-        with _opened(path) as (container, stream):
-            if SEEKABLE_CONTAINERS.isdisjoint(container.format.name.split(",")):
-                return None
-            index = _presentation_index(container, stream)
-            if index is None:
-                return None
-            shown_pts, dts_of_key_pts = index
-            wanted_pts = [shown_pts[number] for number in choose(len(shown_pts))]
-            keys = [pts for pts in dts_of_key_pts if pts <= wanted_pts[0]]
-            if not keys:
-                return None
-            container.seek(dts_of_key_pts[max(keys)], stream=stream, backward=True)
-            return _to_rgb(path, _frames_at(_decoded(path, container, stream), wanted_pts))
-    except (av.FFmpegError, _SeekFailedError):
-        return None
+        content = bytes(side_data["DISPLAYMATRIX"])
+    except KeyError:
+        return 1 << 16, 0, 0, 1 << 16
+    a, b, _, c, d, *_ = struct.unpack("=9i", content)  # a b u, c d v, x y w
+    return a, b, c, d
 
 
 class _SeekFailedError(Exception):
-    """Decoding after a seek began too late, or did not bring every wanted frame."""
+    """Decoding after a seek did not give the frames of the index."""
 
 
-def _presentation_index(container: InputContainer, stream: VideoStream) -> tuple[list[int], dict[int, int]] | None:
-    # Returns, without decoding, the sorted presentation times of the frames that are shown, and the decoding time of
-    # each key packet by its presentation time; None when the packets do not say enough.
-    shown_pts: list[int] = []
-    dts_of_key_pts: dict[int, int] = {}
-    first_key_pts: int | None = None
-    for packet in container.demux(stream):
-        if packet.size == 0:  # The empty packet at the end that flushes a decoder.
-            continue
-        if packet.pts is None or packet.dts is None or packet.is_corrupt:
-            return None
-        if packet.is_keyframe:
-            dts_of_key_pts[packet.pts] = packet.dts
-        if first_key_pts is None:
-            if not packet.is_keyframe:
+def _read_by_seeking(
+    path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
+) -> torch.Tensor | None:
+    """Read by rule 1; None where it does not apply or failed."""
+    try:
+        with opened(path, strict) as (container, stream):
+            index = packet_index(container, stream)
+            if not index.has_decoding_times:
                 return None
-            first_key_pts = packet.pts
-        # Edit lists mark what must be decoded but is not shown.
-        if not packet.is_discard:
-            shown_pts.append(packet.pts)
-    shown_pts.sort()
-    # Decoders drop what comes before the first key frame, so the packets would count too many.
-    if not shown_pts or first_key_pts is None or shown_pts[0] < first_key_pts:
+            numbers = choose(len(index.shown_pts))
+            first, last = numbers[0], numbers[-1]
+            keys = [pts for pts in index.dts_of_key_pts if pts <= index.shown_pts[first]]
+            if not keys:
+                return None
+            container.seek(index.dts_of_key_pts[max(keys)] or 0, stream=stream, backward=True)
+            span = _span(decoded(path, container, stream, strict), index.shown_pts[first : last + 1])
+            return _to_rgb(path, _numbered(span, numbers, first), len(numbers), cover)
+    except (av.FFmpegError, NotIndexedError, _SeekFailedError):
         return None
-    if any(a == b for a, b in pairwise(shown_pts)):
-        return None
-    return shown_pts, dts_of_key_pts
+    except ClipError as error:
+        # In a file with open groups, a seek can make damage of what is whole.
+        if error.kind == "corrupt":
+            return None
+        raise
 
 
-def _frames_at(frames: Iterable[VideoFrame], wanted_pts: Sequence[int]) -> Iterator[VideoFrame]:
-    remaining = iter(wanted_pts)
-    wanted = next(remaining)
+def _span(frames: Iterable[VideoFrame], expected_pts: Sequence[int]) -> Iterator[VideoFrame]:
+    # The frames at these times. From the first to the last of them, none may be missing and no other come.
+    expected = iter(expected_pts)
+    following: int | None = next(expected)
+    has_begun = False
     for frame in frames:
-        if frame.pts is None or frame.pts > wanted:
-            raise _SeekFailedError
-        if frame.pts == wanted:
-            yield frame
-            following = next(remaining, None)
-            if following is None:
-                return
-            wanted = following
+        if frame.pts != following:
+            if has_begun or frame.pts is None or following is None or frame.pts > following:
+                raise _SeekFailedError
+            continue
+        has_begun = True
+        yield frame
+        following = next(expected, None)
+        if following is None:
+            return
     raise _SeekFailedError
 
 
-def _read_from_start(path: str, choose: Callable[[int], Sequence[int]]) -> torch.Tensor:
+def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) -> Iterator[VideoFrame]:
+    wanted = set(numbers)
+    return (frame for number, frame in enumerate(frames, start=first) if number in wanted)
+
+
+def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> torch.Tensor:
     """Read by rule 2."""
     held: list[VideoFrame] = []
     held_bytes = length = 0
-    with _opened(path) as (container, stream):
-        for frame in _decoded(path, container, stream):
+    with opened(path, strict) as (container, stream):
+        for frame in decoded(path, container, stream, strict):
             _check_size(path, frame.width, frame.height)
             length += 1
             held_bytes += sum(plane.buffer_size for plane in frame.planes)
             if held_bytes <= HELD_BYTES:
                 held.append(frame)
     if length == 0:
-        raise ClipError(path, "no frame of it can be decoded")
+        raise ClipError(path, "no frame of it can be decoded", "no_frames")
     numbers = choose(length)
     if numbers[-1] < len(held):
-        return _to_rgb(path, [held[number] for number in numbers])
+        return _to_rgb(path, (held[number] for number in numbers), len(numbers), cover)
     held.clear()
-    wanted = set(numbers)
-    with _opened(path) as (container, stream):
-        frames = enumerate(_decoded(path, container, stream))
-        return _to_rgb(path, (frame for number, frame in frames if number in wanted))
+    with opened(path, strict) as (container, stream):
+        wanted = _numbered(decoded(path, container, stream, strict), numbers, 0)
+        return _to_rgb(path, wanted, len(numbers), cover)
 
 
-def _to_rgb(path: str, frames: Iterable[VideoFrame]) -> torch.Tensor:
+def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> torch.Tensor:
     pictures: list[np.ndarray] = []
-    matrix: bytes | None = None
+    size: tuple[int, int] | None = None
     reformatter = VideoReformatter()
     for frame in frames:
-        if not pictures:
-            matrix = _display_matrix(frame)
         _check_size(path, frame.width, frame.height)
-        rgb = reformatter.reformat(frame, format="rgb24", threads=1)
-        picture = rgb.to_ndarray()
-        if pictures and picture.shape != pictures[0].shape:
-            (h0, w0), (h1, w1) = pictures[0].shape[:2], picture.shape[:2]
-            raise ClipError(path, f"its picture size changes from {w0}x{h0} to {w1}x{h1} within the clip")
-        pictures.append(picture)
-    video_FCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return video_FCHW if matrix is None else _upright(path, video_FCHW, matrix)
-
-
-def _display_matrix(frame: VideoFrame) -> bytes | None:
-    side_data: Any = frame.side_data  # A mapping by name, which PyAV's type stub does not say.
-    try:
-        return bytes(side_data["DISPLAYMATRIX"])
-    except KeyError:
-        return None
-
-
-def _upright(path: str, video_FCHW: torch.Tensor, matrix: bytes) -> torch.Tensor:
-    # Nine 32-bit numbers (a b u, c d v, x y w) that send a stored point (p, q) to (a p + c q, b p + d q).
-    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
-    if b == c == 0 and a and d:
-        right, down = a, d
-    elif a == d == 0 and b and c:
-        video_FCHW = video_FCHW.transpose(2, 3)
-        right, down = c, b
-    else:
-        raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees")
-    mirrored = [dimension for dimension, sign in ((2, down), (3, right)) if sign < 0]
-    return video_FCHW.flip(mirrored)
-
-
-def _check_size(path: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ClipError(path, f"its pictures of {width}x{height} exceed the limit of {MAX_PIXELS} pixels")
-
-
-def _reason(error: av.FFmpegError) -> str:
-    return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+        if size is None:
+            size = target = frame.height, frame.width
+            is_transposed, mirrored = _turn(path, frame)
+            if cover is not None:
+                target = _swapped(cover_size(*_swapped(size, is_transposed), *cover), is_transposed)
+        if (frame.height, frame.width) != size:
+            change = f"from {size[1]}x{size[0]} to {frame.width}x{frame.height}"
+            raise ClipError(path, f"its picture size changes {change} within the clip", "size_change")
+        rgb = reformatter.reformat(
+            frame, target[1], target[0], format="rgb24", interpolation=_interpolation(cover), threads=1
+        )
+        pictures.append(rgb.to_ndarray())

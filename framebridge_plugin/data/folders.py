@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,18 @@ class ClipIndex(Sequence[tuple[str, str]]):
         if isinstance(number, slice):
             return [self[item] for item in range(*number.indices(len(self)))]
         row = self._rows[number]
-        caption = row[self._caption_column]
+        return row["path"], self._caption(row[self._caption_column])
+
+    def distinct_captions(self) -> Iterator[str]:
+        """Yields every caption that occurs, without reading millions of rows one by one."""
+        return map(self._caption, self._rows.unique(self._caption_column))
+
+    def _caption(self, stored: Any) -> str:
         if self.class_names is not None:
-            caption = self.class_names[caption]
+            caption = self.class_names[stored]
         else:
-            caption = clean_caption(caption, self._remove_common_prefixes)
-        return row["path"], caption if self._id_token is None else f"{self._id_token} {caption}"
+            caption = clean_caption(stored, self._remove_common_prefixes)
+        return caption if self._id_token is None else f"{self._id_token} {caption}"
 
 
 def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, ClipSettings]]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
@@ -49,18 +49,16 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
         The videos' files.
 
     Raises:
-        UsageError: If the model, which came from the hub, is of another kind than the options are for.
+        UsageError: If the model came from the hub, and the options are not for it.
         FrameBridgeError: If the model cannot be opened, or a size does not fit it.
     """
+    request.check_download(local_folder(request.model))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_dtype = "bf16" if device.type == "cuda" else "fp32"
     pipeline = open_pipeline(
         request.model, transformer=request.transformer, torch_dtype=_DTYPES[request.dtype or default_dtype]
     )
-    kind = _kind_of(pipeline)
-    if problems := request.kind_problems(kind):
-        raise UsageError("\n".join(problems))
-    call = _prepare_call(pipeline, request, kind)
+    call = _prepare_call(pipeline, request)
     pipeline.to(device)
 
     paths, videos, labels = request.video_paths(), [], []
@@ -86,8 +84,9 @@ def _kind_of(pipeline: Pipeline) -> ModelKind:
     return LATTE_NEURAL_PRIOR if pipeline.transformer is None else LATTE_BRIDGE
 
 
-def _prepare_call(pipeline: Pipeline, request: SampleRequest, kind: ModelKind) -> dict[str, Any]:
+def _prepare_call(pipeline: Pipeline, request: SampleRequest) -> dict[str, Any]:
     """Sets the scheduler as the request says; returns the arguments of a call."""
+    kind = _kind_of(pipeline)
     if kind is LATTE_NEURAL_PRIOR:
         _say("a neural prior: one call of the network per video")
         return {}

@@ -15,14 +15,23 @@ ensure_torchvision_operators()
 
 if TYPE_CHECKING:
     from framebridge_plugin.training.specifications.cogvideox import CogVideoXBridgeSpecification
+    from framebridge_plugin.training.specifications.latte import LatteBridgeSpecification
+    from framebridge_plugin.training.specifications.neural_prior import NeuralPriorSpecification
     from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
 _MODULE_OF_ATTRIBUTE = {
     "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications.cogvideox",
     "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
+    "LatteBridgeSpecification": "framebridge_plugin.training.specifications.latte",
+    "NeuralPriorSpecification": "framebridge_plugin.training.specifications.neural_prior",
 }
 
-__all__ = ["CogVideoXBridgeSpecification", "FrameBridgeTrainer"]
+__all__ = [
+    "CogVideoXBridgeSpecification",
+    "FrameBridgeTrainer",
+    "LatteBridgeSpecification",
+    "NeuralPriorSpecification",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
 """Checkpoints that a killed run can be trusted to have: whole or not there at all, and no pickle in them.
 
     <output_dir>/checkpoints/step_000500/
-        model/ or lora/             what `finetrainers sample` opens
-        trainer/weights.safetensors the trained parameters (LoRA only: a full fine-tune has them in model/transformer)
+        model/ or lora/             what `finetrainers sample` opens; with an average of the weights (EMA) the average
+        trainer/weights.safetensors the weights in training (LoRA or EMA only: else they are the network's in model/)
+        trainer/ema.safetensors     their average in float32 (EMA only)
         trainer/optimizer.safetensors
         trainer/state.json          step, samples seen, learning-rate schedule, numbers of the optimizer
 
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.training.ema import WeightAverage
 
 _FOLDER = re.compile(r"step_(\d{6,})")
 
@@ -64,6 +66,8 @@ class Checkpointer:
         trainable_only: Whether a checkpoint holds the trained parameters alone (LoRA).
         limit: How many checkpoints to keep; None for all.
         settings: What a resumed run must have in common with the stored one, by name; values that JSON can say.
+        average: The average of the weights, if the run has one; it is exported in their place.
+        network_name: Folder of the network in what `export` writes for a full fine-tune.
         is_main_process: Whether this is rank 0.
         barrier: Waits for all ranks.
     """
@@ -79,6 +83,8 @@ class Checkpointer:
         trainable_only: bool,
         limit: int | None,
         settings: Mapping[str, Any],
+        average: WeightAverage | None,
+        network_name: str,
         is_main_process: bool,
         barrier: Callable[[], None],
     ) -> None:
@@ -90,6 +96,8 @@ class Checkpointer:
         self.trainable_only = trainable_only
         self.limit = limit
         self.settings = dict(settings)
+        self.average = average
+        self.network_name = network_name
         self.is_main_process = is_main_process
         self.barrier = barrier
 
@@ -112,15 +120,18 @@ class Checkpointer:
         optimizer_state = get_optimizer_state_dict(
             self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
+        average = self.average.gather(keep=self.is_main_process) if self.average is not None else {}
         folder = self.root / f"step_{state.step:06d}"
         if self.is_main_process:
             partial = folder.with_name(f".{folder.name}.partial")
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "trainer").mkdir(parents=True)
-                self.export(partial, weights)
-                if self.trainable_only:
+                self.export(partial, weights | {name: mean.to(weights[name].dtype) for name, mean in average.items()})
+                if self._stores_weights:
                     save_file(_plain_tensors(weights), partial / "trainer" / "weights.safetensors")
+                if average:
+                    save_file(_plain_tensors(average), partial / "trainer" / "ema.safetensors")
                 tensors: dict[str, torch.Tensor] = {}
                 packed = _pack(optimizer_state, "optimizer", tensors)
                 save_file(_plain_tensors(tensors), partial / "trainer" / "optimizer.safetensors")
@@ -178,7 +189,7 @@ class Checkpointer:
         return {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
 
     def load(self, folder: Path) -> TrainingState:
-        """Restores weights, optimizer and learning-rate schedule.
+        """Restores weights, their average, optimizer and learning-rate schedule.
 
         Args:
             folder: What `find` returned.
@@ -195,10 +206,14 @@ class Checkpointer:
             if changed:
                 was = ", ".join(f"{name} {content['settings'][name]!r}" for name in sorted(changed))
                 raise ValueError(f"it was trained with {was}")
+            if self.average is not None and "ema_decay" not in content["settings"]:
+                raise ValueError("it was trained with ema_decay 0")
             stored = self._read_weights(folder)
             set_model_state_dict(
                 self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
             )
+            if self.average is not None:
+                self.average.load(load_file(folder / "trainer" / "ema.safetensors"))
             # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
             live = get_optimizer_state_dict(self.model, self.optimizer)
             tensors = load_file(folder / "trainer" / "optimizer.safetensors")
@@ -217,9 +232,14 @@ class Checkpointer:
                 "folder is damaged, remove it to go on from the checkpoint before it"
             ) from error
 
+    @property
+    def _stores_weights(self) -> bool:
+        """Whether what is exported is not all that is trained, or not as it is trained."""
+        return self.trainable_only or self.average is not None
+
     def _read_weights(self, folder: Path) -> dict[str, Any]:
-        parts = folder / "trainer" if self.trainable_only else folder / "model" / "transformer"
-        files = sorted(parts.glob("weights.safetensors" if self.trainable_only else "*.safetensors"))
+        parts = folder / "trainer" if self._stores_weights else folder / "model" / self.network_name
+        files = sorted(parts.glob("weights.safetensors" if self._stores_weights else "*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{parts} has no weights")
         return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -10,10 +10,10 @@ import importlib
 import threading
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.training.repairs import Repair, devices, importing, processes, saving, videos
+from framebridge_plugin.training.repairs import Repair, defaults, devices, importing, processes, saving, videos
 
 REPAIRS_BEFORE_IMPORT = importing.REPAIRS
-REPAIRS_AFTER_IMPORT = videos.REPAIRS + devices.REPAIRS + processes.REPAIRS + saving.REPAIRS
+REPAIRS_AFTER_IMPORT = defaults.REPAIRS + videos.REPAIRS + devices.REPAIRS + processes.REPAIRS + saving.REPAIRS
 
 _was_needed: dict[str, bool] = {}
 _lock = threading.RLock()

@@ -18,7 +18,7 @@ from framebridge_plugin.schedulers import FrameBridgeScheduler
 OBJECTIVES = ("bridge", "diffusion")
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(input [B, T, 2C, H, W], time [B]) -> output [B, T, C, H, W]; text and positions are bound already."""
+"""(latents [B, T, C, H, W], time [B]) -> output [B, T, C, H, W]; image and text (or class) are bound already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ObjectiveSettings:
     """What is trained, as the recipe's section `framebridge` says it.
 
     Args:
-        objective: "bridge", or "diffusion": the backbone's own v-prediction loss with the same network, data and image
+        objective: "bridge", or "diffusion": the backbone's own diffusion loss with the same network, data and image
             condition, as the matched baseline.
         target: What the network predicts in a bridge: "v", "eps_psi", "noise" or "data".
         snr_aligned: SNR-aligned fine-tuning (SAF): show the network latents and times of the diffusion process that
@@ -39,7 +39,8 @@ class ObjectiveSettings:
         prior_noise: Whether to add pixel noise to every frame of the prior.
         noise_log_mean: Mean of the logarithm of the noise's standard deviation, pixels in [-1, 1].
         noise_log_std: Standard deviation of that logarithm.
-        caption_dropout: Share of samples whose caption is replaced by the empty one, for classifier-free guidance.
+        caption_dropout: Share of samples whose caption is replaced by the empty one (their class by the null label),
+            for classifier-free guidance.
 
     Raises:
         UsageError: If a value is out of range.
@@ -99,21 +100,18 @@ def bridge_prediction(
     scheduler: FrameBridgeScheduler,
     z_0: torch.Tensor,
     prior: torch.Tensor,
-    image_latents: torch.Tensor,
     noise: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The network's output and the target of the bridge loss, whose mean squared difference is minimised.
 
-    FrameBridge (arXiv 2410.15371): z_t = a z_0 + b z_T + c eps; the network sees [aligned z_t, z_img] and the aligned
-    time.
+    FrameBridge (arXiv 2410.15371): z_t = a z_0 + b z_T + c eps; the network sees the aligned z_t and the aligned time.
 
     Args:
-        network: The network with everything but input and time bound.
+        network: The network with everything but latents and time bound.
         scheduler: Bridge, alignment and target.
         z_0: Latents of the video, [B, T, C, H, W].
         prior: End point z_T of the bridge, [B, T, C, H, W].
-        image_latents: Latents of the condition image, repeated over time, [B, T, C, H, W].
         noise: eps, standard normal, [B, T, C, H, W].
         index: Real-valued bridge indices in [0, N - 1], [B].
 
@@ -121,8 +119,7 @@ def bridge_prediction(
         (prediction, target), both [B, T, C, H, W].
     """
     z_t = scheduler.add_noise(z_0, prior, noise, index)
-    network_latents, network_time = scheduler.align(z_t, prior, index)
-    prediction = network(torch.cat([network_latents, image_latents], dim=2), network_time)
+    prediction = network(*scheduler.align(z_t, prior, index))
     return prediction, scheduler.get_target(z_0, z_t, prior, noise, index)
 
 
@@ -130,26 +127,26 @@ def diffusion_prediction(
     network: Network,
     scheduler: CogVideoXDDIMScheduler,
     z_0: torch.Tensor,
-    image_latents: torch.Tensor,
     noise: torch.Tensor,
     timestep: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prediction and target of the diffusion baseline, as finetrainers weighs them.
 
-    Both are data predictions. finetrainers multiplies their squared difference with 1 / (1 - alphas_cumprod), which
-    makes it the ordinary mean squared error on v.
+    The network predicts what the scheduler's `prediction_type` says: v or eps. finetrainers multiplies the squared
+    difference with 1 / (1 - alphas_cumprod); both are scaled here so that the product is the plain one.
 
     Args:
-        network: The network with everything but input and time bound.
+        network: The network with everything but latents and time bound.
         scheduler: The backbone's scheduler.
         z_0: Latents of the video, [B, T, C, H, W].
-        image_latents: Latents of the condition image, repeated over time, [B, T, C, H, W].
         noise: Standard normal, [B, T, C, H, W].
         timestep: Integer diffusion timesteps, [B].
 
     Returns:
-        (predicted data, data), both [B, T, C, H, W].
+        (prediction, target), both [B, T, C, H, W] and both times sqrt(1 - alphas_cumprod).
     """
     noisy = scheduler.add_noise(z_0, noise, timestep)
-    velocity = network(torch.cat([noisy, image_latents], dim=2), timestep)
-    return scheduler.get_velocity(velocity, noisy, timestep), z_0
+    predicts_noise = scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else scheduler.get_velocity(z_0, noise, timestep)
+    scale = (1.0 - scheduler.alphas_cumprod.to(z_0.device)[timestep]).sqrt().to(z_0.dtype).view(-1, 1, 1, 1, 1)
+    return scale * network(noisy, timestep), scale * target

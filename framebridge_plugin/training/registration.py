@@ -1,19 +1,18 @@
-"""Makes finetrainers importable and enters our model, objective and optimiser into its own tables."""
+"""Makes finetrainers importable and enters our models, objective and optimiser into its own tables."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
 import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.training.arguments import FrameBridgeArgs, StrictParsing, read_training_type
 from framebridge_plugin.training.compat import apply_repairs
 from framebridge_plugin.training.repairs.processes import change_arguments
 
@@ -22,12 +21,13 @@ if TYPE_CHECKING:
 
     from framebridge_plugin.training.objective import ObjectiveSettings
 
-MODEL_NAME = "cogvideox_bridge"
 TRAINING_TYPES = ("lora", "full-finetune")
 TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
 
 _SPECIFICATIONS = {
-    MODEL_NAME: ("framebridge_plugin.training.specifications.cogvideox", "CogVideoXBridgeSpecification")
+    "cogvideox_bridge": (f"{__package__}.specifications.cogvideox", "CogVideoXBridgeSpecification"),
+    "latte_bridge": (f"{__package__}.specifications.latte", "LatteBridgeSpecification"),
+    "latte_neural_prior": (f"{__package__}.specifications.neural_prior", "NeuralPriorSpecification"),
 }
 _lock = threading.RLock()
 _registered = False
@@ -37,9 +37,9 @@ _framebridge_args: FrameBridgeArgs | None = None
 def register() -> None:
     """Makes `import finetrainers` work in this process and registers what this package adds to it.
 
-    After it, finetrainers' tables and its argument parser know the model name `cogvideox_bridge`, the arguments of
-    our objective and the optimiser `adamw-torchao-8bit`, and its training loop knows `FrameBridgeScheduler`. Programs
-    that use finetrainers alone work as well. Calling it again does nothing.
+    After it, finetrainers' tables and its argument parser know the model names `cogvideox_bridge`, `latte_bridge` and
+    `latte_neural_prior`, our arguments and the optimiser `adamw-torchao-8bit`, and its training loop knows
+    `FrameBridgeScheduler`. Programs that use finetrainers alone work as well. Calling it again does nothing.
 
     Raises:
         FrameBridgeError: If finetrainers cannot be imported.
@@ -56,6 +56,7 @@ def register() -> None:
         _register_optimizer()
         _register_scheduler()
         _register_trainable_parameters()
+        _register_network_name()
 
 
 # --- Model names and arguments ---
@@ -99,57 +100,6 @@ def _register_specifications() -> None:
         SUPPORTED_MODEL_CONFIGS[model_name] = LazySpecifications(module, name)
 
 
-class FrameBridgeArgs:
-    """The arguments of our objective, in the form of finetrainers' `ArgsConfigMixin`.
-
-    They arrive as `args.framebridge_objective`, an `ObjectiveSettings`. Every switch is on by default, so only the
-    flags that turn one off exist: `--no_snr_alignment`, `--no_image_noise`, `--no_prior_noise`.
-    """
-
-    def __init__(self) -> None:
-        from framebridge_plugin.training.objective import ObjectiveSettings
-
-        self.objective = ObjectiveSettings()
-
-    def add_args(self, parser: argparse.ArgumentParser) -> None:
-        """Adds one argument for each field of `ObjectiveSettings`.
-
-        Args:
-            parser: finetrainers' parser.
-        """
-        group = parser.add_argument_group("framebridge", f"the objective of {MODEL_NAME}")
-        for name, default in self._defaults().items():
-            if isinstance(default, bool):
-                flag = "--no_snr_alignment" if name == "snr_aligned" else f"--no_{name}"
-                group.add_argument(flag, dest=name, action="store_false")
-            else:
-                group.add_argument(f"--{name}", type=type(default), default=default)
-
-    def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
-        """Hands the parsed values over.
-
-        Args:
-            argparse_args: What the parser returned.
-            mapped_args: finetrainers' arguments.
-
-        Raises:
-            UsageError: If a value is out of range.
-        """
-        values = {name: getattr(argparse_args, name) for name in self._defaults()}
-        self.objective = dataclasses.replace(self.objective, **values)
-        mapped_args.framebridge_objective = self.objective
-
-    def validate_args(self, args: BaseArgs) -> None:
-        """Does nothing: `ObjectiveSettings` checks its values itself."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the values that were parsed last, for finetrainers' trackers."""
-        return dataclasses.asdict(self.objective)
-
-    def _defaults(self) -> dict[str, Any]:
-        return {field.name: field.default for field in dataclasses.fields(self.objective)}
-
-
 def _register_arguments() -> None:
     global _framebridge_args
     from finetrainers.args import BaseArgs
@@ -163,23 +113,37 @@ def _register_arguments() -> None:
         self.register_args(ours)
 
     BaseArgs.__init__ = __init__
-    BaseArgs.framebridge_objective = ours.objective
+    # For arguments that no parser made.
+    BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
+    BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 
 
-def parsed_objective() -> ObjectiveSettings:
-    """The objective that the last parsed command line asked for, by default the reference's.
+def parsed_objective(default: ObjectiveSettings) -> ObjectiveSettings:
+    """The objective that the last parsed command line asked for.
 
     A program such as finetrainers' own train.py hands no objective to the specification it builds; its flags reach
     the specification here.
 
+    Args:
+        default: The model's own objective, for what the command line does not say.
+
     Returns:
         The settings.
     """
+    return parsed_arguments().over(default)
+
+
+def parsed_arguments() -> FrameBridgeArgs:
+    """Our arguments as the last parsed command line gave them; their defaults if none was parsed.
+
+    Returns:
+        The arguments; `latte_size` and `neural_prior` among them.
+    """
     register()
     assert _framebridge_args is not None
-    return _framebridge_args.objective
+    return _framebridge_args
 
 
 def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:
@@ -195,7 +159,7 @@ def parse_arguments(argv: Sequence[str]) -> BaseArgs:
         argv: Arguments without the program's name, for example `["--model_name", "cogvideox_bridge", ...]`.
 
     Returns:
-        finetrainers' arguments, with ours as `framebridge_objective`.
+        finetrainers' arguments, with ours as `FrameBridgeArgs` describes them.
 
     Raises:
         UsageError: If a flag is unknown or abbreviated, a required one is missing, or a value is wrong.
@@ -205,8 +169,10 @@ def parse_arguments(argv: Sequence[str]) -> BaseArgs:
     from finetrainers.trainer.sft_trainer import SFTFullRankConfig, SFTLowRankConfig
 
     args = BaseArgs()
-    args.register_args(SFTLowRankConfig() if _training_type(argv) == "lora" else SFTFullRankConfig())
-    args.register_args(_StrictParsing(argv))
+    args.register_args(
+        SFTLowRankConfig() if read_training_type(argv, TRAINING_TYPES) == "lora" else SFTFullRankConfig()
+    )
+    args.register_args(StrictParsing(argv))
     try:
         return args.parse_args()
     except UsageError:
@@ -215,55 +181,6 @@ def parse_arguments(argv: Sequence[str]) -> BaseArgs:
         raise UsageError(" ".join(str(error).split())) from error
     except KeyError as error:
         raise UsageError(f"unknown type {error}; use bf16, fp16, fp32, float8_e4m3fn or float8_e5m2") from error
-
-
-class _StrictParsing:
-    """Makes one parser of finetrainers' read `argv`, and raise where it would exit or put up with unknown flags.
-
-    It is registered like a group of arguments, because `BaseArgs.parse_args` builds its parser itself and shows it
-    to nobody else. It comes last, so that the parser is complete when it arrives here.
-    """
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.argv = list(argv)
-
-    def add_args(self, parser: argparse.ArgumentParser) -> None:
-        parse_known_args = parser.parse_known_args
-
-        def parse_strictly() -> tuple[argparse.Namespace, list[str]]:
-            namespace, unknown = parse_known_args(self.argv)
-            if unknown:
-                flag = unknown[0].split("=")[0]
-                nearest = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1)
-                _refuse(f"unknown argument {flag}" + (f"; the nearest is {nearest[0]}" if nearest else ""))
-            return namespace, []
-
-        parser.allow_abbrev = False
-        parser.error = _refuse  # type: ignore[method-assign]
-        parser.parse_known_args = parse_strictly  # type: ignore[method-assign,assignment]
-
-    def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
-        pass
-
-    def validate_args(self, args: BaseArgs) -> None:
-        pass
-
-    def to_dict(self) -> dict[str, Any]:
-        return {}
-
-
-def _training_type(argv: Sequence[str]) -> str | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--training_type")
-    parser.error = _refuse  # type: ignore[method-assign]
-    training_type = parser.parse_known_args(list(argv))[0].training_type
-    if training_type is not None and training_type not in TRAINING_TYPES:
-        _refuse(f"--training_type {training_type}; use one of {', '.join(TRAINING_TYPES)}")
-    return training_type
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(" ".join(message.split()))
 
 
 # --- Optimiser ---
@@ -388,3 +305,20 @@ def _register_trainable_parameters() -> None:
             choose(self.transformer, self.args.training_type)
 
     SFTTrainer._prepare_trainable_parameters = prepare
+
+
+def _register_network_name() -> None:
+    """Shows the stock trainer the trained network of a pipeline that has it under another name (`network_name`)."""
+    from finetrainers.trainer import SFTTrainer
+
+    original = SFTTrainer._init_pipeline
+
+    @functools.wraps(original)
+    def init_pipeline(self: SFTTrainer, final_validation: bool = False) -> Any:
+        pipeline = original(self, final_validation)
+        if self.transformer is None:
+            # finetrainers knows only `transformer`; it puts the network in evaluation mode next.
+            self.transformer = getattr(pipeline, self.model_specification.network_name)
+        return pipeline
+
+    SFTTrainer._init_pipeline = init_pipeline

@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.recipe_latte_checks import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
+    from finetrainers import BaseArgs
+    from finetrainers.models.modeling_utils import ModelSpecification
+
     from framebridge_plugin.recipe import Recipe
+
+# Arguments of finetrainers' parser, as we extend it, that a specification takes under the same name: every one, and
+# those of each model.
+_SETTINGS = ("transformer_id", "vae_id", "transformer_dtype", "vae_dtype", "revision", "cache_dir")
+_SETTINGS_OF = {
+    "cogvideox_bridge": ("tokenizer_id", "text_encoder_id", "text_encoder_dtype"),
+    "latte_bridge": ("latte_size", "neural_prior", "seed"),
+    "latte_neural_prior": ("latte_size", "seed"),
+}
 
 _VERSIONS_OF = (
     "framebridge-plugin",
@@ -53,24 +66,21 @@ def train(recipe: Recipe) -> None:
     # finetrainers hands this to the trackers as it is, which would write into the working directory.
     args.logging_dir = str(output_dir / args.logging_dir)
 
-    from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
+    from framebridge_plugin.training import FrameBridgeTrainer
 
-    specification = CogVideoXBridgeSpecification(
-        args.pretrained_model_name_or_path,
-        objective=args.framebridge_objective,
-        tokenizer_id=args.tokenizer_id,
-        text_encoder_id=args.text_encoder_id,
-        transformer_id=args.transformer_id,
-        vae_id=args.vae_id,
-        text_encoder_dtype=args.text_encoder_dtype,
-        transformer_dtype=args.transformer_dtype,
-        vae_dtype=args.vae_dtype,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    FrameBridgeTrainer(args, specification).run()
+    FrameBridgeTrainer(args, _build_specification(recipe, args)).run()
     if _is_main_process():
         _write_loss_curve(output_dir)
+
+
+def _build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
+    from finetrainers.config import SUPPORTED_MODEL_CONFIGS
+
+    settings = {name: getattr(args, name) for name in (*_SETTINGS, *_SETTINGS_OF[args.model_name])}
+    if recipe.is_latte:
+        settings |= {"clip_shape": data_clip_shape(recipe), "class_names": data_class_names(recipe)}
+    specification_class = SUPPORTED_MODEL_CONFIGS[args.model_name][args.training_type]
+    return specification_class(args.pretrained_model_name_or_path, objective=args.framebridge_objective, **settings)
 
 
 def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:
@@ -94,13 +104,11 @@ def _write_run_files(recipe: Recipe, output_dir: Path) -> Path:
         versions = {"python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
         (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    if recipe.framebridge.data is None:
-        assert recipe.dataset.dataset_config is not None
-        return Path(recipe.dataset.dataset_config)
+    content = json.dumps(recipe.dataset_config(), indent=2) + "\n"
     # Every rank reads this file: each writes the same content and renames it into place.
     path = output_dir / "dataset_config.json"
     partial = output_dir / f".dataset_config.{os.environ.get('RANK', '0')}"
-    partial.write_text(json.dumps(recipe.dataset_config(), indent=2) + "\n")
+    partial.write_text(content)
     partial.replace(path)
     return path
 

@@ -3,13 +3,13 @@
 finetrainers prepares models, parallelism, optimizer and precomputation. What is ours is what it gets wrong (see
 docs/finetrainers.md): the order of the data and every random draw are computed from (seed, step, rank), gradients are
 clipped once per update, validation uses the weights that are being trained and draws nothing from training, and
-checkpoints are whole or not there.
+checkpoints are whole or not there. It averages the weights too, if asked to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import wandb
-from finetrainers import data as finetrainers_data
 from finetrainers import logging, utils
 from finetrainers.config import TrainingType
 from finetrainers.optimizer import get_lr_scheduler
@@ -28,20 +27,19 @@ from finetrainers.trainer import SFTTrainer
 from huggingface_hub import upload_folder
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from framebridge_plugin.data import ClipStream, load_dataset_config
+from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
+from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 
 logger = logging.get_logger()
-
-_PROJECTION = "patch_embed.proj."
 
 
 class FrameBridgeTrainer(SFTTrainer):
@@ -49,6 +47,17 @@ class FrameBridgeTrainer(SFTTrainer):
 
     `train_steps`, `lr_warmup_steps`, `checkpointing_steps`, `validation_steps` and `logging_steps` count updates; an
     update sees `batch_size * gradient_accumulation_steps` clips on every data-parallel rank.
+
+    Besides finetrainers' interface, a specification has `clip_shape`, which is set to (frames, height, width) of the
+    clips before anything is loaded, and it may have
+
+    - `network_name`: folder of the trained network in the model's folder; "transformer" by default;
+    - `check_datasets(datasets)` and `check_validation_samples(rows)`: refuse data that the model is not for, given
+      what `load_dataset_config` and `read_validation_file` returned, before anything is trained;
+    - `prepare_trainable_parameters(transformer, training_type)`: chooses what is trained besides LoRA layers;
+    - `_save_lora_weights(..., extra_state_dict=...)`: also takes the trained weights that are no LoRA layers, under
+      the network's own names;
+    - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
 
     Args:
         args: finetrainers' arguments.
@@ -67,6 +76,7 @@ class FrameBridgeTrainer(SFTTrainer):
         # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
+        self.average: WeightAverage | None = None
         self._validation_samples: list[dict[str, Any]] = []
         super().__init__(args, model_specification)
 
@@ -76,6 +86,18 @@ class FrameBridgeTrainer(SFTTrainer):
         info = super()._get_training_info()
         info["miscellaneous_arguments"].pop("hub_token", None)  # this goes to the trackers
         return info
+
+    def _prepare_models(self) -> None:
+        # The data first: a network from scratch is made for the shape of its clips.
+        self._datasets = load_dataset_config(self.args.dataset_config)
+        shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in self._datasets}
+        if len(shapes) > 1:
+            raise UsageError(
+                f"the data sets ask for clips of {len(shapes)} shapes {sorted(shapes)}; one run trains on one shape, "
+                "set the same video_resolution_buckets for all"
+            )
+        self.model_specification.clip_shape = shapes.pop()
+        super()._prepare_models()
 
     def _prepare_trainable_parameters(self) -> None:
         try:
@@ -105,14 +127,9 @@ class FrameBridgeTrainer(SFTTrainer):
         )
 
     def _prepare_dataset(self) -> None:
-        self._datasets = load_dataset_config(self.args.dataset_config)
-        shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in self._datasets}
-        if len(shapes) > 1:
-            raise UsageError(
-                f"the data sets ask for clips of {len(shapes)} shapes {sorted(shapes)}; one run trains on one shape, "
-                "set the same video_resolution_buckets for all"
-            )
-        self.model_specification.clip_shape = shapes.pop()
+        specification = self.model_specification
+        if hasattr(specification, "check_datasets"):
+            specification.check_datasets(self._datasets)
         if self.args.validation_dataset_file is not None:
             self._validation_samples = read_validation_file(self.args.validation_dataset_file)
             for sample in self._validation_samples:
@@ -121,9 +138,20 @@ class FrameBridgeTrainer(SFTTrainer):
                         f"{self.args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be "
                         "read; give an image_path (or video_path) in every row"
                     )
+        if hasattr(specification, "check_validation_samples"):
+            specification.check_validation_samples(self._validation_samples)
 
     def _prepare_checkpointing(self) -> None:
         is_lora = self.args.training_type == TrainingType.LORA
+        settings = {
+            "training_type": self.args.training_type,
+            "optimizer": self.args.optimizer,
+            **dataclasses.asdict(self.args.framebridge_objective),
+        }
+        ours = self.args.framebridge_trainer
+        if ours.ema_decay > 0.0:
+            self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
+            settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
         self.checkpointer = Checkpointer(
             Path(self.args.output_dir),
             self.transformer,
@@ -132,11 +160,9 @@ class FrameBridgeTrainer(SFTTrainer):
             export=self._export,
             trainable_only=is_lora,
             limit=self.args.checkpointing_limit,
-            settings={
-                "training_type": self.args.training_type,
-                "optimizer": self.args.optimizer,
-                **dataclasses.asdict(self.args.framebridge_objective),
-            },
+            settings=settings,
+            average=self.average,
+            network_name=getattr(self.model_specification, "network_name", "transformer"),
             is_main_process=self.state.parallel_backend.is_main_process,
             barrier=self.state.parallel_backend.wait_for_everyone,
         )
@@ -146,7 +172,7 @@ class FrameBridgeTrainer(SFTTrainer):
             logger.info(f"Resumed from {folder}")
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Writes what sampling opens: a model folder, or LoRA layers with the projection."""
+        """Writes what sampling opens: a model folder, or LoRA layers with what else was trained."""
         if self.args.training_type != TrainingType.LORA:
             self.model_specification._save_model(
                 str(folder / self._export_name), self.transformer, dict(state_dict), self.scheduler
@@ -163,7 +189,7 @@ class FrameBridgeTrainer(SFTTrainer):
             get_peft_model_state_dict(self.transformer, dict(state_dict)),
             self.scheduler,
             {"lora_config": json.dumps(metadata)},
-            {name.removeprefix(_PROJECTION): v for name, v in state_dict.items() if name.startswith(_PROJECTION)},
+            {name: tensor for name, tensor in state_dict.items() if "lora_" not in name},
         )
 
     # Training
@@ -191,7 +217,9 @@ class FrameBridgeTrainer(SFTTrainer):
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
                 loss = self._accumulate_gradients(batches, step)
-                grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+                clips = progress.step >= args.framebridge_trainer.max_grad_norm_start_step
+                limit = args.max_grad_norm if clips else math.inf
+                grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, limit))
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise FrameBridgeError(
                         f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. "
@@ -201,6 +229,8 @@ class FrameBridgeTrainer(SFTTrainer):
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad()
+                if self.average is not None:
+                    self.average.update(step)
                 progress.step = step
                 progress.samples_seen += clips_per_update
 
@@ -214,6 +244,7 @@ class FrameBridgeTrainer(SFTTrainer):
                         "lr": learning_rate,
                         "samples_per_second": speed,
                         "samples_seen": progress.samples_seen,
+                        "bad_files": batches.bad_files.count(),
                     }
                     metrics.log(step, numbers)
                     backend.log(numbers, step=step)
@@ -273,52 +304,19 @@ class FrameBridgeTrainer(SFTTrainer):
             total /= torch.distributed.get_world_size()
         return total.item()
 
-    def _batches(self) -> Iterator[tuple[dict, dict]]:
-        """Endless collated batches of (conditions, latents) on the device, from the first clip not yet trained on."""
-        args, backend, specification = self.args, self.state.parallel_backend, self.model_specification
-        position = self.progress.samples_seen // self._data_world_size
-        once = args.enable_precomputation and args.precomputation_once
-        stream = ClipStream(
-            self._datasets, args.seed, self._data_rank, self._data_world_size, start=0 if once else position
-        )
-        loader = DataLoader(
-            stream, batch_size=None, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
-        )
-        samples = iter(loader)
-        preprocessor = finetrainers_data.initialize_preprocessor(
-            rank=backend.rank,
-            num_items=args.precomputation_items if args.enable_precomputation else 1,
-            processor_fn={
-                "condition": specification.prepare_conditions,
-                "latent": functools.partial(specification.prepare_latents, compute_posterior=True),
-            },
-            save_dir=args.precomputation_dir,
-            enable_precomputation=args.enable_precomputation,
-        )
+    def _batches(self) -> TrainingBatches:
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
-        self.state.generator = torch.Generator(backend.device).manual_seed(args.seed)
-        skip = position % args.precomputation_items if once else 0
-        items: list[tuple[dict, dict]] = []
-        while True:
-            if preprocessor.requires_data:
-                conditions, latents = self._prepare_data(preprocessor, samples)
-            items.append((next(conditions), next(latents)))
-            if skip:
-                skip -= 1
-                items.clear()
-            if len(items) == args.batch_size:
-                yield (
-                    utils.align_device_and_dtype(
-                        specification.collate_conditions([item[0] for item in items]),
-                        backend.device,
-                        args.transformer_dtype,
-                    ),
-                    # Latents stay in float32: the bridge mixes them with coefficients from .002 to 170.
-                    utils.align_device_and_dtype(
-                        specification.collate_latents([item[1] for item in items]), backend.device
-                    ),
-                )
-                items = []
+        self.state.generator = torch.Generator(self.state.parallel_backend.device).manual_seed(self.args.seed)
+        return TrainingBatches(
+            self.args,
+            self.model_specification,
+            self._datasets,
+            self._prepare_data,
+            backend=self.state.parallel_backend,
+            data_rank=self._data_rank,
+            data_world_size=self._data_world_size,
+            samples_seen=self.progress.samples_seen,
+        )
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
         """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
@@ -338,7 +336,8 @@ class FrameBridgeTrainer(SFTTrainer):
         args, backend = self.args, self.state.parallel_backend
         self.transformer.eval()
         components = {name: getattr(self, name) for name in ("tokenizer", "text_encoder", "vae")}
-        with torch.no_grad(), self.attention_provider_ctx(training=False):
+        weights = self.average.in_place_of_weights() if self.average is not None else contextlib.nullcontext()
+        with weights, torch.no_grad(), self.attention_provider_ctx(training=False):
             pipeline = self.model_specification.load_pipeline(
                 transformer=self.transformer,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
@@ -348,7 +347,9 @@ class FrameBridgeTrainer(SFTTrainer):
                 **components,
             )
             if not args.enable_model_cpu_offload:
-                self._move_components_to_device([pipeline.text_encoder, pipeline.vae])
+                self._move_components_to_device(
+                    [part for part in pipeline.components.values() if part is not self.transformer]
+                )
             pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
             written = sample_validation_videos(
                 self._validation_samples,

@@ -28,6 +28,7 @@ FRAMES, SIZE = 4, 64
 def train(folder: Path, name: str, base: str, **sections: dict) -> Path:
     """Trains for two updates by a recipe of its own."""
     model_name = "latte_neural_prior" if base == "neural_prior" else "latte_bridge"
+    data = {"class_root": str(folder / "clips"), "num_frames": FRAMES, "height": SIZE, "width": SIZE}
     recipe = {
         "model": {"model_name": model_name, "pretrained_model_name_or_path": str(folder / base)},
         "training": {"training_type": "full-finetune", "batch_size": 2, **sections.pop("training", {})},
@@ -37,7 +38,7 @@ def train(folder: Path, name: str, base: str, **sections: dict) -> Path:
         "tracking": {"report_to": "none"},
         "framebridge": {
             "ema_decay": 0.5,
-            "data": {"class_root": str(folder / "clips"), "num_frames": FRAMES, "height": SIZE, "width": SIZE},
+            "data": None if "dataset" in sections else data,
             **sections.pop("framebridge", {}),
         },
         **sections,
@@ -65,7 +66,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder, "full", "bridge")
     train(folder, "prior", "neural_prior")
     train(folder, "on_prior", "bridge_neural_prior", framebridge={"neural_prior": str(folder / "prior")})
-    train(folder, "baseline", "diffusion", framebridge={"objective": "diffusion"})
+    entry = {"class_root": str(folder / "clips"), "video_resolution_buckets": [[FRAMES, SIZE, SIZE]]}
+    (folder / "data.json").write_text(json.dumps({"datasets": [entry]}))
+    dataset = {"dataset_config": str(folder / "data.json")}
+    train(folder, "baseline", "diffusion", framebridge={"objective": "diffusion"}, dataset=dataset)
     lora = {"training": {"training_type": "lora"}, "lora": {"rank": 4, "lora_alpha": 8}}
     train(folder, "lora", "bridge", **lora)
     train(folder, "lora_prior", "neural_prior", **lora)
@@ -94,7 +98,7 @@ def sample(inputs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "model", ["full", "full/model", "full/checkpoints/step_000002", "on_prior", "baseline", "lora"]
+    "model", ["full", "full/model", "full/checkpoints/step_000002", "on_prior", "baseline", "lora", "lora/lora"]
 )
 def test_runs(sample, model):
     result = sample(model, "--class-name", "up")
@@ -175,10 +179,27 @@ def test_a_lora_is_not_its_base_model(sample):
     assert videos[0] != videos[1]
 
 
+def test_a_hub_id_is_checked_when_it_is_there(inputs, tmp_path, monkeypatch, capsys):
+    cache, commit = tmp_path / "hub", "0123456789" * 4
+    repository = cache / "models--tiny--latte"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(inputs / "bridge", repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    arguments = ["sample", "--model=tiny/latte", "--image", str(inputs / "picture.png"), "--steps=2"]
+    arguments += ["--output", str(tmp_path / "out/video.mp4")]
+    assert main([*arguments, "--class-name", "up"]) == 0
+    assert read_video(tmp_path / "out/video.mp4").shape == (FRAMES, SIZE, SIZE, 3)
+    capsys.readouterr()
+    assert main([*arguments, "--class-name", "upp", "--num-frames=9"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [error.split(": ")[1] for error in errors] == ["--class-name upp", "--num-frames"]
+
+
 # Images out of videos and out of the run's data
 
 
-@pytest.mark.parametrize("model", ["full", "on_prior/checkpoints/step_000002", "lora"])
+@pytest.mark.parametrize("model", ["full", "on_prior/checkpoints/step_000002", "lora", "baseline"])
 def test_rows_of_the_runs_data(sample, inputs, model):
     result = sample(model, "--data-index", "2", "7", image=None)  # two clips a class, by code points
     assert result.code == 0, result.said

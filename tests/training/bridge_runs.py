@@ -42,7 +42,21 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
-def run_trainer(
+def run_trainer(trainer_class: Any, inputs: Path, output: Path, kind: str, *options: str, **settings: Any) -> Any:
+    """Trains for two steps, in this process alone.
+
+    Returns:
+        The trainer of `make_trainer`, after its run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCH_VARIABLES:
+            patch.delenv(name, raising=False)
+        trainer = make_trainer(trainer_class, inputs, output, kind, *options, **settings)
+        trainer.run()
+    return trainer
+
+
+def make_trainer(
     trainer_class: Any,
     inputs: Path,
     output: Path,
@@ -51,7 +65,7 @@ def run_trainer(
     specification_class: Any = CogVideoXBridgeSpecification,
     transformer_dtype: str = "fp32",
 ) -> Any:
-    """Trains for two steps.
+    """Prepares a run of two steps.
 
     Args:
         trainer_class: finetrainers' trainer or ours.
@@ -63,7 +77,7 @@ def run_trainer(
         transformer_dtype: Precision of the network.
 
     Returns:
-        The trainer, after its run.
+        The trainer.
     """
     args = parse_arguments(
         [
@@ -93,9 +107,4 @@ def run_trainer(
         transformer_id=args.transformer_id,
         vae_id=args.vae_id,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCH_VARIABLES:
-            patch.delenv(name, raising=False)
-        trainer = trainer_class(args, specification)
-        trainer.run()
-    return trainer
+    return trainer_class(args, specification)

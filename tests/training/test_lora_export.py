@@ -18,7 +18,7 @@ from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.sampling import open_pipeline
-from framebridge_plugin.pipelines.saving import LORA_FILE, LORA_INFO_FILE, PROJECTION_FILE
+from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.bridge_runs import SIZE, make_inputs, run_trainer
@@ -83,7 +83,7 @@ def test_both_the_layers_and_the_projection_matter(trainer, inputs):
     only_layers = base_transformer(inputs)
     only_layers.load_lora_adapter(load_file(inputs / "run/lora" / LORA_FILE), prefix="transformer")
     only_projection = base_transformer(inputs)
-    only_projection.patch_embed.proj.load_state_dict(load_file(inputs / "run/lora" / PROJECTION_FILE))
+    only_projection.load_state_dict(load_file(inputs / "run/lora" / EXTRA_WEIGHTS_FILE), strict=False)
     for part in (only_layers, only_projection):
         assert (output(part) - live).abs().max() > 1e-3
 
@@ -95,7 +95,7 @@ def test_plain_diffusers_loads_the_lora_file(trainer, inputs):
     plain.load_lora_weights(lora)
     (config,) = plain.transformer.peft_config.values()
     assert (config.r, config.lora_alpha) == (4, 8)
-    plain.transformer.patch_embed.proj.load_state_dict(load_file(lora / PROJECTION_FILE))
+    plain.transformer.load_state_dict(load_file(lora / EXTRA_WEIGHTS_FILE), strict=False)
     torch.testing.assert_close(output(plain.transformer), output(trainer.transformer), rtol=0, atol=1e-5)
 
 
@@ -140,14 +140,14 @@ def test_a_lora_on_another_transformer_and_autoencoder_finds_them_again(trainer,
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of another model"])
 def test_a_projection_that_does_not_fit_is_refused_in_one_line(trainer, inputs, tmp_path, damage):
     shutil.copytree(inputs / "run/lora", tmp_path / "lora")
-    file = tmp_path / "lora" / PROJECTION_FILE
+    file = tmp_path / "lora" / EXTRA_WEIGHTS_FILE
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-10])
     else:
-        save_file({"weight": torch.zeros(8, 8, 2, 2), "bias": torch.zeros(8)}, file)
-    with pytest.raises(FrameBridgeError, match="cannot load the trained input projection") as error:
+        save_file({"patch_embed.proj.weight": torch.zeros(8, 8, 2, 2)}, file)
+    with pytest.raises(FrameBridgeError, match="cannot load the weights trained beside the LoRA layers") as error:
         open_pipeline(str(tmp_path / "lora"))
     assert "\n" not in str(error.value)
 
@@ -159,7 +159,7 @@ def test_a_network_in_half_precision_trains_and_saves_in_float32(inputs):
     trained = {parameter.dtype for parameter in trainer.transformer.parameters() if parameter.requires_grad}
     frozen = {parameter.dtype for parameter in trainer.transformer.parameters() if not parameter.requires_grad}
     assert (trained, frozen) == ({torch.float32}, {torch.bfloat16})
-    for name in (LORA_FILE, PROJECTION_FILE):
+    for name in (LORA_FILE, EXTRA_WEIGHTS_FILE):
         assert {tensor.dtype for tensor in load_file(inputs / "half/lora" / name).values()} == {torch.float32}
     assert len(list((inputs / "half/validation").glob("*.mp4"))) == 2
     live = output(trainer.transformer.eval())

@@ -14,6 +14,7 @@ from framebridge_plugin.errors import UsageError
 from framebridge_plugin.models.widening import widen_input_channels
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.objective import (
+    Network,
     ObjectiveSettings,
     bridge_prediction,
     build_scheduler,
@@ -40,7 +41,13 @@ class Case:
         return self.plain(latents, self.text, time, return_dict=False)[0]
 
     def network(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        return self.widened(latents, self.text, time, return_dict=False)[0]
+        return self.network_with_image(self.image_latents)(latents, time)
+
+    def network_with_image(self, image_latents: torch.Tensor) -> Network:
+        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return self.widened(torch.cat([latents, image_latents], dim=2), self.text, time, return_dict=False)[0]
+
+        return network
 
     def ratio(self, step: int) -> torch.Tensor:
         alphas_cumprod = self.backbone.alphas_cumprod[step].double()
@@ -106,9 +113,7 @@ def diffusion_loss(case: Case, step: int) -> float:
 def bridge_loss(case: Case, scheduler: FrameBridgeScheduler, step: int, prior: torch.Tensor) -> float:
     """The bridge loss of the widened model at the real-valued index with the signal-to-noise ratio of `step`."""
     index = scheduler.schedule.index_of_ratio(case.ratio(step)).expand(len(case.z_0))
-    prediction, target = bridge_prediction(
-        case.network, scheduler, case.z_0, prior, case.image_latents, case.eps, index
-    )
+    prediction, target = bridge_prediction(case.network, scheduler, case.z_0, prior, case.eps, index)
     return torch.nn.functional.mse_loss(prediction, target).item()
 
 
@@ -161,9 +166,8 @@ def test_image_channels_start_without_influence_on_the_loss(case):
     index = torch.tensor([10.0, 500.0, 990.0])
     losses = []
     for image_latents in (case.image_latents, 7 * torch.ones_like(case.z_0)):
-        prediction, target = bridge_prediction(
-            case.network, scheduler, case.z_0, case.prior(1.0), image_latents, case.eps, index
-        )
+        network = case.network_with_image(image_latents)
+        prediction, target = bridge_prediction(network, scheduler, case.z_0, case.prior(1.0), case.eps, index)
         losses.append((prediction - target).square().mean().item())
     assert losses[0] == losses[1]
 
@@ -173,25 +177,42 @@ def test_a_perfect_network_has_no_loss_and_gives_the_data_back(case, target):
     scheduler = build_scheduler(case.backbone, ObjectiveSettings(target=target))
     index, prior = torch.tensor([10.0, 500.0, 900.0]), case.prior(1.0)
     z_t = scheduler.add_noise(case.z_0, prior, case.eps, index)
-    _, wanted = bridge_prediction(case.network, scheduler, case.z_0, prior, case.image_latents, case.eps, index)
-    prediction, _ = bridge_prediction(
-        lambda latents, time: wanted, scheduler, case.z_0, prior, case.image_latents, case.eps, index
-    )
+    _, wanted = bridge_prediction(case.network, scheduler, case.z_0, prior, case.eps, index)
+    prediction, _ = bridge_prediction(lambda latents, time: wanted, scheduler, case.z_0, prior, case.eps, index)
     torch.testing.assert_close(scheduler.predict_z_0(prediction, z_t, prior, index), case.z_0, rtol=1e-4, atol=1e-4)
 
 
 def test_the_diffusion_loss_as_finetrainers_weighs_it_is_the_mean_square_of_v(case):
     steps = torch.tensor([3, 420, 999])
-    prediction, target = diffusion_prediction(
-        case.network, case.backbone, case.z_0, case.image_latents, case.eps, steps
-    )
-    weights = 1 / (1 - case.backbone.alphas_cumprod[steps])  # finetrainers.utils.prepare_loss_weights
-    weighted = weights * (prediction - target).square().flatten(1).mean(dim=1)
-
+    loss = weighted_diffusion_loss(case.network, case.backbone, case, steps)
     velocity = case.backbone.get_velocity(case.z_0, case.eps, steps)
     noisy = torch.cat([case.backbone.add_noise(case.z_0, case.eps, steps), case.image_latents], dim=2)
-    plain = (case.network(noisy, steps) - velocity).square().flatten(1).mean(dim=1)
-    torch.testing.assert_close(weighted.float(), plain, rtol=2e-5, atol=0)
+    output = case.widened(noisy, case.text, steps, return_dict=False)[0]
+    torch.testing.assert_close(loss, (output - velocity).square().flatten(1).mean(dim=1), rtol=2e-5, atol=0)
+
+
+def test_a_backbone_that_predicts_noise_is_compared_with_the_noise(case):
+    # Latte's: plain linear betas, no zero terminal ratio.
+    backbone = make_backbone(
+        prediction_type="epsilon",
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        snr_shift_scale=1.0,
+        rescale_betas_zero_snr=False,
+    )
+    steps = torch.tensor([0, 420, 999])
+    output = torch.randn(case.z_0.shape, generator=torch.Generator().manual_seed(2))
+    loss = weighted_diffusion_loss(lambda latents, time: output, backbone, case, steps)
+    torch.testing.assert_close(loss, (output - case.eps).square().flatten(1).mean(dim=1), rtol=2e-5, atol=0)
+
+
+def weighted_diffusion_loss(
+    network: Network, backbone: CogVideoXDDIMScheduler, case: Case, steps: torch.Tensor
+) -> torch.Tensor:
+    prediction, target = diffusion_prediction(network, backbone, case.z_0, case.eps, steps)
+    weights = 1 / (1 - backbone.alphas_cumprod[steps])  # finetrainers.utils.prepare_loss_weights
+    return (weights * (prediction - target).square().flatten(1).mean(dim=1)).float()
 
 
 def test_the_scheduler_has_the_settings_of_the_objective():

@@ -12,7 +12,8 @@ import torch
 
 from framebridge_plugin import FrameBridgeScheduler, register
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training.registration import parse_arguments
+from framebridge_plugin.training.arguments import TrainerSettings
+from framebridge_plugin.training.registration import parse_arguments, parsed_objective
 
 register()
 
@@ -20,7 +21,11 @@ from diffusers import CogVideoXDDIMScheduler  # noqa: E402
 from finetrainers import BaseArgs, optimizer, utils  # noqa: E402
 from finetrainers.config import SUPPORTED_MODEL_CONFIGS, TrainingType, _get_model_specifiction_cls  # noqa: E402
 
-from framebridge_plugin.training import CogVideoXBridgeSpecification  # noqa: E402
+from framebridge_plugin.training import (  # noqa: E402
+    CogVideoXBridgeSpecification,
+    LatteBridgeSpecification,
+    NeuralPriorSpecification,
+)
 from framebridge_plugin.training.objective import ObjectiveSettings  # noqa: E402
 
 
@@ -36,9 +41,17 @@ def command_line(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("training_type", ["lora", TrainingType.FULL_FINETUNE])
-def test_our_model_name_leads_to_our_specification(training_type):
-    assert SUPPORTED_MODEL_CONFIGS["cogvideox_bridge"][training_type] is CogVideoXBridgeSpecification
-    assert _get_model_specifiction_cls("cogvideox_bridge", training_type) is CogVideoXBridgeSpecification
+@pytest.mark.parametrize(
+    ("model_name", "specification"),
+    [
+        ("cogvideox_bridge", CogVideoXBridgeSpecification),
+        ("latte_bridge", LatteBridgeSpecification),
+        ("latte_neural_prior", NeuralPriorSpecification),
+    ],
+)
+def test_our_model_names_lead_to_our_specifications(model_name, specification, training_type):
+    assert SUPPORTED_MODEL_CONFIGS[model_name][training_type] is specification
+    assert _get_model_specifiction_cls(model_name, training_type) is specification
 
 
 def test_our_row_of_the_table_reads_like_any_other():
@@ -66,12 +79,13 @@ def test_registering_again_changes_nothing():
 # finetrainers' own parser
 
 
-def test_plain_parsers_list_our_model(monkeypatch, capsys):
+def test_plain_parsers_list_our_models(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--list_models"])
     with pytest.raises(SystemExit) as stop:
         BaseArgs().parse_args()
     assert stop.value.code == 0
-    assert "cogvideox_bridge" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("cogvideox_bridge", "latte_bridge", "latte_neural_prior"))
 
 
 def test_plain_parsers_accept_our_names_and_keep_their_ways(monkeypatch, command_line):
@@ -85,8 +99,10 @@ def test_plain_parsers_accept_our_names_and_keep_their_ways(monkeypatch, command
         assert args.to_dict()["additional_arguments"]["FrameBridgeArgs"]["target"] == "data"
 
 
-def test_arguments_made_without_a_parser_have_the_default_objective():
-    assert BaseArgs().framebridge_objective == ObjectiveSettings()
+def test_arguments_made_without_a_parser_have_the_default_settings():
+    args = BaseArgs()
+    assert (args.framebridge_objective, args.framebridge_trainer) == (ObjectiveSettings(), TrainerSettings())
+    assert (args.latte_size, args.neural_prior) == ("S/2", None)
 
 
 # Our parser
@@ -96,6 +112,35 @@ def test_defaults_are_those_of_the_objective_and_of_finetrainers(command_line):
     args = parse_arguments(command_line)
     assert args.framebridge_objective == ObjectiveSettings()
     assert (args.parallel_backend, args.rank, args.train_steps) == ("accelerate", 64, 1000)
+
+
+def test_what_is_not_given_has_the_default_of_the_model(command_line):
+    assert parse_arguments(command_line).framebridge_trainer == TrainerSettings(ema_decay=0.0)
+    for model_name in ("latte_bridge", "latte_neural_prior"):
+        latte = parse_arguments([*command_line, f"--model_name={model_name}"])
+        off = {"snr_aligned": False, "image_noise": False, "prior_noise": False}
+        assert latte.framebridge_objective == ObjectiveSettings(target="eps_psi", **off)
+        assert latte.framebridge_trainer == TrainerSettings(ema_decay=0.9999)
+        assert (latte.latte_size, latte.neural_prior) == ("S/2", None)
+
+
+def test_what_is_given_takes_the_place_of_the_models_default(command_line):
+    given = ["--snr_alignment", "--target=v", "--ema_decay=0", "--ema_start_step=3", "--max_grad_norm_start_step=4"]
+    latte = ["--model_name=latte_bridge", "--latte_size=B/4", "--neural_prior=runs/prior"]
+    args = parse_arguments([*command_line, *latte, *given])
+    off = {"image_noise": False, "prior_noise": False}
+    assert args.framebridge_objective == ObjectiveSettings(target="v", snr_aligned=True, **off)
+    trainer = {"ema_decay": 0.0, "ema_start_step": 3, "max_grad_norm_start_step": 4}
+    assert args.framebridge_trainer == TrainerSettings(**trainer)
+    assert (args.latte_size, args.neural_prior) == ("B/4", "runs/prior")
+    logged = args.to_dict()["additional_arguments"]["FrameBridgeArgs"]
+    assert logged.items() >= {**trainer, "snr_aligned": True, "latte_size": "B/4"}.items()
+    # What a specification sees that is made without an objective.
+    assert parsed_objective(ObjectiveSettings(beta_max=9.0)) == ObjectiveSettings(target="v", beta_max=9.0)
+
+    switches = ["--no_snr_alignment", "--image_noise", "--prior_noise"]
+    both_ways = parse_arguments([*command_line, "--no_image_noise", *switches]).framebridge_objective
+    assert both_ways == ObjectiveSettings(snr_aligned=False)
 
 
 def test_every_setting_of_the_objective_has_an_argument(command_line):
@@ -135,6 +180,9 @@ def test_lora_arguments_belong_to_lora_alone(command_line):
         (["--lr", "fast"], r"^argument --lr: invalid float value: 'fast'$"),
         (["--model_name", "cogvideo"], r"^argument --model_name: invalid choice: 'cogvideo' .*cogvideox_bridge"),
         (["--target", "velocity"], r"^target='velocity'; use one of v"),
+        (["--ema_decay", "1"], r"^ema_decay=1.0; use a number in \[0, 1\), 0 for no average$"),
+        (["--ema_start_step", "-1"], r"^ema_start_step=-1; use a number of updates, 0 or more$"),
+        (["--max_grad_norm_start_step=-1"], r"^max_grad_norm_start_step=-1; use a number of updates, 0 or more$"),
         (["--transformer_dtype", "bf17"], r"^unknown type 'bf17'; use bf16"),
         (["--training_type", "control-lora"], r"^--training_type control-lora; use one of lora, full-finetune$"),
         (["--dataset_config", "none.json"], r"^Dataset config file none.json does not exist"),

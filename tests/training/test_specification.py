@@ -203,11 +203,12 @@ def test_forward_is_the_unweighted_bridge_loss(model_folder, indices):
     image = latents["image_latents"].expand_as(z_0)
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(4))
 
-    def network(hidden_states: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        hidden_states = torch.cat([latents, image], dim=2)
         return transformer(hidden_states, conditions["encoder_hidden_states"], time, return_dict=False)[0]
 
     expected = bridge_prediction(
-        network, scheduler, z_0, latents["prior_latents"], image, noise, torch.tensor(indices, dtype=torch.float64)
+        network, scheduler, z_0, latents["prior_latents"], noise, torch.tensor(indices, dtype=torch.float64)
     )
     torch.testing.assert_close((prediction, target), expected)
     per_sample = (expected[0] - expected[1]).square().flatten(1).mean(dim=1)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.sampling import open_pipeline
-from framebridge_plugin.pipelines.saving import LORA_FILE, PROJECTION_FILE
+from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, LORA_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import CogVideoXBridgeSpecification
 from tests.tiny_models import LATENT_CHANNELS
@@ -93,16 +93,18 @@ def test_a_full_fine_tune_saves_a_folder_that_the_pipeline_opens(trainers, input
 @pytest.mark.parametrize("name", LORA_RUNS)
 def test_lora_trains_the_projection_and_saves_it_beside(trainers, inputs, base_weights, name):
     folder = inputs / name / "lora_weights/000002"
-    layers, projection = load_file(folder / LORA_FILE), load_file(folder / PROJECTION_FILE)
+    layers, projection = load_file(folder / LORA_FILE), load_file(folder / EXTRA_WEIGHTS_FILE)
     assert layers
     assert all("lora" in key for key in layers)
     assert all(tensor.abs().sum() > 0 for tensor in layers.values())
-    assert not torch.equal(projection["weight"][:, :LATENT_CHANNELS], base_weights["patch_embed.proj.weight"])
-    assert projection["weight"][:, LATENT_CHANNELS:].abs().sum() > 0
-    assert not torch.equal(projection["bias"], base_weights["patch_embed.proj.bias"])
+    assert not torch.equal(
+        projection["patch_embed.proj.weight"][:, :LATENT_CHANNELS], base_weights["patch_embed.proj.weight"]
+    )
+    assert projection["patch_embed.proj.weight"][:, LATENT_CHANNELS:].abs().sum() > 0
+    assert not torch.equal(projection["patch_embed.proj.bias"], base_weights["patch_embed.proj.bias"])
 
     pipeline = open_pipeline(str(folder))
-    assert torch.equal(pipeline.transformer.patch_embed.proj.weight, projection["weight"])
+    assert torch.equal(pipeline.transformer.patch_embed.proj.weight, projection["patch_embed.proj.weight"])
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
 
 

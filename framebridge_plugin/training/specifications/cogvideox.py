@@ -23,18 +23,16 @@ from framebridge_plugin.models.widening import load_bridge_transformer, train_in
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.pipelines.saving import (
-    UNCHANGED_COMPONENTS,
+    COGVIDEOX_COMPONENTS,
     local_folder,
     save_lora_folder,
     save_model_folder,
 )
-from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.objective import (
+    Network,
     ObjectiveSettings,
-    bridge_prediction,
     build_scheduler,
-    diffusion_prediction,
 )
 from framebridge_plugin.training.registration import parsed_objective
 from framebridge_plugin.training.specifications.loading import (
@@ -43,6 +41,14 @@ from framebridge_plugin.training.specifications.loading import (
     load_config,
     load_text_encoder,
     load_tokenizer,
+)
+from framebridge_plugin.training.specifications.samples import (
+    caption_or_empty,
+    evaluate_objective,
+    sample_generator,
+    validation_image,
+    validation_settings,
+    video_of_sample,
 )
 
 
@@ -61,6 +67,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         **kwargs: As for finetrainers' `CogVideoXModelSpecification`: `transformer_id`, `vae_dtype`, `revision`, ...
     """
 
+    default_objective = ObjectiveSettings()
+
     def __init__(
         self,
         pretrained_model_name_or_path: str = "THUDM/CogVideoX-2b",
@@ -69,7 +77,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         **kwargs: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **kwargs)
-        self.objective = objective or parsed_objective()
+        self.objective = objective or parsed_objective(self.default_objective)
         self.clip_shape: tuple[int, int, int] | None = None
         """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
         self._trained_projection: torch.nn.Module | None = None
@@ -172,7 +180,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Returns:
             A `FrameBridgeCogVideoXPipeline`.
         """
-        components = {name: kwargs.get(name) for name in (*UNCHANGED_COMPONENTS, "scheduler")}
+        components = {name: kwargs.get(name) for name in (*COGVIDEOX_COMPONENTS, "scheduler")}
         if transformer is None:
             transformer = self.load_diffusion_models()["transformer"]
         if components["scheduler"] is None:
@@ -218,11 +226,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Returns:
             {"encoder_hidden_states": [1, L, D]}
         """
-        caption = caption if isinstance(caption, str) else caption[0]
-        draw = _sample_generator(sample_seed, "caption dropout", generator)
-        device = draw.device if draw is not None else "cpu"
-        if torch.rand((), generator=draw, device=device) < self.objective.caption_dropout:
-            caption = ""
+        draw = sample_generator(sample_seed, "caption dropout", generator)
+        caption = caption_or_empty(caption, self.objective.caption_dropout, draw)
         return super().prepare_conditions(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -258,22 +263,20 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Raises:
             FrameBridgeError: If the sample has no video.
         """
-        if video is None:
-            raise FrameBridgeError("a sample has no video; image-to-video training needs clips, not images")
         settings = self.objective
-        video_BFCHW = video if video.ndim == 5 else video.unsqueeze(0)
+        video_BFCHW = video_of_sample(video)
         image_BCHW = video_BFCHW[:, 0]
         noise = (settings.noise_log_mean, settings.noise_log_std)
 
         result = {"latents": encode_video(vae, video_BFCHW)}
         condition = image_BCHW
         if settings.image_noise:
-            condition = add_pixel_noise(image_BCHW, *noise, _sample_generator(sample_seed, "image noise", generator))
+            condition = add_pixel_noise(image_BCHW, *noise, sample_generator(sample_seed, "image noise", generator))
         result["image_latents"] = encode_image(vae, condition)
         if settings.objective == "bridge":
             if settings.prior_noise:
                 prior = image_BCHW.unsqueeze(1).expand_as(video_BFCHW)
-                prior = add_pixel_noise(prior, *noise, _sample_generator(sample_seed, "prior noise", generator))
+                prior = add_pixel_noise(prior, *noise, sample_generator(sample_seed, "prior noise", generator))
                 result["prior_latents"] = encode_video(vae, prior)
             elif settings.image_noise:
                 result["prior_latents"] = encode_image(vae, image_BCHW)
@@ -308,36 +311,30 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         z_0 = latent_model_conditions["latents"].float()
         image_latents = latent_model_conditions["image_latents"].float()
         prior = latent_model_conditions.get("prior_latents", image_latents)
-        image_latents, prior = image_latents.expand_as(z_0), prior.float().expand_as(z_0)
-        noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
-
-        num_train_timesteps = scheduler.config.num_train_timesteps
-        index = (sigmas.flatten().double() * num_train_timesteps).round().clamp(0, num_train_timesteps - 1)
-        network = self.bind_network(transformer, condition_model_conditions["encoder_hidden_states"], z_0.shape)
-        if isinstance(scheduler, FrameBridgeScheduler):
-            prediction, target = bridge_prediction(network, scheduler, z_0, prior, image_latents, noise, index)
-        else:
-            prediction, target = diffusion_prediction(network, scheduler, z_0, image_latents, noise, index.long())
-        # finetrainers truncates sigma * 1000 to find the loss weight: half a step keeps it on this index.
-        sigmas = ((index + 0.5) / num_train_timesteps).float()
-        return prediction, target, sigmas
+        prior = prior.float().expand_as(z_0)
+        text = condition_model_conditions["encoder_hidden_states"]
+        network = self.bind_network(transformer, text, image_latents.expand_as(z_0))
+        return evaluate_objective(network, scheduler, z_0, prior, sigmas, generator)
 
     def bind_network(
-        self, transformer: CogVideoXTransformer3DModel, encoder_hidden_states: torch.Tensor, shape: torch.Size
-    ) -> Any:
-        """The transformer with text and positions bound, as the objective calls it.
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        encoder_hidden_states: torch.Tensor,
+        image_latents: torch.Tensor,
+    ) -> Network:
+        """The transformer with text, image and positions bound, as the objective calls it.
 
         Args:
             transformer: The widened network.
             encoder_hidden_states: Text embeddings [B, L, D].
-            shape: Shape of the latents, [B, T, C, h, w].
+            image_latents: Latents of the condition image, repeated over time, [B, T, C, h, w].
 
         Returns:
-            A callable (input [B, T, 2C, h, w], time [B]) -> float32 output [B, T, C, h, w].
+            A callable (latents [B, T, C, h, w], time [B]) -> float32 output [B, T, C, h, w].
         """
         config = self.transformer_config
         scale = 2 ** (len(self.vae_config.block_out_channels) - 1)
-        _, num_frames, _, height, width = shape
+        _, num_frames, _, height, width = image_latents.shape
         image_rotary_emb = None
         if config.use_rotary_positional_embeddings:
             image_rotary_emb = prepare_rotary_positional_embeddings(
@@ -352,7 +349,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 base_width=config.sample_width * scale,
             )
 
-        def network(hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            hidden_states = torch.cat([latents, image_latents], dim=2)
             return call_transformer(transformer, hidden_states, timestep, encoder_hidden_states, image_rotary_emb)
 
         return network
@@ -396,19 +394,12 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Raises:
             FrameBridgeError: If there is neither image nor video.
         """
-        if image is None and not video:
-            raise FrameBridgeError(
-                f"validation sample {prompt!r} has no image; add an image_path (or video_path) to the validation file"
-            )
-        # A column with an empty cell arrives as floats.
-        types = {"height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float}
-        call = {name: kind(kwargs[name]) for name, kind in types.items() if kwargs.get(name) is not None}
         frames = pipeline(
-            image=image if image is not None else video[0],  # type: ignore[index]
+            image=validation_image(prompt, image, video),
             prompt=prompt,
             generator=generator,
             output_type="pil",
-            **call,
+            **validation_settings(kwargs),
         ).frames[0]
         return [VideoArtifact(value=frames)]
 
@@ -420,13 +411,20 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         scheduler: Any = None,
     ) -> None:
         assert transformer_state_dict is not None
+        num_frames, height, width = self.clip_shape or (None, None, None)
         save_model_folder(
             directory,
-            transformer_config=transformer.config,
-            transformer_state_dict=transformer_state_dict,
+            pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
+            network_name="transformer",
+            network_class=CogVideoXTransformer3DModel,
+            network_config=transformer.config,
+            network_state_dict=transformer_state_dict,
             scheduler=scheduler,
-            component_folders={name: self._component_folder(name) for name in UNCHANGED_COMPONENTS},
-            clip_shape=self.clip_shape,
+            linked_components={
+                name: (library, class_name, self._component_folder(name))
+                for name, (library, class_name) in COGVIDEOX_COMPONENTS.items()
+            },
+            settings={"num_frames": num_frames, "height": height, "width": width},
         )
 
     def _save_lora_weights(
@@ -435,20 +433,23 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
         scheduler: Any = None,
         metadata: Mapping[str, str] | None = None,
-        projection_state_dict: Mapping[str, torch.Tensor] | None = None,
+        extra_state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         assert transformer_state_dict is not None
         assert metadata is not None
-        if projection_state_dict is None:
+        if extra_state_dict is None:
             # The stock trainer hands over the LoRA layers alone; it runs in one process, where the weights are whole.
             assert self._trained_projection is not None
-            projection_state_dict = self._trained_projection.state_dict()
-        replaced = {name: getattr(self, f"{name}_id") for name in (*UNCHANGED_COMPONENTS, "transformer")}
+            projection = self._trained_projection.state_dict()
+            extra_state_dict = {f"patch_embed.proj.{name}": tensor for name, tensor in projection.items()}
+        replaced = {name: getattr(self, f"{name}_id") for name in (*COGVIDEOX_COMPONENTS, "transformer")}
         save_lora_folder(
             directory,
+            pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
+            network_name="transformer",
             lora_state_dict=transformer_state_dict,
             adapter_metadata=json.loads(metadata["lora_config"]),
-            projection_state_dict=projection_state_dict,
+            extra_state_dict=extra_state_dict,
             scheduler=scheduler,
             base_model=self.pretrained_model_name_or_path,
             replaced_components={name: source for name, source in replaced.items() if source is not None},
@@ -457,14 +458,5 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     def _component_folder(self, name: str) -> Path:
         source, subfolder = self._source(name)
-        patterns = [f"{component}/*" for component in UNCHANGED_COMPONENTS] if subfolder else None
+        patterns = [f"{component}/*" for component in COGVIDEOX_COMPONENTS] if subfolder else None
         return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder
-
-
-def _sample_generator(
-    sample_seed: int | None, purpose: str, generator: torch.Generator | None
-) -> torch.Generator | None:
-    """The generator of one draw: keyed on the sample where its seed is known, else the caller's."""
-    if sample_seed is None:
-        return generator
-    return torch.Generator().manual_seed(derive_seed(int(sample_seed), purpose))

@@ -1,4 +1,4 @@
-"""Loading the components of a CogVideoX folder or id, with one-line errors for whatever is wrong with them."""
+"""Loading the components of a model's folder or id, with one-line errors for whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,45 @@ from framebridge_plugin.errors import FrameBridgeError
 LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
 """What diffusers, transformers and safetensors raise for files that are missing, damaged or of another kind."""
 
+COGVIDEOX_FOLDER = (
+    "a complete CogVideoX model in diffusers format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, "
+    "scheduler/)"
+)
 
-def cannot_load(what: str, source: str, reason: BaseException | str) -> FrameBridgeError:
+
+def cannot_load(
+    what: str, source: str, reason: BaseException | str, expected: str = COGVIDEOX_FOLDER
+) -> FrameBridgeError:
     """The error for a component that cannot be loaded.
 
     Args:
         what: The component.
         source: Folder or id that it was to come from.
         reason: What is wrong; of an error, its first line.
+        expected: What the folder should be.
 
     Returns:
         An error of one line.
     """
     line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-    return FrameBridgeError(
-        f"cannot load {what} from {source!r}: {line}; check that the folder is a complete CogVideoX model in "
-        "diffusers format (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)"
-    )
+    return FrameBridgeError(f"cannot load {what} from {source!r}: {line}; check that the folder is {expected}")
 
 
-def load_config(component_class: Any, source: str, subfolder: str | None, **hub_settings: Any) -> FrozenDict:
+def load_config(
+    component_class: Any,
+    source: str,
+    subfolder: str | None,
+    *,
+    expected: str = COGVIDEOX_FOLDER,
+    **hub_settings: Any,
+) -> FrozenDict:
     """A component's config.
 
     Args:
         component_class: The class of diffusers that the config must be of.
         source: Folder or id of a whole model, or of the component alone.
         subfolder: The component's folder in a whole model.
+        expected: What the folder should be.
         **hub_settings: `revision` and `cache_dir`.
 
     Returns:
@@ -52,9 +65,9 @@ def load_config(component_class: Any, source: str, subfolder: str | None, **hub_
     try:
         config = component_class.load_config(source, subfolder=subfolder, **hub_settings)
     except LOADING_ERRORS as error:
-        raise cannot_load(name, source, error) from error
+        raise cannot_load(name, source, error, expected) from error
     if config.get("_class_name") != name:
-        raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}")
+        raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}", expected)
     return FrozenDict(**config)
 
 

@@ -1,0 +1,308 @@
+"""Files that cannot be read: what a run does about them, and the account that it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args
+
+from framebridge_plugin.data.layouts import parse_json, read_text
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["raise", "skip", "quarantine"]
+
+SHARE_COUNTS_FROM = 64
+"""Attempts before the share of bad ones means anything."""
+
+_SHOWN = 5
+
+
+class BadFile(TypedDict):
+    """A file that cannot give a clip: its path, the kind of fault in one word, and the reason in a few."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BadFilePolicy:
+    """What a run does about files that cannot be read.
+
+    Attributes:
+        policy: "raise" ends the run at the first one. "skip" puts the clip that follows in the shuffled order in its
+            place. "quarantine" skips too, and adds the file to `quarantine_file`; what that lists when a run starts
+            is not opened in it.
+        quarantine_file: JSON lines with `path`, `kind` and `reason`; goes with "quarantine" and only with it. It is
+            made where there is none. Runs may share one.
+        max_share: Largest share of the attempts to read a clip that may fail, in [0, 1]; counted by each process from
+            its start on, once it has made `SHARE_COUNTS_FROM` attempts.
+        max_in_a_row: So many attempts in a row that fail end the run, at least 1.
+
+    Raises:
+        UsageError: A value is out of its range.
+    """
+
+    policy: Policy = "skip"
+    quarantine_file: str | None = None
+    max_share: float = 0.5
+    max_in_a_row: int = 16
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise UsageError(f"bad_files: policy is {self.policy!r}; it must be {' or '.join(get_args(Policy))}")
+        if (self.policy == "quarantine") != (self.quarantine_file is not None):
+            raise UsageError("bad_files: quarantine_file goes with policy quarantine, and only with it")
+        if type(self.max_share) not in (int, float) or not 0 <= self.max_share <= 1:
+            raise UsageError(f"bad_files: max_share is {self.max_share!r}; it must be a number from 0 to 1")
+        if type(self.max_in_a_row) is not int or self.max_in_a_row < 1:
+            raise UsageError(f"bad_files: max_in_a_row is {self.max_in_a_row!r}; it must be a whole number, 1 or more")
+
+    @property
+    def max_attempts(self) -> int:
+        """Files that are tried for one sample before the run is given up."""
+        return 1 if self.policy == "raise" else self.max_in_a_row
+
+
+def load_bad_file_policy(path: str | os.PathLike[str]) -> BadFilePolicy:
+    """Read the policy out of finetrainers' dataset file, where it stands beside "datasets" under "bad_files".
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        The policy; the default one if the file has none.
+
+    Raises:
+        UsageError: A key or value is wrong.
+        FrameBridgeError: The file cannot be read.
+    """
+    content = parse_json(read_text(Path(path)), str(path))
+    values = content.get("bad_files", {}) if isinstance(content, dict) else {}
+    try:
+        return BadFilePolicy(**values)
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def read_bad_files(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a list of bad files: a quarantine, or the result of a run or of `finetrainers data check`.
+
+    Args:
+        path: JSON lines; there need not be such a file.
+
+    Returns:
+        Each line that has a `path`. Others, such as a last one that a full disk cut short, are logged and left out.
+
+    Raises:
+        FrameBridgeError: It is no text file.
+    """
+    if not os.path.exists(path):
+        return []
+    entries = []
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            entries.append(entry)
+        elif line.strip():
+            logger.warning("%s:%d names no path and is left out", path, number)
+    return entries
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """Says what is wrong with a file.
+
+    Args:
+        entry: A `BadFile`, or a line of a list of them.
+
+    Returns:
+        One line: path, kind and reason.
+    """
+    return f"{entry['path']}: {entry.get('kind')}: {entry.get('reason')}"
+
+
+class TooManyBadFilesError(FrameBridgeError):
+    """More files are bad than the policy allows; the lines of the message are a report."""
+
+
+class BadFileTracker:
+    """Keeps a run's account of its bad files, in the process that trains; those that read only pass on what they saw.
+
+    Each path is logged once, and written once, with the sample that met it first, to `<output_dir>/bad_files.jsonl`
+    and the quarantine. All ranks append to the same files: a line goes out in one call, in append mode and under a
+    lock, so that lines are never mixed up, and what a rank has found is on the disk when it stops the run.
+
+    A run that resumes forgets what was found after its checkpoint, and will find it again. It leaves the same files
+    unopened as the run that it goes on with (`<output_dir>/quarantined.jsonl`), whatever the quarantine lists by now:
+    a clip that was read in part of the epochs only would change the samples otherwise.
+
+    Args:
+        policy: What to do.
+        output_dir: The run's folder.
+        rank: This process among those that share the data.
+        world_size: Number of those processes.
+        start: Samples that this rank has consumed before.
+        resumed: Whether the run goes on with an earlier one.
+        barrier: Waits for all ranks; the first of them prepares the files before it.
+
+    Raises:
+        FrameBridgeError: A file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        policy: BadFilePolicy,
+        output_dir: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        resumed: bool = False,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.policy = policy
+        self.path = Path(output_dir) / "bad_files.jsonl"
+        self._rank, self._world_size, self._sample = rank, world_size, start
+        quarantined = self.path.with_name("quarantined.jsonl")
+        if rank == 0:
+            with _writing(self.path.parent):
+                self._prepare(quarantined, start * world_size, resumed)
+        barrier()
+        self.known_files = frozenset(_absolute(entry["path"]) for entry in read_bad_files(quarantined))
+        """Files in quarantine since before the run: those that `ClipStream` does not open."""
+        if rank == 0 and self.known_files:
+            logger.warning(
+                "%d files in quarantine are left out; they are listed in %s", *(len(self.known_files), quarantined)
+            )
+        self._written = {entry["path"] for entry in read_bad_files(self.path)}
+        self._unshared: list[str] = []
+        self._in_quarantine: set[str] = set()
+        if policy.quarantine_file is not None:
+            self._in_quarantine.update(entry["path"] for entry in read_bad_files(policy.quarantine_file))
+        self._attempts = self._bad = 0
+        self._found: dict[str, Mapping[str, Any]] = {}
+
+    def _prepare(self, quarantined: Path, start: int, resumed: bool) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_bad_files(self.path) if resumed and entry.get("sample", start) < start]
+        _write_lines(self.path, kept)
+        if self.policy.quarantine_file is None:
+            quarantined.unlink(missing_ok=True)
+            return
+        quarantine = Path(self.policy.quarantine_file)
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        quarantine.open("a").close()
+        if not (resumed and quarantined.is_file()):
+            _write_lines(quarantined, read_bad_files(quarantine))
+
+    def watch(self, samples: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Passes samples on, and keeps account of the files that were tried for them in vain.
+
+        Args:
+            samples: What a `ClipStream`, or a `DataLoader` of one, yields, in its order.
+
+        Yields:
+            Each sample without `skipped`.
+
+        Raises:
+            TooManyBadFilesError: The policy allows no more.
+            FrameBridgeError: A file of the account cannot be written.
+        """
+        for sample in samples:
+            has_clip = len(sample["video"]) > 0
+            for bad_file in sample["skipped"]:
+                self._note(bad_file)
+            self._sample += 1
+            self._attempts += len(sample["skipped"]) + has_clip
+            self._bad += len(sample["skipped"])
+            self._check(sample["skipped"], has_clip)
+            yield {key: value for key, value in sample.items() if key != "skipped"}
+
+    def count(self) -> int:
+        """Counts the bad files that all ranks have met so far; every rank has to call it."""
+        if self._world_size > 1:
+            import torch.distributed
+
+            shares: list[Any] = [None] * self._world_size
+            torch.distributed.all_gather_object(shares, self._unshared)
+            self._written.update(*shares)
+        self._unshared = []
+        return len(self._written)
+
+    def _note(self, bad_file: Mapping[str, Any]) -> None:
+        entry = {**bad_file, "path": _absolute(bad_file["path"])}
+        self._found.setdefault(entry["path"], entry)
+        if entry["path"] not in self._written:
+            logger.warning("cannot read the clip %s%s", describe(entry), _FATE[self.policy.policy])
+            _append_line(self.path, {"sample": self._sample * self._world_size + self._rank, **entry})
+            self._written.add(entry["path"])
+            self._unshared.append(entry["path"])
+        if self.policy.quarantine_file is not None and entry["path"] not in self._in_quarantine:
+            _append_line(Path(self.policy.quarantine_file), entry)
+            self._in_quarantine.add(entry["path"])
+
+    def _check(self, skipped: Sequence[Mapping[str, Any]], has_clip: bool) -> None:
+        policy, shown = self.policy, skipped
+        if policy.policy == "raise" and skipped:
+            problem, remedy = "a clip cannot be read", "set framebridge.bad_files.policy=skip to go on without it"
+        elif len(skipped) == policy.max_in_a_row:
+            problem, remedy = (
+                f"{len(skipped)} clips in a row cannot be read",
+                "raise framebridge.bad_files.max_in_a_row",
+            )
+        elif not has_clip and not skipped:
+            problem, remedy = "every clip is in quarantine", f"check the data and {policy.quarantine_file}"
+        elif not has_clip:
+            problem, remedy = "no clip of the data can be read", "check the data"
+        elif self._attempts >= SHARE_COUNTS_FROM and self._bad > policy.max_share * self._attempts:
+            shown = list(self._found.values())
+            problem = f"{self._bad} of {self._attempts} attempts to read a clip failed"
+            remedy = f"raise framebridge.bad_files.max_share, which is {policy.max_share}"
+        else:
+            return
+        report = [f"  {describe(entry)}" for entry in shown[:_SHOWN]]
+        if report:
+            report.append(f"all of them, {len(self._written)} so far: {self.path}")
+        remedy = f"`finetrainers data check` reads all of the data; or {remedy}"
+        raise TooManyBadFilesError("\n".join([problem, *report, remedy]))
+
+
+_FATE = {"raise": "", "skip": "; another one takes its place", "quarantine": "; it is in quarantine now"}
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FrameBridgeError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
+def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    partial.replace(path)
+
+
+def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    line = json.dumps(entry).encode() + b"\n"
+    with _writing(path), path.open("ab", buffering=0) as file:
+        # Appending is atomic on local disks, but not on NFS; some Lustre systems have no locks, but there it is.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line)

@@ -1,0 +1,223 @@
+"""Rules for a recipe's data and validation samples: what can be told without decoding a video."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from framebridge_plugin.data.class_folders import class_names
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.folder_checks import read_json
+from framebridge_plugin.media import read_image
+from framebridge_plugin.recipe_problem import Problem
+from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.recipe_sections import DataSection
+
+VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
+_SIZES = ("num_frames", "height", "width")
+_SOURCES = ({"data_root"}, {"class_root"}, {"csv", "video_root"})
+
+
+class ClipRule(Protocol):
+    """Which clips a model takes: `framebridge_plugin.folder_checks.ClipShapeRule`, or a Latte's."""
+
+    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
+        """Yield the name of each argument that does not fit, and what is wrong with it; None is not checked."""
+        ...
+
+
+def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
+    """Check where the clips come from and their shape.
+
+    Args:
+        recipe: A recipe whose single values are right.
+        rule: Which clips the model takes.
+
+    Yields:
+        Each problem.
+    """
+    data, dataset_config = recipe.framebridge.data, recipe.dataset.dataset_config
+    if data is None and dataset_config is None:
+        yield Problem("framebridge.data", "the recipe names no data: give framebridge.data, or dataset.dataset_config")
+    elif data is not None and dataset_config is not None:
+        yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
+    if data is not None:
+        yield from _source_problems(data)
+        yield from _sampling_problems(data)
+        for name, message in rule.problems(data.num_frames, data.height, data.width):
+            yield Problem(f"framebridge.data.{name}", message)
+    if dataset_config is not None:
+        yield from _dataset_json_problems(dataset_config, rule)
+
+
+def _dataset_json_problems(dataset_config: str, rule: ClipRule) -> Iterator[Problem]:
+    """Check the shapes of the clips; the other keys are checked by the reader of the data."""
+    where = "dataset.dataset_config"
+    try:
+        entries = read_json(Path(dataset_config)).get("datasets")
+    except ValueError as error:
+        yield Problem(where, str(error), on_disk=True)
+        return
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
+        return
+    for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
+        if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
+            for name, message in rule.problems(*bucket):
+                yield Problem(where, f"{name} in {bucket}: {message}")
+
+
+def _source_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    given = {name for name in set().union(*_SOURCES) if getattr(data, name) is not None}
+    if given not in _SOURCES:
+        found = " and ".join(sorted(given)) or "none of them"
+        yield Problem(section, f"give either data_root, or class_root, or csv with video_root, not {found}")
+    for name in sorted(given - {"csv"}):
+        folder = Path(getattr(data, name))
+        if not folder.is_dir():
+            yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
+        elif next(os.scandir(folder), None) is None:
+            yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
+        elif name == "class_root":
+            try:
+                class_names(folder)
+            except FrameBridgeError as error:
+                yield Problem(f"{section}.{name}", str(error), on_disk=True)
+    if data.csv is not None:
+        table = Path(data.csv)
+        if problem := _file_problem(table):
+            yield Problem(f"{section}.csv", problem, on_disk=True)
+        elif problem := _columns_problem(table, {"videoid", "name"}):
+            yield Problem(f"{section}.csv", problem)
+
+
+def _sampling_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    if data.frame_sampling == "stride":
+        if data.window_frames is not None:
+            yield Problem(f"{section}.window_frames", "has no effect with frame_sampling stride: set it to linspace")
+        return
+    if data.frame_stride != 1:
+        yield Problem(f"{section}.frame_stride", "has no effect with frame_sampling linspace: remove it")
+    if data.window_frames is None:
+        yield Problem(f"{section}.window_frames", "frame_sampling linspace needs it: the frames that a clip spans")
+    elif data.window_frames < data.num_frames:
+        yield Problem(
+            f"{section}.window_frames", f"should be at least num_frames, {data.num_frames}, not {data.window_frames}"
+        )
+
+
+def validation_problems(
+    recipe: Recipe, rule: ClipRule, caption_problem: Callable[[str], str | None]
+) -> Iterator[Problem]:
+    """Check the file of samples to validate with, and the pictures that it names.
+
+    Args:
+        recipe: A recipe whose single values are right.
+        rule: Which clips the model makes.
+        caption_problem: What is wrong with a caption, or None.
+
+    Yields:
+        Each problem.
+    """
+    if recipe.validation.validation_dataset_file is None:
+        return
+    where, path = "validation.validation_dataset_file", Path(recipe.validation.validation_dataset_file)
+    if path.suffix not in VALIDATION_SUFFIXES:
+        yield Problem(where, f"should end in {', '.join(VALIDATION_SUFFIXES)}")
+        return
+    if problem := _file_problem(path):
+        yield Problem(where, problem, on_disk=True)
+        return
+    try:
+        rows = _read_rows(path)
+    except (ValueError, csv.Error) as error:
+        yield Problem(where, f"{path} cannot be read ({error})")
+        return
+    if not rows and rows is not None:
+        yield Problem(where, f"{path} has no rows")
+    for number, row in enumerate(rows or (), start=1):
+        for message in _row_problems(row, rule, caption_problem):
+            yield Problem(where, f"{path}: row {number}: {message}")
+        for message in _row_file_problems(row):
+            yield Problem(where, f"{path}: row {number}: {message}", on_disk=True)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a validation file; None for what is neither CSV nor JSON, which is left to its reader."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{name: _typed(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    if path.suffix == ".json":
+        rows = read_json(path).get("data")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it should hold a list 'data' of objects")
+        return rows
+    return None
+
+
+def _typed(text: Any) -> Any:
+    """What the text of a CSV file stands for, None for no text."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except (TypeError, ValueError):
+            pass
+    return text or None
+
+
+def _row_problems(
+    row: Mapping[str, Any], rule: ClipRule, caption_problem: Callable[[str], str | None]
+) -> Iterator[str]:
+    if row.get("caption") in (None, "") or not (row.get("image_path") or row.get("video_path")):
+        yield "lacks caption, or image_path (or video_path)"
+    elif problem := caption_problem(str(row["caption"])):
+        yield f"caption: {problem}"
+    sizes = {}
+    for name in (*_SIZES, "num_inference_steps", "export_fps"):
+        value, largest = row.get(name), 1000 if name == "num_inference_steps" else math.inf
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            wanted = "1 to 1000" if largest == 1000 else "1 or more"
+            yield f"{name} should be a whole number, {wanted}, not {value!r}"
+        elif name in _SIZES:
+            sizes[name] = value
+    for name, message in rule.problems(*(sizes.get(name) for name in _SIZES)):
+        yield f"{name}: {message}"
+    scale = row.get("guidance_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 <= scale < math.inf):
+        yield f"guidance_scale should be a number of 0 or more, not {scale!r}"
+
+
+def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("image_path", "video_path"):
+        path = row.get(name)
+        if path is None or str(path).startswith("http"):
+            continue
+        if not Path(str(path)).is_file():
+            yield f"{name}: no such file: {path}"
+        elif name == "image_path":
+            try:
+                read_image(str(path))
+            except UsageError as error:
+                yield f"image_path: {error}"
+
+
+def _file_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return f"no such file: {path}"
+    return f"{path} is empty" if path.stat().st_size == 0 else None
+
+
+def _columns_problem(path: Path, columns: set[str]) -> str | None:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return f"{path} is not a readable CSV file ({error})"
+    missing = columns - set(header)
+    return f"{path} has no column {' and '.join(sorted(missing))}, only {', '.join(header)[:200]}" if missing else None

@@ -1,0 +1,62 @@
+"""The sections of a recipe that say what is read and how, and what all sections share."""
+
+from __future__ import annotations
+
+from os.path import expanduser
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, types are strict, values are fixed once checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """One data set, and the shape of its clips; paths are relative to the working directory."""
+
+    data_root: PathText | None = Field(
+        default=None, description="folder of clips and captions in one of finetrainers' layouts"
+    )
+    class_root: PathText | None = Field(
+        default=None, description="folder with one folder of videos per class (UCF-101): its name is their caption"
+    )
+    csv: PathText | None = Field(
+        default=None, description="table with the columns videoid and name (WebVid); needs video_root"
+    )
+    video_root: PathText | None = Field(default=None, description="folder that holds <videoid>.mp4")
+    num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
+    height: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
+    width: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
+    frame_sampling: Literal["stride", "linspace"] = Field(
+        default="stride",
+        description="stride: every frame_stride-th frame (WebVid); linspace: spread over window_frames (UCF-101)",
+    )
+    frame_stride: Count = Field(default=1, description="frames of the file from one frame of the clip to the next")
+    window_frames: Count | None = Field(
+        default=None, description="frames of the file that a clip spans; with linspace only"
+    )
+    window: Literal["random", "start"] = Field(default="random", description="where in the file the clip begins")
+    horizontal_flip: bool = Field(default=False, description="mirror every other clip, at random")
+    id_token: str | None = Field(default=None, description="put in front of every caption; CogVideoX only")
+
+
+class BadFilesSection(Section):
+    """What happens when a clip cannot be read."""
+
+    policy: Literal["raise", "skip", "quarantine"] = Field(
+        default="skip",
+        description="skip: another clip takes its place; quarantine: that, and later runs do not open the file",
+    )
+    quarantine_file: PathText | None = Field(
+        default=None, description="JSON lines, made where there are none; with policy quarantine only"
+    )
+    max_share: float = Field(
+        default=0.5, ge=0, le=1, description="share of the attempts, from the 64th on, that may fail"
+    )
+    max_in_a_row: Count = Field(default=16, description="failed attempts in a row that end the run")

@@ -1,0 +1,147 @@
+"""The model that `finetrainers sample` was given, examined as far as that goes without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from framebridge_plugin.folder_checks import (
+    COGVIDEOX,
+    LATTE_BRIDGE,
+    LATTE_NEURAL_PRIOR,
+    LORA_INFO_FILE,
+    ClipShapeRule,
+    ModelKind,
+    clip_shape_rule,
+    find_saved_model,
+    folder_problem,
+    local_path,
+    model_kind,
+    part_problem,
+    plain_problem,
+    read_json,
+)
+from framebridge_plugin.latte_checks import LatteFacts, latte_folder_problem, latte_parts_problem, read_latte_facts
+
+
+class SampleModel(NamedTuple):
+    """A model on the disk.
+
+    Attributes:
+        folder: The folder of the model, or of the LoRA.
+        kind: Its kind.
+        rule: Which clips it can return; a Latte model's says which classes it knows, too.
+    """
+
+    folder: Path
+    kind: ModelKind
+    rule: ClipShapeRule | LatteFacts
+
+    @property
+    def facts(self) -> LatteFacts | None:
+        """What a Latte model can be asked for."""
+        return self.rule if isinstance(self.rule, LatteFacts) else None
+
+
+def examine_model(model: str, transformer: str | None) -> tuple[SampleModel | None, list[str]]:
+    """Examine the folders of a model.
+
+    Args:
+        model: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or an id on the Hugging Face Hub.
+        transformer: Folder or id of a fine-tuned transformer to put into a CogVideoX model.
+
+    Returns:
+        The model, or None for an id and for a folder that cannot be told; and a line for each error, which begins
+        with the option that it concerns.
+    """
+    path = local_path(model)
+    if path is None:
+        return None, _transformer_problems(transformer)
+    if not path.is_dir():
+        return None, [f"--model {path}: {'is a file, not a folder' if path.exists() else 'no such folder'}"]
+    folder = find_saved_model(path)
+    if folder is None:
+        what = "is neither a model in diffusers' format nor a run that has saved one"
+        return None, [f"--model {path}: {what}; give a run's or a model's folder"]
+    kind = model_kind(folder)
+    if kind is None:
+        return None, [f"--model {_unknown_kind(folder)}"]
+    if (folder / LORA_INFO_FILE).is_file():
+        parts, problems = _lora_parts(folder, kind)
+        if transformer is not None and kind is COGVIDEOX:
+            problems.append(f"--transformer: {folder} is a LoRA, for its own base model's transformer; leave it out")
+    elif kind is COGVIDEOX:
+        parts, problems = _cogvideox_parts(folder, transformer)
+    else:
+        problem = latte_folder_problem(folder, kind)
+        parts = {part: folder / part for part in ("vae", "transformer", "neural_prior")}
+        problems = [f"--model {problem}"] if problem else []
+    if kind is COGVIDEOX:
+        return SampleModel(folder, kind, clip_shape_rule(parts["vae"], parts["transformer"])), problems
+    if problems:
+        return None, problems
+    network = parts["transformer" if kind is LATTE_BRIDGE else "neural_prior"]
+    if network is None:  # on the hub
+        return None, []
+    try:
+        return SampleModel(folder, kind, read_latte_facts(parts["vae"], network)), []
+    except ValueError as error:
+        return None, [f"--model {error}"]
+
+
+def _unknown_kind(folder: Path) -> str:
+    """What is wrong with a folder that does not say what it holds, or something foreign."""
+    if (folder / LORA_INFO_FILE).is_file():
+        return f"{folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"
+    try:
+        name = read_json(folder / "model_index.json").get("_class_name")
+    except ValueError as error:
+        return f"{error}; copy the model again"
+    return f"{folder} holds a {name}, which is no FrameBridge model (CogVideoX or Latte)"
+
+
+def _transformer_problems(transformer: str | None) -> list[str]:
+    folder = None if transformer is None else local_path(transformer)
+    if folder is not None and (problem := part_problem(folder, "transformer")):
+        return [f"--transformer {problem}"]
+    if folder is not None and (problem := plain_problem(folder)):
+        return [f"--transformer {folder}: {problem}; give a fine-tuned one"]
+    return []
+
+
+def _cogvideox_parts(folder: Path, transformer: str | None) -> tuple[dict[str, Path | None], list[str]]:
+    """The folders that sampling will use, and what is wrong with them."""
+    problems = _transformer_problems(transformer)
+    if problem := folder_problem(folder):
+        problems.append(f"--model {problem}")
+    elif transformer is None and (problem := plain_problem(folder / "transformer")):
+        remedy = "train it with `finetrainers train`, or give a fine-tuned --transformer"
+        problems.append(f"--model {folder}: {problem}; {remedy}")
+    own = None if transformer is None else local_path(transformer)
+    return {"vae": folder / "vae", "transformer": own or folder / "transformer"}, problems
+
+
+def _lora_parts(folder: Path, kind: ModelKind) -> tuple[dict[str, Path | None], list[str]]:
+    """The folders of the models that a LoRA names (None for an id), and what is wrong with them."""
+    parts: dict[str, Path | None] = dict.fromkeys(("vae", "transformer", "neural_prior"))
+    try:
+        info: dict[str, Any] = read_json(folder / LORA_INFO_FILE)
+        base, replaced = local_path(info["base_model"]), info.get("replaced_components", {})
+        parts |= {part: None if base is None else base / part for part in parts}
+        parts |= {part: local_path(source) for part, source in replaced.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return parts, [f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
+    problems = []
+    remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
+    check_whole = folder_problem if kind is COGVIDEOX else latte_folder_problem
+    if base is not None and (problem := check_whole(base, kind)):
+        problems.append(f"--model {folder}: its base model: {problem}; {remedy}")
+    for part in replaced:
+        part_kind = LATTE_NEURAL_PRIOR if part == "neural_prior" else kind
+        if (source := parts[part]) is not None and (problem := part_problem(source, part, part_kind)):
+            problems.append(f"--model {folder}: its {part}: {problem}; {remedy}")
+    if kind is not COGVIDEOX and base is not None and replaced and not problems:
+        present = {part: source if source is not None and source.exists() else None for part, source in parts.items()}
+        if problem := latte_parts_problem(present["vae"], present["transformer"], present["neural_prior"]):
+            problems.append(f"--model {folder}: {problem}")
+    return parts, problems

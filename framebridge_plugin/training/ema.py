@@ -1,0 +1,114 @@
+"""The exponential moving average (EMA) of the weights in training: what is validated, exported and sampled."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# What activation checkpointing and torch.compile put into the names of parameters.
+_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+class WeightAverage:
+    """Float32 average of the trained parameters: average <- decay * average + (1 - decay) * weights at every update.
+
+    Each rank averages the part of the weights that it holds, sharded (FSDP2) or whole.
+
+    Args:
+        network: The network, with its trained parameters chosen, sharded and on their device.
+        decay: Weight of the old average, in [0, 1).
+        start_step: Updates before the average starts; until then it equals the weights.
+    """
+
+    def __init__(self, network: torch.nn.Module, decay: float, start_step: int = 0) -> None:
+        self.decay = decay
+        self.start_step = start_step
+        self._network = network
+        self._parameters = {
+            _WRAPPERS.sub("", name): parameter
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
+        }
+        self._averages = {
+            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the weights of an update in.
+
+        Args:
+            step: The update that was just made, counted from 1.
+        """
+        for name, parameter in self._parameters.items():
+            average, weights = _local(self._averages[name]), _local(parameter)
+            if step > self.start_step:
+                average.lerp_(weights.float(), 1.0 - self.decay)
+            else:
+                average.copy_(weights)
+
+    def gather(self, keep: bool) -> dict[str, torch.Tensor]:
+        """The whole average; called by all ranks together.
+
+        Args:
+            keep: Whether this rank wants it.
+
+        Returns:
+            Float32 tensors in main memory by the network's own names; empty where not wanted.
+        """
+        whole = {}
+        for name, average in self._averages.items():
+            tensor = average.full_tensor() if isinstance(average, DTensor) else average
+            if keep:
+                whole[name] = tensor.cpu()
+        return whole
+
+    def load(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Goes on with a stored average.
+
+        Args:
+            stored: What `gather` returned, the same on every rank.
+
+        Raises:
+            ValueError: If it is of another network.
+        """
+        if _shapes(stored) != _shapes(self._averages):
+            raise ValueError("the average of the weights is of another network")
+        for name, average in self._averages.items():
+            tensor = stored[name].to(average.device)
+            if isinstance(average, DTensor):
+                tensor = distribute_tensor(tensor, average.device_mesh, average.placements, src_data_rank=None)
+            average.copy_(tensor)
+
+    @contextlib.contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Lets the network compute with the average; afterwards it has its weights back, bit for bit."""
+        weights = [_local(parameter).clone() for parameter in self._parameters.values()]
+        self._set_weights(_local(average) for average in self._averages.values())
+        try:
+            yield
+        finally:
+            self._set_weights(weights)
+
+    @torch.no_grad()
+    def _set_weights(self, values: Iterable[torch.Tensor]) -> None:
+        for parameter, value in zip(self._parameters.values(), values, strict=True):
+            _local(parameter).copy_(value)
+        for module in self._network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # it may hold weights that it gathered for its last call
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank holds; shares its memory, without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from framebridge_plugin.recipe import load_recipe
+from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.recipe_yaml import read_yaml
+from tests.cogvideox_files import write_model_folder
+from tests.recipe.helpers import EVERYTHING, problems_of
+
+
+@pytest.mark.parametrize(
+    "overrides, path, message",
+    [
+        (["framebridge.objective=diffusion", "framebridge.target=noise"], "framebridge.target", "predicts v"),
+        (["framebridge.beta_min=0", "framebridge.beta_max=0"], "framebridge.beta_max", "no noise at all"),
+        (["lora.rank=8"], "lora.rank", "has no effect with training_type full-finetune"),
+        (
+            ["precision.layerwise_upcasting_modules=[transformer]"],
+            "precision.layerwise_upcasting_modules",
+            "cannot be trained",
+        ),
+        (["optimization.lr_warmup_steps=5"], "optimization.lr_warmup_steps", "constant_with_warmup"),
+        (["precision.allow_tf32=true"], "precision.allow_tf32", "switches TF32 off"),
+        (["dataset.precomputation_once=true"], "dataset.precomputation_once", "enable_precomputation"),
+        (["compile.compile_scopes=full"], "compile.compile_scopes", "1 scope(s) for 0"),
+        (
+            ["parallelism.parallel_backend=accelerate", "parallelism.dp_degree=2"],
+            "parallelism.parallel_backend",
+            "does not synchronise gradients",
+        ),
+        (["parallelism.pp_degree=2"], "parallelism.pp_degree", "only 1 is supported"),
+        (["parallelism.cp_degree=2"], "parallelism.cp_degree", "only 1 is supported"),
+        (["parallelism.tp_degree=2"], "parallelism.tp_degree", "only 1 is supported"),
+        (
+            ["validation.enable_model_cpu_offload=true", "parallelism.dp_shards=2"],
+            "validation.enable_model_cpu_offload",
+            "one process only",
+        ),
+        (
+            ["optimization.optimizer=adamw-torchao-8bit", "parallelism.dp_shards=2"],
+            "optimization.optimizer",
+            "does not work on sharded weights: take adamw",
+        ),
+        (["optimization.optimizer=adamw-bnb", "parallelism.dp_shards=2"], "optimization.optimizer", "sharded weights"),
+        (
+            ["attention.attn_provider_training=['transformer:flash_varlen']"],
+            "attention.attn_provider_training",
+            "transformer:flash_varlen needs the package flash-attn: `pip install flash-attn`",
+        ),
+        (
+            ["attention.attn_provider_inference=['transformer:_sage_qk_int8_pv_fp8_cuda']"],
+            "attention.attn_provider_inference",
+            "pip install sageattention",
+        ),
+        (
+            ["attention.attn_provider_training=['vae:native']"],
+            "attention.attn_provider_training",
+            "CogVideoX's VAE has no attention",
+        ),
+        (["framebridge.data.height=100"], "framebridge.data.height", "multiple of 16"),
+        (["framebridge.data.num_frames=21"], "framebridge.data.num_frames", "8 k + 1"),
+        (["framebridge.data.csv=x.csv"], "framebridge.data", "not csv and data_root"),
+        (["framebridge.data.data_root=nowhere"], "framebridge.data.data_root", "no such folder: nowhere"),
+        (["framebridge.data=null"], "framebridge.data", "names no data"),
+        (["model.pretrained_model_name_or_path=./nowhere"], "model.pretrained_model_name_or_path", "no such folder"),
+        (["model.transformer_id=/nowhere"], "model.transformer_id", "no such folder"),
+        (["validation.validation_dataset_file=x.txt"], "validation.validation_dataset_file", "should end in .csv"),
+    ],
+)
+def test_impossible_combinations(minimal, overrides, path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [problem for problem in problems_of(minimal, *overrides) if f" {path}: " in problem]
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_an_attention_provider_with_its_package(minimal, tmp_path, monkeypatch):
+    use_flash = ["attention.attn_provider_training=['transformer:flash']"]
+    assert "pip install flash-attn" in problems_of(minimal, *use_flash)[0]
+    (tmp_path / "flash_attn.py").write_text("raise AssertionError('must not be imported to be found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_recipe(minimal, use_flash)
+    # These come with torch, whatever their names say.
+    load_recipe(minimal, ["attention.attn_provider_training=['transformer:_native_flash', 'text_encoder:flex']"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-torchao-8bit", "adam-bnb", "adamw-bnb-8bit"])
+def test_quantised_optimizers_work_on_replicas(minimal, optimizer):
+    load_recipe(minimal, [f"optimization.optimizer={optimizer}", "parallelism.dp_degree=2"])
+
+
+WITHOUT_EFFECT = [
+    *(f"model.{name}" for name in ("variant", "tokenizer_2_id", "tokenizer_3_id", "text_encoder_2_id")),
+    *("model.text_encoder_3_id", "optimization.beta3"),
+    *(f"diffusion.{name}" for name in Recipe.model_fields["diffusion"].annotation.model_fields),
+]
+
+
+@pytest.mark.parametrize("where", WITHOUT_EFFECT)
+def test_what_has_no_effect_is_refused(minimal, where):
+    section, name = where.split(".")
+    value = read_yaml(EVERYTHING).data[section][name]
+    (problem,) = problems_of(minimal, f"{where}={yaml.safe_dump(value)}")
+    assert problem.startswith(f"command line: {where}: has no effect: ")
+    assert problem.endswith("; remove it")
+    default = Recipe.model_fields[section].annotation.model_fields[name].default
+    load_recipe(minimal, [f"{where}={yaml.safe_dump(default)}"])  # a resolved recipe holds it
+
+
+def test_gradient_accumulation_is_allowed(minimal):
+    assert load_recipe(minimal, ["training.gradient_accumulation_steps=4"]).training.gradient_accumulation_steps == 4
+
+
+def test_the_rule_for_clips_comes_from_the_model(minimal, tmp_path):
+    tiny = write_model_folder(tmp_path / "tiny", temporal_compression=2, vae_levels=2)
+    use_tiny = [f"model.pretrained_model_name_or_path={tiny}", "framebridge.data.height=60"]
+    load_recipe(minimal, [*use_tiny, "framebridge.data.num_frames=5"])
+    (problem,) = problems_of(minimal, *use_tiny, "framebridge.data.num_frames=7")
+    assert "4 k + 1" in problem
+    # A replaced VAE brings its own rule.
+    load_recipe(minimal, [f"model.vae_id={tiny / 'vae'}", "framebridge.data.num_frames=5"])
+    # A hub id cannot be looked into: CogVideoX's own rule holds.
+    hub = "model.pretrained_model_name_or_path=zai-org/CogVideoX-2b"
+    assert "8 k + 1" in problems_of(minimal, hub, "framebridge.data.num_frames=5")[0]
+
+
+def test_the_number_of_processes(minimal):
+    load_recipe(minimal, ["parallelism.dp_degree=8"])  # not asked without a launch
+    load_recipe(minimal, ["parallelism.dp_degree=2", "parallelism.dp_shards=4"], {"WORLD_SIZE": "8"})
+    load_recipe(minimal, [], {})
+    (problem,) = problems_of(minimal, "parallelism.dp_degree=8", environment={})
+    assert "torchrun --nproc-per-node 8 --no-python finetrainers" in problem
+    (problem,) = problems_of(minimal, environment={"WORLD_SIZE": "2"})
+    assert "set parallelism.dp_degree=2" in problem
+    (problem,) = problems_of(minimal, "parallelism.parallel_backend=accelerate", environment={"WORLD_SIZE": "2"})
+    assert "does not synchronise gradients" in problem
+    (problem,) = problems_of(minimal, environment={"WORLD_SIZE": "two"})
+    assert "WORLD_SIZE should be a positive number" in problem

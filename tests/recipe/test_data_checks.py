@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from framebridge_plugin.recipe import load_recipe
+from tests.cogvideox_files import write_webvid
+from tests.recipe.helpers import problems_of
+
+
+def test_webvid_layout(minimal, tmp_path):
+    table, videos = write_webvid(tmp_path / "webvid")
+    ours = [
+        "framebridge.data.data_root=null",
+        f"framebridge.data.csv={table}",
+        f"framebridge.data.video_root={videos}",
+    ]
+    entry = load_recipe(minimal, ours).dataset_config()["datasets"][0]
+    assert (entry["csv"], entry["video_root"]) == (str(table), str(videos))
+    table.write_text("id,caption\n1,x\n")
+    assert "has no column name and videoid, only id, caption" in problems_of(minimal, *ours)[0]
+    table.write_text("")
+    (videos / "1.mp4").unlink()
+    assert ["is empty" in problem for problem in problems_of(minimal, *ours)] == [True, True]
+
+
+def test_dataset_json(minimal, tmp_path):
+    table = tmp_path / "data.json"
+    use_table = ["framebridge.data=null", f"dataset.dataset_config={table}"]
+    entry = {"data_root": "clips", "dataset_type": "video", "video_resolution_buckets": [[17, 64, 96]]}
+    table.write_text(json.dumps({"datasets": [entry]}))
+    recipe = load_recipe(minimal, use_table)
+    assert f"--dataset_config={table}" in recipe.to_finetrainers_argv()
+    assert "named twice" in problems_of(minimal, f"dataset.dataset_config={table}")[0]
+    for content, message in (
+        (json.dumps({"datasets": [entry | {"video_resolution_buckets": [[16, 64, 96]]}]}), "8 k + 1"),
+        (json.dumps({"datasets": []}), "should hold a list 'datasets'"),
+        ("[]", "should hold a JSON object"),
+        ('{"datasets', "not readable JSON"),
+    ):
+        table.write_text(content)
+        assert message in problems_of(minimal, *use_table)[0]
+    table.unlink()
+    assert "data.json is missing" in problems_of(minimal, *use_table)[0]
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A working directory with a picture, and half a picture."""
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((64, 64), 50).save("cat.png")
+    Path("half.png").write_bytes(Path("cat.png").read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("v.csv", "caption,image_path\na cat,cat.png\na dog,dog.png\n", "row 2: image_path: no such file: dog.png"),
+        (
+            "v.csv",
+            "caption,image_path\na cat,cat.png\na cat,half.png\n",
+            "row 2: image_path: half.png: cannot be read",
+        ),
+        ("v.csv", "caption,image_path,video_path\na cat,cat.png,x.mp4\n", "row 1: video_path: no such file: x.mp4"),
+        ("v.csv", "prompt,image_path\na cat,cat.png\n", "row 1: lacks caption"),
+        ("v.csv", "caption,image_path\na cat,\n", "row 1: lacks caption, or image_path"),
+        ("v.csv", "caption,image_path\n", "has no rows"),
+        ("v.csv", "", "is empty"),
+        ("v.csv", b"\xff\xfe", "cannot be read"),
+        ("v.json", '{"data": [{"caption": "a cat", "image_path": "dog.png"}]}', "no such file: dog.png"),
+        ("v.json", '{"rows": []}', "a list 'data'"),
+        ("v.json", "[", "not readable JSON"),
+    ],
+)
+def test_validation_file(minimal, pictures, name, content, message):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (problem,) = problems_of(minimal, f"validation.validation_dataset_file={name}")
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("num_frames", 16, "num_frames: the VAE returns only 8 k + 1 frames, not 16"),
+        ("num_frames", -7, "num_frames should be a whole number, 1 or more, not -7"),
+        ("num_frames", 17.0, "num_frames should be a whole number, 1 or more, not 17.0"),
+        ("height", 100, "height: should be a multiple of 16"),
+        ("width", "wide", "width should be a whole number, 1 or more, not 'wide'"),
+        ("num_inference_steps", 0, "num_inference_steps should be a whole number, 1 to 1000, not 0"),
+        ("num_inference_steps", 1001, "not 1001"),
+        ("num_inference_steps", True, "1 to 1000, not"),
+        ("guidance_scale", -1, "guidance_scale should be a number of 0 or more, not -1"),
+        ("guidance_scale", "inf", "guidance_scale should be a number of 0 or more"),
+        ("export_fps", "fast", "export_fps should be a whole number, 1 or more"),
+    ],
+)
+def test_validation_rows_that_cannot_be_sampled(minimal, pictures, column, value, message):
+    Path("v.csv").write_text(f"caption,image_path,{column}\na cat,cat.png,\na cat,cat.png,{value}\n")
+    row = {"caption": "a cat", "image_path": "cat.png"}
+    Path("v.json").write_text(json.dumps({"data": [row, row | {column: value}]}))
+    for name in ("v.csv", "v.json"):
+        (problem,) = problems_of(minimal, f"validation.validation_dataset_file={name}")
+        assert f"validation.validation_dataset_file: {name}: row 2: " in problem
+        assert message in problem
+
+
+def test_validation_rows_that_can_be_sampled(minimal, pictures):
+    Path("v.csv").write_text(
+        "caption,image_path,video_path,num_frames,height,width,num_inference_steps,guidance_scale,export_fps\n"
+        "a cat,cat.png,,17,64,96,50,6.0,8\n"
+        "2024,,cat.png,1,16,16,1,0,1\n"
+        "a cat,http://localhost/cat.png,,9,16,16,1000,1e1,1\n"
+    )
+    load_recipe(minimal, ["validation.validation_dataset_file=v.csv"])

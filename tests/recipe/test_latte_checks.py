@@ -1,0 +1,350 @@
+"""A Latte's recipe whose parts do not fit each other is refused in one line, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from framebridge_plugin.recipe import load_recipe, resolve_recipe
+from tests.recipe.helpers import problems_of, write_class_folders
+from tests.tiny_models import make_tiny_image_vae, make_tiny_latte
+
+CLASSES = ("left", "right", "up")
+PRETRAINED = "model.pretrained_model_name_or_path"
+SCRATCH_ONLY = ["model.vae_id=null"]
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory) -> Path:
+    """Whole folders as our runs save them, one of each kind, on the classes and clips of the recipe `latte`."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("bridge", "neural_prior", "bridge_neural_prior", "diffusion"):
+        make_tiny_latte(folder / kind, kind, class_names=CLASSES)
+    return folder
+
+
+@pytest.fixture
+def models(saved_models, tmp_path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(saved_models, tmp_path / "models"))
+
+
+def change_config(path: Path, **values) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+def use(model: Path, *overrides: str) -> list[str]:
+    return [*SCRATCH_ONLY, f"{PRETRAINED}={model}", *overrides]
+
+
+# ------------------------------------------------------------------------------------------- what is right
+
+
+def test_from_scratch(latte, models):
+    assert load_recipe(latte).is_from_scratch
+    load_recipe(latte, ["model.model_name=latte_neural_prior"])
+    load_recipe(latte, ["framebridge.objective=diffusion"])
+    load_recipe(latte, [f"framebridge.neural_prior={models / 'neural_prior'}"])
+    # The prior of another bridge will do.
+    load_recipe(latte, [f"framebridge.neural_prior={models / 'bridge_neural_prior'}"])
+    load_recipe(latte, ["model.vae_id=stabilityai/sd-vae-ft-ema", "framebridge.neural_prior=owner/prior"])
+
+
+def test_on_from_a_saved_model(latte, models):
+    recipe = load_recipe(latte, use(models / "bridge"))
+    assert (recipe.is_from_scratch, recipe.framebridge.latte_size) == (False, None)
+    load_recipe(latte, use(models / "bridge", "training.training_type=lora"))
+    load_recipe(latte, use(models / "neural_prior", "model.model_name=latte_neural_prior"))
+    load_recipe(latte, use(models / "diffusion", "framebridge.objective=diffusion"))
+    load_recipe(latte, use(models / "bridge_neural_prior"))
+    load_recipe(latte, use(models / "bridge_neural_prior", f"framebridge.neural_prior={models / 'neural_prior'}"))
+    load_recipe(latte, use(Path("owner/model")))
+    # The network alone needs an autoencoder beside it.
+    alone = f"model.transformer_id={models / 'bridge' / 'transformer'}"
+    assert not load_recipe(latte, [alone]).is_from_scratch
+    assert "model.vae_id: is required" in problems_of(latte, alone, *SCRATCH_ONLY)[0]
+
+
+def test_the_folder_of_a_run_holds_its_neural_prior(latte, models, tmp_path):
+    shutil.copytree(models / "neural_prior", tmp_path / "run" / "model")
+    load_recipe(latte, [f"framebridge.neural_prior={tmp_path / 'run'}", f"checkpoints.output_dir={tmp_path / 'new'}"])
+
+
+def test_a_model_that_knows_its_classes_by_number(latte, tmp_path):
+    model = make_tiny_latte(tmp_path / "numbers", class_names=None, num_classes=2)
+    (problem,) = problems_of(latte, *use(model))
+    assert "framebridge.data.class_root: the model knows its classes by number only, 0 to 1, not 'left'" in problem
+    classes = write_class_folders(tmp_path / "by number", ("0", "1"))
+    load_recipe(latte, use(model, f"framebridge.data.class_root={classes}"))
+
+
+# ------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    "overrides, path, message",
+    [
+        (SCRATCH_ONLY, "model.vae_id", "is required without model.pretrained_model_name_or_path"),
+        (["training.training_type=lora"], "training.training_type", "lora needs a trained model to adapt"),
+        (["framebridge.data.height=60"], "framebridge.data.height", "a multiple of 8 for this model, not 60; try 64"),
+        (["framebridge.latte_size=S/8", "framebridge.data.width=80"], "framebridge.data.width", "a multiple of 32"),
+        (["framebridge.image_noise=true"], "framebridge.image_noise", "has no effect: with Latte"),
+        (["framebridge.prior_noise=true"], "framebridge.prior_noise", "has no effect: with Latte"),
+        (["framebridge.data.id_token=T"], "framebridge.data.id_token", "Latte has no text encoder"),
+        (["model.tokenizer_id=a/b"], "model.tokenizer_id", "Latte has no text encoder"),
+        (["model.text_encoder_id=a/b"], "model.text_encoder_id", "Latte has no text encoder"),
+        (["precision.text_encoder_dtype=fp32"], "precision.text_encoder_dtype", "Latte has no text encoder"),
+        (["compile.compile_modules=[text_encoder]"], "compile.compile_modules", "Latte has no text encoder"),
+        (
+            ["attention.attn_provider_training=['text_encoder:native']"],
+            "attention.attn_provider_training",
+            "Latte has no text encoder",
+        ),
+        (
+            ["attention.attn_provider_training=['vae:native']"],
+            "attention.attn_provider_training",
+            "keeps torch's own",
+        ),
+        (["framebridge.objective=diffusion", "framebridge.target=v"], "framebridge.target", "predicts the noise"),
+        (["framebridge.ema_decay=0", "framebridge.ema_start_step=5"], "framebridge.ema_start_step", "no effect"),
+        (["framebridge.ema_decay=1"], "framebridge.ema_decay", "less than 1"),
+        (["framebridge.ema_start_step=-1"], "framebridge.ema_start_step", "greater than or equal to 0"),
+        (["framebridge.max_grad_norm_start_step=1.5"], "framebridge.max_grad_norm_start_step", "valid integer"),
+        (["framebridge.latte_size=M/2"], "framebridge.latte_size", "'S/2'"),
+        (["framebridge.neural_prior=./nowhere"], "framebridge.neural_prior", "no such folder: nowhere"),
+        (
+            ["framebridge.data.frame_stride=2"],
+            "framebridge.data.frame_stride",
+            "no effect with frame_sampling linspace",
+        ),
+        (["framebridge.data.window_frames=3"], "framebridge.data.window_frames", "at least num_frames, 4, not 3"),
+        (["framebridge.data.window_frames=null"], "framebridge.data.window_frames", "linspace needs it"),
+        (["framebridge.data.frame_sampling=stride"], "framebridge.data.window_frames", "no effect with"),
+        (["framebridge.data.class_root=nowhere"], "framebridge.data.class_root", "no such folder: nowhere"),
+        (["framebridge.data.class_root=flat"], "framebridge.data.class_root", "flat holds no folders"),
+        (["framebridge.data.data_root=flat"], "framebridge.data", "not class_root and data_root"),
+    ],
+)
+def test_from_scratch_with_something_wrong(latte, overrides, path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flat").mkdir()
+    Path("flat/a.avi").write_bytes(b"\0")
+    (problem,) = problems_of(latte, *overrides)
+    assert f" {path}: " in problem
+    assert message in problem
+
+
+def test_a_latte_from_scratch_needs_classes(latte, tmp_path):
+    data = ["framebridge.data.class_root=null", f"framebridge.data.data_root={tmp_path / 'classes'}"]
+    (problem,) = problems_of(latte, *data)
+    assert "framebridge.data: a Latte from scratch takes its classes from folders: give class_root" in problem
+    path = tmp_path / "data.json"
+    entry = load_recipe(latte).dataset_config()["datasets"][0]
+    use_json = ["framebridge.data=null", f"dataset.dataset_config={path}"]
+    path.write_text(json.dumps({"datasets": [entry]}))
+    load_recipe(latte, use_json)
+    path.write_text(json.dumps({"datasets": [entry, {**entry, "class_root": None, "data_root": "x"}]}))
+    (problem,) = problems_of(latte, *use_json)
+    assert "dataset.dataset_config: a Latte from scratch takes its classes from folders" in problem
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("objective=diffusion", "target=v", "snr_aligned=true", "alignment_edge=reference", "beta_min=1"),
+        *("beta_max=1", "neural_prior=owner/prior"),
+    ],
+)
+def test_settings_of_the_bridge_have_no_effect_on_the_neural_prior(latte, override):
+    found = problems_of(latte, "model.model_name=latte_neural_prior", f"framebridge.{override}")
+    assert f"framebridge.{override.partition('=')[0]}: has no effect: the neural prior is" in "\n".join(found)
+
+
+@pytest.mark.parametrize("override", ["latte_size=S/2", "neural_prior=owner/prior"])
+def test_settings_of_latte_have_no_effect_on_cogvideox(minimal, override):
+    (problem,) = problems_of(minimal, f"framebridge.{override}")
+    assert problem.endswith("has no effect: it is for Latte; remove it")
+
+
+def test_the_size_of_a_saved_model_cannot_be_chosen(latte, models):
+    (problem,) = problems_of(latte, *use(models / "bridge", "framebridge.latte_size=S/2"))
+    assert "framebridge.latte_size: has no effect: the trained network has its size; remove it" in problem
+
+
+def test_a_model_of_another_stage(latte, models):
+    (problem,) = problems_of(latte, *use(models / "neural_prior"))
+    assert f"{PRETRAINED}: {models / 'neural_prior'} has no transformer/ but a neural_prior/" in problem
+    (problem,) = problems_of(latte, *use(models / "bridge", "model.model_name=latte_neural_prior"))
+    assert f"{PRETRAINED}: {models / 'bridge'} has no neural_prior/ but a transformer/" in problem
+    network = models / "neural_prior" / "neural_prior"
+    (problem,) = problems_of(latte, f"model.transformer_id={network}")
+    assert f"model.transformer_id: the network in {network} is of the stage 'neural_prior', not 'bridge'" in problem
+
+
+def test_a_model_that_is_no_latte_or_not_whole(latte, models, model):
+    (problem,) = problems_of(latte, *use(model))
+    assert "holds a CogVideoXPipeline, not a FrameBridgeLatte pipeline" in problem
+    (models / "bridge" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (problem,) = problems_of(latte, *use(models / "bridge"))
+    assert "holds no weights" in problem
+    (models / "bridge" / "vae" / "config.json").unlink()
+    assert "vae/config.json is missing" in "\n".join(problems_of(latte, f"model.vae_id={models / 'bridge' / 'vae'}"))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("num_frames=8", "num_frames: this model was trained on 4 and takes no other, not 8"),
+        ("height=32", "height: this model was trained on 64 and takes no other, not 32"),
+        ("width=128", "width: this model was trained on 64 and takes no other, not 128"),
+    ],
+)
+def test_clips_of_another_shape_than_the_models(latte, models, override, message):
+    (problem,) = problems_of(latte, *use(models / "bridge", f"framebridge.data.{override}"))
+    assert f"framebridge.data.{message}" in problem
+
+
+def test_classes_that_the_model_does_not_know(latte, models, tmp_path):
+    classes = write_class_folders(tmp_path / "more", (*CLASSES, "lefts", "jump"))
+    (problem,) = problems_of(latte, *use(models / "bridge", f"framebridge.data.class_root={classes}"))
+    assert "framebridge.data.class_root: the model knows no class 'jump'" in problem
+    assert problem.endswith("(and 1 more of the data)")
+    entry = load_recipe(latte).dataset_config()["datasets"][0] | {"class_root": str(classes)}
+    (tmp_path / "data.json").write_text(json.dumps({"datasets": [entry]}))
+    overrides = ["framebridge.data=null", f"dataset.dataset_config={tmp_path / 'data.json'}"]
+    (problem,) = problems_of(latte, *use(models / "bridge", *overrides))
+    assert "dataset.dataset_config: the model knows no class 'jump'" in problem
+
+
+def test_an_autoencoder_of_other_latents(latte, models, tmp_path):
+    change_config(tmp_path / "vae", latent_channels=16)
+    overrides = [f"{PRETRAINED}={models / 'bridge'}", f"model.vae_id={tmp_path / 'vae'}"]
+    (problem,) = problems_of(latte, *overrides)
+    assert "is for latents of 4 channels, the autoencoder has 16: give its own" in problem
+
+
+# ------------------------------------------------------------------------------------------- the neural prior
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_frames": 8}, "8 frames, not 4"),
+        ({"sample_height": 8}, "8 rows of its latents, not 16"),
+        ({"sample_width": 32}, "32 columns of its latents, not 16"),
+        ({"out_channels": 16}, "16 channels of its latents, not 4"),
+        ({"num_classes": 101, "class_names": None}, "101 classes, not 3"),
+        ({"class_names": ["left", "down", "up"]}, "the class 'down' at label 1, not 'right'"),
+    ],
+)
+@pytest.mark.parametrize("start", ["scratch", "saved"])
+def test_a_neural_prior_that_does_not_fit(latte, models, values, message, start):
+    change_config(models / "neural_prior" / "neural_prior", **values)
+    overrides = [f"framebridge.neural_prior={models / 'neural_prior'}"]
+    if start == "saved":
+        overrides = use(models / "bridge_neural_prior", *overrides)
+    (problem,) = problems_of(latte, *overrides)
+    assert " framebridge.neural_prior: " in problem
+    assert message in problem
+    with pytest.raises(Exception, match="neural_prior"):  # no warning of the disk that --dry-run would let pass
+        resolve_recipe(latte, overrides)
+
+
+def test_a_neural_prior_of_another_autoencoder(latte, models):
+    change_config(models / "neural_prior" / "vae", scaling_factor=1.5)
+    (problem,) = problems_of(latte, f"framebridge.neural_prior={models / 'neural_prior'}")
+    assert "was trained with another autoencoder: scaling_factor is 1.5 there, 0.18215 here" in problem
+
+
+def test_a_neural_prior_that_is_none(latte, models, model, tmp_path):
+    for name, message in (
+        ("bridge", "model without a neural prior"),
+        ("bridge/transformer", "holds no saved model"),
+        (str(model), "model without a neural prior"),
+    ):
+        (problem,) = problems_of(latte, f"framebridge.neural_prior={models / name}")
+        assert " framebridge.neural_prior: " in problem
+        assert message in problem
+    change_config(models / "neural_prior" / "neural_prior", stage="bridge")
+    (problem,) = problems_of(latte, f"framebridge.neural_prior={models / 'neural_prior'}")
+    assert "holds a bridge, not a neural prior" in problem
+
+
+def test_a_neural_prior_needs_a_bridge_that_takes_it(latte, models):
+    prior = f"framebridge.neural_prior={models / 'neural_prior'}"
+    (problem,) = problems_of(latte, *use(models / "bridge", prior))
+    assert "framebridge.neural_prior: the network in" in problem
+    assert "takes no neural prior: remove it, or train from scratch" in problem
+    (problem,) = problems_of(latte, prior, "framebridge.objective=diffusion")
+    assert "framebridge.neural_prior: goes with objective bridge, not with diffusion" in problem
+    alone = f"model.transformer_id={models / 'bridge_neural_prior' / 'transformer'}"
+    (problem,) = problems_of(latte, alone)
+    assert "framebridge.neural_prior: is required: the network in" in problem
+    load_recipe(latte, [alone, prior])
+
+
+# ------------------------------------------------------------------------------------------- validation samples
+
+
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("caption", "down", "caption: the model knows no class 'down'"),
+        ("num_frames", "8", "num_frames: this model was trained on 4 and takes no other, not 8"),
+        ("height", "128", "height: this model was trained on 64 and takes no other, not 128"),
+        ("num_inference_steps", "0", "num_inference_steps should be a whole number, 1 to 1000"),
+    ],
+)
+@pytest.mark.parametrize("start", ["scratch", "saved"])
+def test_validation_rows(latte, models, start, column, value, message, tmp_path):
+    make_picture(tmp_path / "a.png")
+    row = {"caption": "left", "image_path": str(tmp_path / "a.png"), "num_frames": "4", "num_inference_steps": "10"}
+    write_rows(tmp_path / "v.csv", [row, row | {"caption": "2"}])
+    overrides = [f"validation.validation_dataset_file={tmp_path / 'v.csv'}"]
+    overrides = use(models / "bridge", *overrides) if start == "saved" else overrides
+    load_recipe(latte, overrides)
+    write_rows(tmp_path / "v.csv", [row | {"height": "64"}, row | {"height": "64", column: value}])
+    (problem,) = problems_of(latte, *overrides)
+    assert f"v.csv: row 2: {message}" in problem
+
+
+def make_picture(path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(path)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- before torch
+
+
+def test_a_lattes_recipe_is_refused_before_torch_is_imported(latte, models):
+    change_config(models / "neural_prior" / "neural_prior", num_frames=8)
+    code = (
+        "import sys; from framebridge_plugin.errors import UsageError\n"
+        "from framebridge_plugin.recipe import load_recipe\n"
+        "try:\n    load_recipe(sys.argv[1], sys.argv[2:])\nexcept UsageError as error:\n    print(error)\n"
+        "print(sorted({'torch', 'numpy', 'diffusers', 'finetrainers', 'datasets'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(latte), f"framebridge.neural_prior={models / 'neural_prior'}"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "8 frames, not 4" in output[0]
+    assert output[1] == "[]"
+
+
+def test_a_hub_id_for_the_autoencoder_leaves_its_compression_open(latte, tmp_path):
+    # 8 pixels a latent would forbid 56, 4 would not.
+    hub = ["model.vae_id=owner/vae", "framebridge.data.height=56", "framebridge.data.width=56"]
+    load_recipe(latte, hub)
+    make_tiny_image_vae(compression=8).save_pretrained(tmp_path / "vae8")
+    assert len(problems_of(latte, *hub, f"model.vae_id={tmp_path / 'vae8'}")) == 2

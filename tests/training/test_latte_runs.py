@@ -1,0 +1,126 @@
+"""Our trainer on the Latte specifications: real clips in class folders, tiny real models, as a user runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from framebridge_plugin.pipelines.sampling import open_pipeline
+from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
+from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
+
+KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips for each of three classes, and a model of each kind that knows these and one more."""
+    folder = tmp_path_factory.mktemp("latte-runs")
+    for label, name in enumerate(CLASS_NAMES[:3]):
+        (folder / "clips" / name).mkdir(parents=True)
+        for number in range(2):
+            write_video(folder / f"clips/{name}/{number}.mp4", moving_square(2 * label + number, 8, 64, 64))
+    for kind in KINDS:
+        make_tiny_latte(folder / kind, kind)
+    Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "red.png")
+    rows = ["caption,image_path,num_inference_steps", f"down,{folder / 'red.png'},2"]
+    (folder / "validation.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def recipe_file(inputs: Path, tmp_path: Path) -> Path:
+    """Four short updates of the bridge."""
+    recipe = {
+        "model": {"model_name": "latte_bridge", "pretrained_model_name_or_path": str(inputs / "bridge")},
+        "framebridge": {
+            "ema_decay": 0.9,
+            "data": {"class_root": str(inputs / "clips"), "num_frames": 4, "height": 64, "width": 64},
+        },
+        "training": {"training_type": "full-finetune", "batch_size": 2, "seed": 7},
+        "optimization": {"train_steps": 4, "lr": 1e-2, "lr_scheduler": "constant", "lr_warmup_steps": 0},
+        "precision": {"transformer_dtype": "fp32", "vae_dtype": "fp32"},
+        "checkpoints": {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+def options(inputs: Path, kind: str) -> tuple[str, ...]:
+    name = "latte_neural_prior" if kind == "neural_prior" else "latte_bridge"
+    return (f"model.model_name={name}", f"model.pretrained_model_name_or_path={inputs / kind}")
+
+
+@pytest.mark.parametrize("training_type", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path, kind, training_type):
+    chosen = (*options(inputs, kind), *(LORA if training_type == "lora" else ()))
+    validating = (f"validation.validation_dataset_file={inputs / 'validation.csv'}", "validation.validation_steps=3")
+    assert succeeded(train(*chosen, *validating, output="whole"))
+    assert succeeded(train(*chosen, "optimization.train_steps=2", output="parts"))
+    assert succeeded(train(*chosen, "checkpoints.resume_from_checkpoint=latest", output="parts"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4
+
+    name = "lora" if training_type == "lora" else "model"
+    assert_same_weights(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    videos = sorted(path.stem for path in (tmp_path / "whole/validation").glob("*.mp4"))
+    assert videos == ["final-00", "step000003-00"]
+    pipeline = open_pipeline(str(tmp_path / "whole"))
+    result = pipeline(image=Image.open(inputs / "red.png"), class_label="down", num_inference_steps=1)
+    assert [frame.size for frame in result.frames[0]] == [(64, 64)] * 4
+
+
+def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):
+    chosen = options(inputs, "bridge_neural_prior")
+    assert succeeded(train(*chosen, output="plain"))
+    assert succeeded(
+        train(*chosen, "dataset.enable_precomputation=true", "dataset.precomputation_items=4", output="precomputed")
+    )
+    assert losses(tmp_path / "precomputed") == losses(tmp_path / "plain")
+    assert_same_weights(tmp_path / "precomputed/model", tmp_path / "plain/model")
+
+
+def test_two_processes_share_the_work_whole_or_sharded(train, inputs, tmp_path):
+    """The neural prior is whole on each of them, and is saved as it came."""
+    chosen = options(inputs, "bridge_neural_prior")
+    for split in ("dp_degree", "dp_shards"):
+        two = (f"parallelism.{split}=2", "parallelism.parallel_backend=ptd", "training.batch_size=1")
+        assert succeeded(train(*chosen, *two, "optimization.train_steps=2", processes=2, output=split))
+    replicated, sharded = losses(tmp_path / "dp_degree"), losses(tmp_path / "dp_shards")
+    assert len(sharded) == 2
+    assert sharded == pytest.approx(replicated, rel=1e-4)
+
+    file = "diffusion_pytorch_model.safetensors"
+    base = load_file(inputs / "bridge_neural_prior/transformer" / file)
+    weights = {split: load_file(tmp_path / split / "model/transformer" / file) for split in ("dp_degree", "dp_shards")}
+    for name, tensor in weights["dp_shards"].items():
+        torch.testing.assert_close(tensor, weights["dp_degree"][name], rtol=1e-3, atol=1e-4)
+    assert not any(
+        torch.equal(base[name], weights["dp_shards"][name]) for name in base if name.endswith("to_q.weight")
+    )
+    prior = (inputs / "bridge_neural_prior/neural_prior" / file).read_bytes()
+    assert (tmp_path / "dp_shards/model/neural_prior" / file).read_bytes() == prior
+
+
+def test_a_class_that_the_model_does_not_know_ends_the_run_before_any_step(train, tmp_path):
+    """In captions, which nothing looks at before the clips are listed."""
+    clips = make_clips(tmp_path / "clips", count=2, frames=4, captions=("up", "upwards"))
+    result = train("framebridge.data.class_root=null", f"framebridge.data.data_root={clips}")
+    assert result.returncode == 1
+    assert "data set 0: the model knows no class 'upwards'" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_an_unknown_class_in_the_validation_file_ends_the_run_before_any_step(train, inputs, tmp_path):
+    rows = ["caption,image_path", f"sideways,{inputs / 'red.png'}"]
+    (tmp_path / "validation.csv").write_text("\n".join(rows) + "\n")
+    result = train(f"validation.validation_dataset_file={tmp_path / 'validation.csv'}")
+    assert result.returncode != 0
+    assert "'sideways'" in result.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
