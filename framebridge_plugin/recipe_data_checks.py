@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.folder_checks import read_json
+from framebridge_plugin.folder_checks import read_json, writing_problem
 from framebridge_plugin.media import read_image
+from framebridge_plugin.recipe_data_sections import BadFilesSection, DataSection
 from framebridge_plugin.recipe_problem import Problem
 from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_sections import DataSection
 
 VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
 _SIZES = ("num_frames", "height", "width")
@@ -51,20 +51,40 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield Problem(f"framebridge.data.{name}", message)
     if dataset_config is not None:
-        yield from _dataset_json_problems(dataset_config, rule)
+        yield from _dataset_json_problems(dataset_config, rule, recipe.framebridge.bad_files)
+    yield from _bad_files_problems(recipe)
 
 
-def _dataset_json_problems(dataset_config: str, rule: ClipRule) -> Iterator[Problem]:
+def _bad_files_problems(recipe: Recipe) -> Iterator[Problem]:
+    section, bad_files = "framebridge.bad_files", recipe.framebridge.bad_files
+    if bad_files.policy == "quarantine" and bad_files.quarantine_file is None:
+        yield Problem(f"{section}.quarantine_file", "policy quarantine needs it: a file that runs may share")
+    elif bad_files.policy != "quarantine" and bad_files.quarantine_file is not None:
+        yield Problem(f"{section}.quarantine_file", f"has no effect with policy {bad_files.policy}: remove it")
+    elif bad_files.quarantine_file is not None:
+        file = Path(bad_files.quarantine_file)
+        if problem := f"{file} is no file" if file.is_dir() else writing_problem(file.parent):
+            yield Problem(f"{section}.quarantine_file", problem, on_disk=True)
+    if bad_files.policy == "raise":
+        for name in ("max_share", "max_in_a_row"):
+            if getattr(bad_files, name) != type(bad_files).model_fields[name].default:
+                yield Problem(f"{section}.{name}", "has no effect with policy raise: remove it")
+
+
+def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFilesSection) -> Iterator[Problem]:
     """Check the shapes of the clips; the other keys are checked by the reader of the data."""
     where = "dataset.dataset_config"
     try:
-        entries = read_json(Path(dataset_config)).get("datasets")
+        content = read_json(Path(dataset_config))
     except ValueError as error:
         yield Problem(where, str(error), on_disk=True)
         return
+    entries = content.get("datasets")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
         return
+    if "bad_files" in content and bad_files != BadFilesSection():
+        yield Problem("framebridge.bad_files", f"{dataset_config} has bad_files of its own: remove one of the two")
     for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
         if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
             for name, message in rule.problems(*bucket):

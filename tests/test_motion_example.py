@@ -103,10 +103,7 @@ def _shift(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _motion(path: Path) -> tuple[np.ndarray, float]:
-    """Median motion of the picture over three frames, and by how much its right edge goes right of its left one in six.
-
-    A zoom tears the two edges apart, or draws them together.
-    """
+    """Median motion of the picture over three frames, and how far a zoom tears its edges apart over six."""
     pictures = read_frames(str(path), range).float().mean(1).numpy()
 
     def shift(columns: slice, step: int) -> np.ndarray:
@@ -139,4 +136,5 @@ def test_the_same_videos_give_the_same_folder(prepared, tmp_path):
     _load_example().prepare(tmp_path, folder.parent / "videos", CLIPS_PER_SHOT, CLIPS_PER_SHOT)
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert files
-    assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
+    changed = [str(file) for file in files if (tmp_path / file).read_bytes() != (folder / file).read_bytes()]
+    assert not changed

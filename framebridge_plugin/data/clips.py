@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 
-from framebridge_plugin.data.decoding import ClipError, read_frames
+from framebridge_plugin.data.clip_errors import ClipError
+from framebridge_plugin.data.decoders import Decoder, read_video
+from framebridge_plugin.data.isolation import read_video_isolated
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 
 FrameSampling = Literal["stride", "linspace"]
 Window = Literal["random", "start"]
+Resize = Literal["torch", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,16 @@ class ClipSettings:
         window_frames: Length of the window for "linspace", at least `num_frames`; None for "stride".
         window: Where the clip starts: "random" draws the start, "start" takes the first frame of the file.
         horizontal_flip: Whether every other clip, by chance, is mirrored left to right.
+        decoder: "pyav" reads every file exactly. "decord" and "torchcodec" are refused for files that they are not
+            known to read rightly.
+        strict: Whether damage in the stream is an error. Else FFmpeg hides what it can. With "pyav" only.
+        resize: "torch" resizes with antialiasing; "decoder" has FFmpeg do it while it converts the pictures, which
+            is cheaper and gives other pixels. The latter with "pyav" only.
+        isolated: Whether a child process decodes, so that a decoder that crashes or hangs costs one clip and not the
+            run.
 
     Raises:
-        UsageError: A value is out of its range.
+        UsageError: A value is out of its range, or does not go with another.
     """
 
     num_frames: int
@@ -45,13 +55,19 @@ class ClipSettings:
     horizontal_flip: bool = False
     frame_sampling: FrameSampling = "stride"
     window_frames: int | None = None
+    decoder: Decoder = "pyav"
+    strict: bool = False
+    resize: Resize = "torch"
+    isolated: bool = False
 
     def __post_init__(self) -> None:
-        if self.frame_sampling not in get_args(FrameSampling):
-            raise UsageError(
-                f"clip settings: frame_sampling is {self.frame_sampling!r}; it must be "
-                f"{' or '.join(get_args(FrameSampling))}"
-            )
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = " or ".join(get_args(kind))
+                raise UsageError(f"clip settings: {name} is {getattr(self, name)!r}; it must be {choices}")
+        for name in ("horizontal_flip", "strict", "isolated"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"clip settings: {name} is {getattr(self, name)!r}; it must be true or false")
         is_linspace = self.frame_sampling == "linspace"
         if is_linspace != (self.window_frames is not None):
             raise UsageError("clip settings: window_frames goes with frame_sampling linspace, and only with it")
@@ -66,10 +82,20 @@ class ClipSettings:
                 f"clip settings: window_frames is {self.window_frames}; it must be at least num_frames, "
                 f"{self.num_frames}"
             )
-        if self.window not in get_args(Window):
-            raise UsageError(f"clip settings: window is {self.window!r}; it must be {' or '.join(get_args(Window))}")
-        if not isinstance(self.horizontal_flip, bool):
-            raise UsageError(f"clip settings: horizontal_flip is {self.horizontal_flip!r}; it must be true or false")
+        if self.decoder != "pyav" and (self.strict or self.resize == "decoder"):
+            option = "strict" if self.strict else "resize: decoder"
+            raise UsageError(f"clip settings: {option} does not go with decoder {self.decoder}; use decoder: pyav")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides about the pixels of a clip, besides the file and the random draws.
+
+        Returns:
+            All settings but `isolated`, by name; values as JSON has them.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "isolated"}
+
+
+_CHOICES = {"frame_sampling": FrameSampling, "window": Window, "decoder": Decoder, "resize": Resize}
 
 
 def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> torch.Tensor:
@@ -84,7 +110,9 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
         float32 tensor of shape [num_frames, 3, height, width] in [-1, 1].
 
     Raises:
-        ClipError: The file is broken, or has fewer than `num_frames` frames.
+        ClipError: The file is broken, has fewer than `num_frames` frames, or is of a kind that the decoder reads
+            wrongly.
+        UsageError: The decoder does not load.
     """
     # Drawn first and always, so that neither draw depends on what the file turns out to hold.
     position, flip = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
@@ -92,13 +120,21 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
     def choose(length: int) -> Sequence[int]:
         window = frame_window(length, settings, position)
         if window is None:
-            raise ClipError(path, f"it has {length} frames, fewer than the {settings.num_frames} of a clip")
+            reason = f"it has {length} frames, fewer than the {settings.num_frames} of a clip"
+            raise ClipError(path, reason, "too_short")
         return window
 
-    video_FCHW = resize_and_crop(read_frames(path, choose), settings.height, settings.width)
+    frames = (read_video_isolated if settings.isolated else read_video)(
+        path,
+        choose,
+        decoder=settings.decoder,
+        strict=settings.strict,
+        cover=(settings.height, settings.width) if settings.resize == "decoder" else None,
+    )
+    video_FCHW = resize_and_crop(frames, settings.height, settings.width)
     if settings.horizontal_flip and flip < 0.5:
         video_FCHW = video_FCHW.flip(3)
-    return video_FCHW * 2.0 - 1.0
+    return video_FCHW.mul_(2.0).sub_(1.0)
 
 
 def frame_window(length: int, settings: ClipSettings, position: float) -> Sequence[int] | None:

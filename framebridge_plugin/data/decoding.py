@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -38,7 +38,11 @@ MAX_PIXELS = 7680 * 4320
 # decoded once: a window is drawn only when the length is known.
 HELD_BYTES = 256 * 2**20
 
+# Colours are stored at half the resolution; without the second flag a resize would halve them once more.
+INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
+
 Choose = Callable[[int], Sequence[int]]
+"""From the number of frames in a file to the numbers of the wanted ones."""
 
 
 def read_frames(
@@ -107,7 +111,8 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
     except PermissionError as error:
         raise ClipError(path, error.strerror or "it may not be read", "unreadable") from error
     except av.FFmpegError as error:
-        raise ClipError(path, f"not a video file, or one with a damaged header ({_reason(error)})", "not_video") from error
+        reason = f"not a video file, or one with a damaged header ({_reason(error)})"
+        raise ClipError(path, reason, "not_video") from error
     with container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
@@ -147,22 +152,49 @@ def decoded(path: str, container: InputContainer, stream: VideoStream, strict: b
         raise ClipError(path, "a new stream begins in the middle of it", "corrupt") from error
 
 
-def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+class Turn(NamedTuple):
+    """What makes stored pictures [F, C, H, W] upright: rows and columns swapped, then these dimensions mirrored."""
+
+    is_transposed: bool
+    mirrored: list[int]
+
+    @property
+    def is_reflection(self) -> bool:
+        """Whether it mirrors and does not only rotate."""
+        return len(self.mirrored) % 2 != self.is_transposed
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """From the stored to the upright size, or back."""
+        return (size[1], size[0]) if self.is_transposed else size
+
+
+def turn_of(path: str, frame: VideoFrame) -> Turn:
     """How a frame is to be turned before it is shown.
 
     Args:
-        frame: A decoded frame.
+        path: The file.
+        frame: A decoded frame of it.
 
     Returns:
-        The numbers (a, b, c, d) that send a stored point (p, q) to (a p + c q, b p + d q), in units of 1/65536.
+        What the file's display matrix says.
+
+    Raises:
+        ClipError: The angle is no multiple of 90 degrees.
     """
     side_data: Any = frame.side_data  # A mapping by name, which PyAV's type stub does not say.
     try:
-        content = bytes(side_data["DISPLAYMATRIX"])
+        matrix = bytes(side_data["DISPLAYMATRIX"])
     except KeyError:
-        return 1 << 16, 0, 0, 1 << 16
-    a, b, _, c, d, *_ = struct.unpack("=9i", content)  # a b u, c d v, x y w
-    return a, b, c, d
+        return Turn(False, [])
+    # Nine 32-bit numbers (a b u, c d v, x y w) that send a stored point (p, q) to (a p + c q, b p + d q).
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
+    if b == c == 0 and a and d:
+        is_transposed, right, down = False, a, d
+    elif a == d == 0 and b and c:
+        is_transposed, right, down = True, c, b
+    else:
+        raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees", "rotation")
+    return Turn(is_transposed, [dimension for dimension, sign in ((2, down), (3, right)) if sign < 0])
 
 
 class _SeekFailedError(Exception):
@@ -242,19 +274,36 @@ def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, 
 
 def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> torch.Tensor:
     pictures: list[np.ndarray] = []
-    size: tuple[int, int] | None = None
+    turn = Turn(False, [])
+    size = target = (0, 0)
     reformatter = VideoReformatter()
     for frame in frames:
         _check_size(path, frame.width, frame.height)
-        if size is None:
-            size = target = frame.height, frame.width
-            is_transposed, mirrored = _turn(path, frame)
+        if not pictures:
+            turn = turn_of(path, frame)
+            size = target = (frame.height, frame.width)
             if cover is not None:
-                target = _swapped(cover_size(*_swapped(size, is_transposed), *cover), is_transposed)
+                target = turn.size(cover_size(*turn.size(size), *cover))
         if (frame.height, frame.width) != size:
             change = f"from {size[1]}x{size[0]} to {frame.width}x{frame.height}"
             raise ClipError(path, f"its picture size changes {change} within the clip", "size_change")
         rgb = reformatter.reformat(
-            frame, target[1], target[0], format="rgb24", interpolation=_interpolation(cover), threads=1
+            frame, width=target[1], height=target[0], format="rgb24", interpolation=INTERPOLATION, threads=1
         )
         pictures.append(rgb.to_ndarray())
+    if len(pictures) != count:
+        raise ClipError(path, "decoding it twice gave different numbers of frames", "corrupt")
+    video_FCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    if turn.is_transposed:
+        video_FCHW = video_FCHW.transpose(2, 3)
+    return video_FCHW.flip(turn.mirrored) if turn.mirrored else video_FCHW
+
+
+def _check_size(path: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        reason = f"its pictures of {width}x{height} exceed the limit of {MAX_PIXELS} pixels"
+        raise ClipError(path, reason, "too_large")
+
+
+def _reason(error: av.FFmpegError) -> str:
+    return (error.strerror or str(error) or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ import datasets
 
 from framebridge_plugin.data.captions import clean_caption
 from framebridge_plugin.data.clips import ClipSettings
+from framebridge_plugin.data.decoders import load_decoder
 from framebridge_plugin.data.layouts import find_clips, local_data_root, parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
@@ -20,7 +21,10 @@ from framebridge_plugin.errors import UsageError
 _UCF101_KEYS = ("split", "fold", "splits_dir")
 SOURCE_KEYS = ("data_root", "class_root", *_UCF101_KEYS, "csv", "video_root", "refresh_index")
 CAPTION_KEYS = ("id_token", "remove_common_llm_caption_prefixes")
-CLIP_KEYS = ("frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip")
+CLIP_KEYS = (
+    *("frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip"),
+    *("decoder", "strict", "resize", "isolated"),
+)
 ENTRY_KEYS = ("dataset_type", *SOURCE_KEYS, *CAPTION_KEYS, "video_resolution_buckets", *CLIP_KEYS, "reshape_mode")
 
 
@@ -59,6 +63,12 @@ class ClipIndex(Sequence[tuple[str, str]]):
         row = self._rows[number]
         return row["path"], self._caption(row[self._caption_column])
 
+    def batches(self, size: int = 65_536) -> Iterator[tuple[list[str], list[str]]]:
+        """Yields all rows in order as lists of paths and of captions, `size` rows at a time."""
+        columns = self._rows.select_columns(["path", self._caption_column]).with_format("arrow")
+        for batch in columns.iter(batch_size=size):
+            yield batch["path"].to_pylist(), [self._caption(text) for text in batch[self._caption_column].to_pylist()]
+
     def distinct_captions(self) -> Iterator[str]:
         """Yields every caption that occurs, without reading millions of rows one by one."""
         return map(self._caption, self._rows.unique(self._caption_column))
@@ -74,10 +84,11 @@ class ClipIndex(Sequence[tuple[str, str]]):
 def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, ClipSettings]]:
     """Read finetrainers' dataset file and index every data set that it names.
 
-    The file is JSON, `{"datasets": [entry, ...]}`. An entry has the keys of `index_dataset`, and
-    `video_resolution_buckets` with exactly one `[num_frames, height, width]`, `dataset_type` ("video"), and if wanted
-    `frame_sampling`, `frame_stride`, `window_frames`, `window`, `horizontal_flip` (see `ClipSettings`). Relative
-    paths in it start from the current folder, as in finetrainers.
+    The file is JSON, `{"datasets": [entry, ...]}`, and if wanted "bad_files" (see `load_bad_file_policy`). An entry
+    has the keys of `index_dataset`, and `video_resolution_buckets` with exactly one `[num_frames, height, width]`,
+    `dataset_type` ("video"), and if wanted `frame_sampling`, `frame_stride`, `window_frames`, `window`,
+    `horizontal_flip`, `decoder`, `strict`, `resize`, `isolated` (see `ClipSettings`). Relative paths in it start from
+    the current folder, as in finetrainers.
 
     Args:
         path: The JSON file.
@@ -86,18 +97,35 @@ def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, C
         The rows and the clip settings of each data set, in the order of the file.
 
     Raises:
-        UsageError: The file is no such JSON, or a key or value in it is wrong.
+        UsageError: The file is no such JSON, a key or value in it is wrong, or a decoder does not load.
         FrameBridgeError: A data set is missing, empty or inconsistent.
     """
-    content = _read_json(Path(path))
+    return index_datasets(_read_json(Path(path)), str(path))
+
+
+def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettings]]:
+    """Index every data set of finetrainers' dataset file, given its content.
+
+    Args:
+        content: What the JSON says; see `load_dataset_config`.
+        where: Where it stands, for the errors.
+
+    Returns:
+        The rows and the clip settings of each data set.
+
+    Raises:
+        UsageError: A key or value is wrong.
+        FrameBridgeError: A data set is missing, empty or inconsistent.
+    """
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f'{path}: no data sets in it; it must be {{"datasets": [{{"data_root": ...}}, ...]}}')
+        raise UsageError(f'{where}: no data sets in it; it must be {{"datasets": [{{"data_root": ...}}, ...]}}')
     loaded = []
     for number, entry in enumerate(entries):
-        where = f"{path}: datasets[{number}]"
-        _check_keys(entry, where)
-        settings = _clip_settings(entry, where)
+        place = f"{where}: datasets[{number}]"
+        _check_keys(entry, place)
+        settings = _clip_settings(entry, place)
+        load_decoder(settings.decoder)
         loaded.append((index_dataset(entry, Path.cwd()), settings))
     return loaded
 

@@ -38,10 +38,35 @@ class KeyedPermutation:
             value = self._permute(value)
         return value
 
+    def index(self, value: int) -> int:
+        """The position of an element.
+
+        Args:
+            value: An element, in [0, size - 1].
+
+        Returns:
+            The position that holds it.
+
+        Raises:
+            ValueError: There is no such element.
+        """
+        if not 0 <= value < self.size:
+            raise ValueError(f"{value} is not in a permutation of {self.size}")
+        position = self._permute_back(value)
+        while position >= self.size:
+            position = self._permute_back(position)
+        return position
+
     def _permute(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
             left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+        return left << self._half_bits | right
+
+    def _permute_back(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._half_mask
+        for key in reversed(self._round_keys):
+            left, right = right ^ (_mix(left ^ key) & self._half_mask), left
         return left << self._half_bits | right
 
 

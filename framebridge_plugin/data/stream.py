@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
+from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.clips import ClipSettings, read_clip
-from framebridge_plugin.data.decoding import ClipError
 from framebridge_plugin.data.folders import ClipIndex
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
@@ -108,7 +108,7 @@ class ClipStream(IterableDataset[Sample]):
             try:
                 video_FCHW = read_clip(path, settings, generator)
             except ClipError as error:
-                skipped.append({"path": path, "kind": getattr(error, "kind", "corrupt"), "reason": error.reason})
+                skipped.append({"path": path, "kind": error.kind, "reason": error.reason})
                 if len(skipped) == self.max_attempts:
                     break
             else:

@@ -130,14 +130,14 @@ def test_a_file_that_begins_with_undecodable_frames_is_counted_by_decoding(tmp_p
 def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", frames=FRAMES, options={"g": "8", "bf": "0"})
     decoded = []
-    decode = decoding._decoded
+    decode = decoding.decoded
 
     def counting(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(decoding, "_decoded", counting)
+    monkeypatch.setattr(decoding, "decoded", counting)
     assert read_numbers(path, range(26, 30)) == [26, 27, 28, 29]
     assert len(decoded) == 6, "from the key frame 24 to the last wanted frame"
 

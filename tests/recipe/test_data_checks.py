@@ -47,6 +47,45 @@ def test_dataset_json(minimal, tmp_path):
     assert "data.json is missing" in problems_of(minimal, *use_table)[0]
 
 
+def test_bad_files(minimal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = "framebridge.bad_files"
+    quarantine = [f"{section}.policy=quarantine", f"{section}.quarantine_file=lists/bad.jsonl"]
+    recipe = load_recipe(minimal, [*quarantine, f"{section}.max_share=0.1"])
+    assert recipe.dataset_config()["bad_files"] == {
+        "policy": "quarantine",
+        "quarantine_file": str(tmp_path / "lists/bad.jsonl"),
+        "max_share": 0.1,
+        "max_in_a_row": 16,
+    }
+    for overrides, message in (
+        (quarantine[:1], "quarantine_file: policy quarantine needs it"),
+        (quarantine[1:], "quarantine_file: has no effect with policy skip"),
+        ([quarantine[0], f"{section}.quarantine_file={tmp_path}"], "is no file"),
+        ([f"{section}.policy=ignore"], "policy: should be 'raise', 'skip' or 'quarantine', not 'ignore'"),
+        ([f"{section}.policy=raise", f"{section}.max_in_a_row=3"], "max_in_a_row: has no effect with policy raise"),
+        ([f"{section}.max_share=1.5"], "max_share: should be less than or equal to 1"),
+        ([f"{section}.max_in_a_row=0"], "max_in_a_row: should be greater than or equal to 1"),
+    ):
+        (problem,) = problems_of(minimal, *overrides)
+        assert message in problem
+
+
+def test_bad_files_in_the_dataset_json(minimal, tmp_path):
+    table = tmp_path / "data.json"
+    use_table = ["framebridge.data=null", f"dataset.dataset_config={table}"]
+    content = load_recipe(minimal).dataset_config() | {"bad_files": {"max_in_a_row": 3}}
+    table.write_text(json.dumps(content))
+    assert load_recipe(minimal, use_table).dataset_config() == content
+    (problem,) = problems_of(minimal, *use_table, "framebridge.bad_files.policy=raise")
+    assert "framebridge.bad_files: " in problem
+    assert "data.json has bad_files of its own" in problem
+    del content["bad_files"]
+    table.write_text(json.dumps(content))
+    recipe = load_recipe(minimal, [*use_table, "framebridge.bad_files.max_share=0"])
+    assert recipe.dataset_config()["bad_files"] == {"policy": "skip", "max_share": 0.0, "max_in_a_row": 16}
+
+
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
     """A working directory with a picture, and half a picture."""

@@ -122,7 +122,7 @@ def test_the_parser_sees_every_value_of_the_section(kind, latte, parse, tmp_path
     assert (args.latte_size, args.neural_prior) == (recipe.framebridge.latte_size, None)
     settings = dataclasses.asdict(args.framebridge_objective) | dataclasses.asdict(args.framebridge_trainer)
     assert settings == recipe.framebridge.model_dump(include=set(settings))
-    sent = set(settings) | {"latte_size", "neural_prior", "data"}
+    sent = set(settings) | {"latte_size", "neural_prior", "data", "bad_files"}
     assert sent == set(FrameBridgeSection.model_fields)
 
 
@@ -142,7 +142,7 @@ def test_every_argument_of_ours_can_be_set():
 
     parser = argparse.ArgumentParser(add_help=False)
     FrameBridgeArgs().add_args(parser)
-    assert {action.dest for action in parser._actions} == set(FrameBridgeSection.model_fields) - {"data"}
+    assert {action.dest for action in parser._actions} == set(FrameBridgeSection.model_fields) - {"data", "bad_files"}
 
 
 def test_names_sizes_and_defaults_are_those_of_the_models(parse):

@@ -116,7 +116,8 @@ def test_dataset_config_has_absolute_paths(minimal, tmp_path, monkeypatch):
                 "horizontal_flip": False,
                 "id_token": "T",
             }
-        ]
+        ],
+        "bad_files": {"policy": "skip", "max_share": 0.5, "max_in_a_row": 16},
     }
 
 

@@ -161,6 +161,7 @@ def test_a_killed_run_resumes_bit_for_bit_before_the_average_starts(train, recip
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/checkpoints/step_000004").is_dir() and time.monotonic() < deadline:
+        assert killed.poll() is None
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.data import UCF101_CLASSES, load_dataset_config
@@ -405,6 +406,20 @@ def test_a_damaged_model_is_refused_in_one_line(models, tmp_path, part, how):
         load()
     assert "cannot load" in one_line(error)
     assert "check that the folder is" in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "neural_prior"])
+def test_weights_of_another_network_are_refused_in_one_line(models, tmp_path, part):
+    """Which diffusers would only warn of."""
+    shutil.copytree(models / "bridge_neural_prior", tmp_path / "model")
+    file = tmp_path / "model" / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["class_embedding.weight"]
+    save_file(weights, file)
+    specification = make_latte_specification("bridge", tmp_path / "model")
+    with pytest.raises(FrameBridgeError, match=r"1 names differ, first class_embedding.weight") as error:
+        specification.load_diffusion_models()
+    one_line(error)
 
 
 # The data

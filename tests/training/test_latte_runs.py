@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
+from tests.training.conftest import command_environment
 from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
 
 KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
@@ -56,8 +60,10 @@ def options(inputs: Path, kind: str) -> tuple[str, ...]:
     return (f"model.model_name={name}", f"model.pretrained_model_name_or_path={inputs / kind}")
 
 
-@pytest.mark.parametrize("training_type", ["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "training_type"),
+    [*((kind, "full") for kind in KINDS), ("neural_prior", "lora"), ("bridge_neural_prior", "lora")],
+)
 def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path, kind, training_type):
     chosen = (*options(inputs, kind), *(LORA if training_type == "lora" else ()))
     validating = (f"validation.validation_dataset_file={inputs / 'validation.csv'}", "validation.validation_steps=3")
@@ -86,12 +92,23 @@ def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):
     assert_same_weights(tmp_path / "precomputed/model", tmp_path / "plain/model")
 
 
-def test_two_processes_share_the_work_whole_or_sharded(train, inputs, tmp_path):
+def test_two_processes_share_the_work_whole_or_sharded(recipe_file, inputs, tmp_path):
     """The neural prior is whole on each of them, and is saved as it came."""
-    chosen = options(inputs, "bridge_neural_prior")
-    for split in ("dp_degree", "dp_shards"):
-        two = (f"parallelism.{split}=2", "parallelism.parallel_backend=ptd", "training.batch_size=1")
-        assert succeeded(train(*chosen, *two, "optimization.train_steps=2", processes=2, output=split))
+    chosen = (*options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
+    commands = [
+        ["train", f"--recipe={recipe_file}", *chosen, f"parallelism.{split}=2", "parallelism.parallel_backend=ptd"]
+        + [f"checkpoints.output_dir={tmp_path / split}"]
+        for split in ("dp_degree", "dp_shards")
+    ]
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    result = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", "tests.training.several_commands", json.dumps(commands)],
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert succeeded(result)
     replicated, sharded = losses(tmp_path / "dp_degree"), losses(tmp_path / "dp_shards")
     assert len(sharded) == 2
     assert sharded == pytest.approx(replicated, rel=1e-4)

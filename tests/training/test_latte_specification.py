@@ -276,7 +276,7 @@ def test_the_neural_prior_has_its_own_precision(models):
     assert specification._prior_network.dtype == torch.float32
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["bridge", "bridge_neural_prior", "neural_prior"])
 def test_every_tensor_follows_the_latents_to_their_device(models, kind):
     """Also the neural prior, which no trainer knows of and none moves."""
     specification = make_latte_specification(kind, models / kind)

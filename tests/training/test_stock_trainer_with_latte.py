@@ -26,10 +26,14 @@ from tests.training.conftest import LAUNCH_VARIABLES
 from tests.training.latte_runs import specification_class
 
 STEPS = 10
+# The whole table of kinds, backends and precomputation is in the conformance suite's tests.
 RUNS = (
-    *("bridge-full-accelerate", "bridge-lora-ptd-precomputed", "bridge-lora-accelerate-upcast"),
-    *("bridge_neural_prior-full-ptd-precomputed", "bridge_neural_prior-lora-accelerate"),
-    *("neural_prior-full-accelerate-precomputed", "neural_prior-lora-ptd", "diffusion-full-ptd"),
+    "bridge-lora-accelerate-upcast",
+    "bridge_neural_prior-full-ptd-precomputed",
+    "bridge_neural_prior-lora-accelerate",
+    "neural_prior-full-accelerate-precomputed",
+    "neural_prior-lora-ptd",
+    "diffusion-full-ptd",
 )
 FULL_RUNS = [name for name in RUNS if "full" in name]
 LORA_RUNS = [name for name in RUNS if "lora" in name]

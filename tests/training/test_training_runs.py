@@ -94,6 +94,7 @@ def test_a_killed_run_resumes_to_the_same_end(train, recipe_file, tmp_path):
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/checkpoints/step_000004").is_dir() and time.monotonic() < deadline:
+        assert killed.poll() is None
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -117,6 +118,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_usable(train, recipe_file, tmp_path):
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

@@ -226,8 +226,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Returns:
             {"encoder_hidden_states": [1, L, D]}
         """
-        draw = sample_generator(sample_seed, "caption dropout", generator)
-        caption = caption_or_empty(caption, self.objective.caption_dropout, draw)
+        caption = caption_or_empty(caption, self.objective.caption_dropout, sample_seed, generator)
         return super().prepare_conditions(
             tokenizer=tokenizer,
             text_encoder=text_encoder,

@@ -96,8 +96,7 @@ class LatteSpecification(LatteLoading):
         Returns:
             {"class_labels": int64 [1]}
         """
-        draw = sample_generator(sample_seed, "caption dropout", generator)
-        kept = caption_or_empty(caption, self.objective.caption_dropout, draw)
+        kept = caption_or_empty(caption, self.objective.caption_dropout, sample_seed, generator)
         return {"class_labels": torch.tensor([self.label_of(kept)])}
 
     @torch.no_grad()

@@ -84,12 +84,20 @@ def load_network(source: str, subfolder: str, stage: str, dtype: torch.dtype, **
         The network.
 
     Raises:
-        FrameBridgeError: If a file is missing or damaged.
+        FrameBridgeError: If a file is missing or damaged, or lacks weights.
     """
     try:
-        return LatteTransformer.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
+        network, found = LatteTransformer.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, output_loading_info=True, **hub_settings
+        )
     except LOADING_ERRORS as error:
         raise cannot_load("LatteTransformer", source, error, _EXPECTED[stage]) from error
+    # diffusers only warns of these, and makes up what is missing.
+    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if wrong:
+        reason = f"its weights are not those of its config, {len(wrong)} names differ, first {wrong[0]}"
+        raise cannot_load("LatteTransformer", source, reason, _EXPECTED[stage])
+    return network
 
 
 def find_neural_prior_network(name: str) -> tuple[str, str]:

@@ -33,20 +33,38 @@ def sample_generator(
     return torch.Generator().manual_seed(derive_seed(int(sample_seed), purpose))
 
 
-def caption_or_empty(caption: str | list[str], share: float, generator: torch.Generator | None) -> str:
-    """Drops captions, for classifier-free guidance.
+def drops_caption(share: float, sample_seed: int | None, generator: torch.Generator | None = None) -> bool:
+    """Draws whether a sample loses its caption, for classifier-free guidance.
+
+    Args:
+        share: Share of samples that do.
+        sample_seed: As for `sample_generator`.
+        generator: As for `sample_generator`; it gives one number in any case.
+
+    Returns:
+        Whether it does.
+    """
+    draw = sample_generator(sample_seed, "caption dropout", generator)
+    device = draw.device if draw is not None else "cpu"
+    return bool(torch.rand((), generator=draw, device=device) < share)
+
+
+def caption_or_empty(
+    caption: str | list[str], share: float, sample_seed: int | None, generator: torch.Generator | None
+) -> str:
+    """Drops captions.
 
     Args:
         caption: The text, or a list with one text (as a loader of batches of one gives it).
-        share: Share of samples that lose it.
-        generator: Source of the draw, one in any case.
+        share: As for `drops_caption`.
+        sample_seed: As for `drops_caption`.
+        generator: As for `drops_caption`.
 
     Returns:
         The caption, or the empty one.
     """
     caption = caption if isinstance(caption, str) else caption[0]
-    device = generator.device if generator is not None else "cpu"
-    return "" if torch.rand((), generator=generator, device=device) < share else caption
+    return "" if drops_caption(share, sample_seed, generator) else caption
 
 
 def video_of_sample(video: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""Each kind of broken file is named for what it is, and what only looks broken gives the right frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from framebridge_plugin.data import ClipError, read_clip
+from tests.data_layer.broken_files import CLIP, KINDS, Kind
+from tests.data_layer.numbered_videos import numbers_in
+
+TIME_LIMIT = 60
+
+
+def read(path: Path, strict: bool = False) -> torch.Tensor:
+    return read_clip(str(path), dataclasses.replace(CLIP, strict=strict), torch.Generator())
+
+
+def assert_is(kind: Kind, path: Path, strict: bool) -> None:
+    fault = kind.fault or (kind.strict_fault if strict else None)
+    if fault is None:
+        numbers = numbers_in(read(path, strict))
+        assert tuple(numbers) == kind.frames
+        return
+    with pytest.raises(ClipError, match=kind.reason) as caught:
+        read(path, strict)
+    assert caught.value.kind == fault
+    assert caught.value.path == str(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "named pipe"])
+def test_what_the_reader_says(tmp_path, name, strict):
+    path = tmp_path / "clip.mp4"
+    KINDS[name].make(path)
+    assert_is(KINDS[name], path, strict)
+
+
+def test_an_open_that_would_hang_does_not(tmp_path):
+    path = tmp_path / "clip.mp4"
+    KINDS["named pipe"].make(path)
+    process = multiprocessing.get_context("fork").Process(target=assert_is, args=(KINDS["named pipe"], path, False))
+    process.start()
+    process.join(TIME_LIMIT)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    assert process.exitcode == 0
