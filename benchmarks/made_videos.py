@@ -111,6 +111,6 @@ def write_webvid(folder: Path, rows: int) -> tuple[Path, Path]:
             videoid = str(row * 1_000_003 % rows + 1_000_000)
             os.link(video, root / page_dir / f"{videoid}.mp4")
             url = f"https://example.org/previews/{videoid}/preview/stock-footage-a-scene-of-the-generated-table-{row}.mp4"
-            caption = f"Aerial view of scene number {row}, with a river, \"old\" houses and fields in the evening sun"
+            caption = f'Aerial view of scene number {row}, with a river, "old" houses and fields in the evening sun'
             writer.writerow((videoid, url, "PT00H00M15S", page_dir, caption))
     return table, root

@@ -76,7 +76,7 @@ def end_with_launcher() -> None:
         return
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # returns when the other end is closed
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

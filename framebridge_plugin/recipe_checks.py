@@ -168,6 +168,14 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "precision.allow_tf32", "float32_matmul_precision=highest switches TF32 off again: set it to high"
         )
+    if (store := recipe.framebridge.precomputed) is not None:
+        if recipe.dataset.enable_precomputation:
+            yield Problem(
+                "framebridge.precomputed", "excludes dataset.enable_precomputation, which encodes anew: remove one"
+            )
+        if not Path(store, "manifest.json").is_file():
+            message = f"{store} holds no precomputed latents: `finetrainers precompute` makes them"
+            yield Problem("framebridge.precomputed", message, on_disk=True)
     if recipe.dataset.precomputation_once and not recipe.dataset.enable_precomputation:
         yield Problem("dataset.precomputation_once", "needs dataset.enable_precomputation=true")
     if recipe.is_latte and "text_encoder" in recipe.compile.compile_modules:

@@ -342,6 +342,9 @@ class FrameBridgeSection(Section):
     )
     data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
     bad_files: BadFilesSection = BadFilesSection()
+    precomputed: PathText | None = Field(
+        default=None, description="folder that `finetrainers precompute` wrote; none: clips are read and encoded"
+    )
 
 
 _LATTE_DEFAULTS = {

@@ -6,21 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-
-def cover_size(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int]:
-    """The size at which a picture just covers another size, its proportions kept.
-
-    Args:
-        old_height: Height of the picture in pixels.
-        old_width: Width of the picture in pixels.
-        height: Height to cover, in pixels.
-        width: Width to cover, in pixels.
-
-    Returns:
-        Height and width, rounded to pixels: one is the size to cover, the other at least that.
-    """
-    scale = max(height / old_height, width / old_width)
-    return max(round(old_height * scale), height), max(round(old_width * scale), width)
+from framebridge_plugin.sizes import cover_size
 
 
 def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -35,10 +35,11 @@ from prepare_clips import HELDOUT, TRAIN, Shot, obtain_videos, read_frames
 
 CLASSES = ("PanDown", "PanLeft", "PanRight", "PanUp", "ZoomIn", "ZoomOut")
 WIDTH, HEIGHT = 64, 48
+ENOUGH_HEIGHT = 288  # larger source frames are shrunk first, for speed
 CLIP_LENGTH = 24  # frames; the shortest shot has 26
 PAN_STEP = 1 / HEIGHT  # travel from frame to frame, as a part of the visible height: one pixel of the written clip
 ZOOM_STEP = 1.5 ** (1 / 21)  # change of size from frame to frame: 1.5 times over a window of 22 frames
-TRAIN_CLIPS, HELDOUT_CLIPS = 20, 3  # of each class and shot
+TRAIN_CLIPS, HELDOUT_CLIPS = 60, 3  # of each class and shot
 # The first shot looks down on a passing bus: its own camera moves, whatever ours does.
 TRAIN_SHOTS = TRAIN[1:]
 
@@ -82,8 +83,10 @@ def camera_path(class_name: str, width: int, height: int, draw: random.Random) -
     ]
 
 
-def look(frame: Image.Image, box: Box) -> Image.Image:
-    """Cut a box out of a frame, to a fraction of a pixel, and shrink it to the size of the clips."""
+def look(frame: Image.Image, box: Box, mirrored: bool) -> Image.Image:
+    """Cut a box out of a frame, mirrored first or not, and shrink it to the size of the clips."""
+    if mirrored:
+        frame = frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Rounding may put an edge that touches the frame's a hair outside, which Pillow refuses.
     left, top, right, bottom = box
     inside = (max(left, 0.0), max(top, 0.0), min(right, float(frame.width)), min(bottom, float(frame.height)))
@@ -128,13 +131,16 @@ def write_folder(folder: Path, shots: list[tuple[int, Shot]], videos: Path, clip
         (folder / class_name).mkdir(parents=True)
     for group, shot in shots:
         frames, rate = read_frames(videos / f"{shot.video}.mp4", shot.start, shot.stop)
+        for frame in frames:
+            frame.thumbnail((frame.width, ENOUGH_HEIGHT), Image.Resampling.LANCZOS)
         for class_name in CLASSES:
             for number in range(1, clips_per_shot + 1):
                 name = f"v_{class_name}_g{group:02d}_c{number:02d}"
                 draw = random.Random(name)
                 first = draw.randint(0, len(frames) - CLIP_LENGTH)
                 boxes = camera_path(class_name, frames[0].width, frames[0].height, draw)
-                views = [look(frame, box) for frame, box in zip(frames[first:], boxes, strict=False)]
+                mirrored = draw.random() < 0.5
+                views = [look(frame, box, mirrored) for frame, box in zip(frames[first:], boxes, strict=False)]
                 path = folder / class_name / f"{name}{'.mp4' if number % 3 == 0 else '.avi'}"
                 write_clip(path, views, rate)
                 start = shot.start + first

@@ -176,7 +176,7 @@ class BadFileTracker:
         self._rank, self._world_size, self._sample = rank, world_size, start
         quarantined = self.path.with_name("quarantined.jsonl")
         if rank == 0:
-            with _writing(self.path.parent):
+            with writing(self.path.parent):
                 self._prepare(quarantined, start * world_size, resumed)
         barrier()
         self.known_files = frozenset(_absolute(entry["path"]) for entry in read_bad_files(quarantined))
@@ -210,18 +210,23 @@ class BadFileTracker:
         """Passes samples on, and keeps account of the files that were tried for them in vain.
 
         Args:
-            samples: What a `ClipStream`, or a `DataLoader` of one, yields, in its order.
+            samples: What a `ClipStream`, or a `DataLoader` of one, yields, in its order; or other samples with
+                `skipped`, all of which have a clip.
 
         Yields:
             Each sample without `skipped`.
 
         Raises:
             TooManyBadFilesError: The policy allows no more.
+            UsageError: The decoder that the recipe names is not one for such files.
             FrameBridgeError: A file of the account cannot be written.
         """
         for sample in samples:
-            has_clip = len(sample["video"]) > 0
+            has_clip = "video" not in sample or len(sample["video"]) > 0
             for bad_file in sample["skipped"]:
+                if bad_file["kind"] == "wrong_container":
+                    # The file is sound, and a later run with another decoder must not find it in a list.
+                    raise UsageError(f"cannot read the clip {bad_file['path']}: {bad_file['reason']}")
                 self._note(bad_file)
             self._sample += 1
             self._attempts += len(sample["skipped"]) + has_clip
@@ -286,7 +291,18 @@ def _absolute(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what cannot be written within the block.
+
+    Args:
+        path: What is written there.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FrameBridgeError: The disk is full, or a folder is not writable.
+    """
     try:
         yield
     except OSError as error:
@@ -301,7 +317,7 @@ def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
     line = json.dumps(entry).encode() + b"\n"
-    with _writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), path.open("ab", buffering=0) as file:
         # Appending is atomic on local disks, but not on NFS; some Lustre systems have no locks, but there it is.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -124,14 +124,15 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
             raise ClipError(path, reason, "too_short")
         return window
 
-    frames = (read_video_isolated if settings.isolated else read_video)(
+    pictures = (read_video_isolated if settings.isolated else read_video)(
         path,
         choose,
         decoder=settings.decoder,
         strict=settings.strict,
         cover=(settings.height, settings.width) if settings.resize == "decoder" else None,
     )
-    video_FCHW = resize_and_crop(frames, settings.height, settings.width)
+    frames_FCHW = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    video_FCHW = resize_and_crop(frames_FCHW, settings.height, settings.width)
     if settings.horizontal_flip and flip < 0.5:
         video_FCHW = video_FCHW.flip(3)
     return video_FCHW.mul_(2.0).sub_(1.0)

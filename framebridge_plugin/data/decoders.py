@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
-import torch
+import numpy as np
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.decoding import (
@@ -21,10 +21,10 @@ from framebridge_plugin.data.decoding import (
     damage_as_clip_error,
     decoded,
     opened,
-    read_frames,
+    read_pictures,
     turn_of,
 )
-from framebridge_plugin.data.packet_index import NotIndexedError, packet_index
+from framebridge_plugin.data.packet_index import DamagedPacketError, NotIndexedError, packet_index
 from framebridge_plugin.errors import UsageError
 
 Decoder = Literal["pyav", "decord", "torchcodec"]
@@ -61,7 +61,7 @@ def read_video(
     decoder: Decoder = "pyav",
     strict: bool = False,
     cover: tuple[int, int] | None = None,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Read chosen frames of a video file with the decoder of one's choice.
 
     Args:
@@ -72,14 +72,14 @@ def read_video(
         cover: Size that the decoder resizes the pictures to cover; "pyav" only.
 
     Returns:
-        uint8 RGB tensor of shape [F, 3, H, W], turned upright.
+        uint8 RGB array of shape [F, H, W, 3], in one piece, turned upright.
 
     Raises:
         ClipError: The file is broken, or (kind "wrong_container") this decoder is not known to read it rightly.
         UsageError: The decoder does not load.
     """
     if decoder == "pyav":
-        return read_frames(path, choose, strict=strict, cover=cover)
+        return read_pictures(path, choose, strict=strict, cover=cover)
     module = load_decoder(decoder)
     numbers = choose(_length_for(decoder, path))
     read = {"decord": _read_with_decord, "torchcodec": _read_with_torchcodec}[decoder]
@@ -99,6 +99,8 @@ def _length_for(decoder: Decoder, path: str) -> int:
         with opened(path) as (container, stream):
             try:
                 index = packet_index(container, stream)
+            except DamagedPacketError as error:
+                raise ClipError(path, str(error), "corrupt") from error
             except NotIndexedError as error:
                 raise refused(str(error)) from error
             codec = stream.codec_context.codec.canonical_name
@@ -117,24 +119,23 @@ def _length_for(decoder: Decoder, path: str) -> int:
     return len(index.shown_pts)
 
 
-def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> torch.Tensor:
+def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> np.ndarray:
     try:
         # Frames that cannot be decoded are filled with their neighbours up to this share of all frames.
         reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-        with decord.bridge.use_torch():
-            video_FHWC = reader.get_batch(list(numbers))
+        pictures = reader.get_batch(list(numbers))
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
         raise _damaged(path, "decord", error) from error
-    return video_FHWC.permute(0, 3, 1, 2)
+    # Its type depends on a setting of decord's that other code of the process may have changed.
+    return pictures.asnumpy() if isinstance(pictures, decord.nd.NDArray) else np.asarray(pictures)
 
 
-def _read_with_torchcodec(torchcodec: ModuleType, path: str, numbers: Sequence[int]) -> torch.Tensor:
+def _read_with_torchcodec(torchcodec: ModuleType, path: str, numbers: Sequence[int]) -> np.ndarray:
     try:
         reader = torchcodec.VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
-        video_FHWC = reader.get_frames_at(list(numbers)).data
+        return reader.get_frames_at(list(numbers)).data.contiguous().numpy()
     except (RuntimeError, ValueError, IndexError) as error:
         raise _damaged(path, "torchcodec", error) from error
-    return video_FHWC.permute(0, 3, 1, 2)
 
 
 def _damaged(path: str, decoder: str, error: Exception) -> ClipError:
@@ -142,5 +143,5 @@ def _damaged(path: str, decoder: str, error: Exception) -> ClipError:
 
 
 def _first_line(error: Exception) -> str:
-    # decord begins with the time of day and the place in its own source.
-    return re.sub(r"^\[[\d:]+\] \S+: ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    # decord puts the time of day and the place in its own source in front.
+    return re.sub(r"\[[\d:]+\] \S+: ", "", (str(error).strip() or type(error).__name__).splitlines()[0])

@@ -17,11 +17,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -29,7 +28,10 @@ from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.packet_index import NotIndexedError, packet_index
-from framebridge_plugin.resizing import cover_size
+from framebridge_plugin.sizes import cover_size
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PIXELS = 7680 * 4320
 """Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
@@ -45,19 +47,13 @@ Choose = Callable[[int], Sequence[int]]
 """From the number of frames in a file to the numbers of the wanted ones."""
 
 
-def read_frames(
-    path: str, choose: Choose, *, strict: bool = False, cover: tuple[int, int] | None = None
-) -> torch.Tensor:
+def read_frames(path: str, choose: Choose) -> torch.Tensor:
     """Read chosen frames of a video file.
 
     Args:
         path: A video file.
         choose: Called with the number of frames in the file; returns the wanted frame numbers, strictly increasing,
             in [0, number of frames - 1]. It may be called twice, and may raise `ClipError`.
-        strict: Whether damage in what is decoded is an error. Else FFmpeg hides what it can, so that damaged pictures
-            come back without a word.
-        cover: Height and width that the upright pictures are resized to cover, by FFmpeg's bilinear filter while it
-            converts them; None leaves their size.
 
     Returns:
         uint8 RGB tensor of shape [F, 3, H, W], turned upright as the file's display matrix says.
@@ -66,10 +62,34 @@ def read_frames(
         ClipError: The file is missing, no regular file, empty, not a video, damaged where it matters, larger than
             `MAX_PIXELS`, or changes its size within the clip.
     """
+    import torch  # Not above: decoding processes do without.
+
+    return torch.from_numpy(read_pictures(path, choose)).permute(0, 3, 1, 2)
+
+
+def read_pictures(
+    path: str, choose: Choose, *, strict: bool = False, cover: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Read chosen frames of a video file as an array.
+
+    Args:
+        path: A video file.
+        choose: As for `read_frames`.
+        strict: Whether damage in what is decoded is an error. Else FFmpeg hides what it can, so that damaged pictures
+            come back without a word.
+        cover: Height and width that the upright pictures are resized to cover, by FFmpeg's bilinear filter while it
+            converts them; None leaves their size.
+
+    Returns:
+        uint8 RGB array of shape [F, H, W, 3], in one piece, turned upright.
+
+    Raises:
+        ClipError: As `read_frames`.
+    """
     check_regular_file(path)
     with damage_as_clip_error(path):
-        frames = _read_by_seeking(path, choose, strict, cover)
-        return _read_from_start(path, choose, strict, cover) if frames is None else frames
+        pictures = _read_by_seeking(path, choose, strict, cover)
+        return _read_from_start(path, choose, strict, cover) if pictures is None else pictures
 
 
 @contextmanager
@@ -153,19 +173,26 @@ def decoded(path: str, container: InputContainer, stream: VideoStream, strict: b
 
 
 class Turn(NamedTuple):
-    """What makes stored pictures [F, C, H, W] upright: rows and columns swapped, then these dimensions mirrored."""
+    """What makes stored pictures upright: rows and columns are swapped, then those or these run backwards."""
 
-    is_transposed: bool
-    mirrored: list[int]
+    is_transposed: bool = False
+    is_upside_down: bool = False
+    is_mirrored: bool = False
 
     @property
     def is_reflection(self) -> bool:
-        """Whether it mirrors and does not only rotate."""
-        return len(self.mirrored) % 2 != self.is_transposed
+        """Whether it is no rotation."""
+        return self.is_transposed ^ self.is_upside_down ^ self.is_mirrored
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
         """From the stored to the upright size, or back."""
         return (size[1], size[0]) if self.is_transposed else size
+
+    def applied(self, pictures_FHWC: np.ndarray) -> np.ndarray:
+        """The upright view of stored pictures [F, H, W, 3]."""
+        if self.is_transposed:
+            pictures_FHWC = pictures_FHWC.transpose(0, 2, 1, 3)
+        return pictures_FHWC[:, :: -1 if self.is_upside_down else 1, :: -1 if self.is_mirrored else 1]
 
 
 def turn_of(path: str, frame: VideoFrame) -> Turn:
@@ -185,16 +212,14 @@ def turn_of(path: str, frame: VideoFrame) -> Turn:
     try:
         matrix = bytes(side_data["DISPLAYMATRIX"])
     except KeyError:
-        return Turn(False, [])
+        return Turn()
     # Nine 32-bit numbers (a b u, c d v, x y w) that send a stored point (p, q) to (a p + c q, b p + d q).
     a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
     if b == c == 0 and a and d:
-        is_transposed, right, down = False, a, d
-    elif a == d == 0 and b and c:
-        is_transposed, right, down = True, c, b
-    else:
-        raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees", "rotation")
-    return Turn(is_transposed, [dimension for dimension, sign in ((2, down), (3, right)) if sign < 0])
+        return Turn(False, is_upside_down=d < 0, is_mirrored=a < 0)
+    if a == d == 0 and b and c:
+        return Turn(True, is_upside_down=b < 0, is_mirrored=c < 0)
+    raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees", "rotation")
 
 
 class _SeekFailedError(Exception):
@@ -203,7 +228,7 @@ class _SeekFailedError(Exception):
 
 def _read_by_seeking(
     path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
-) -> torch.Tensor | None:
+) -> np.ndarray | None:
     """Read by rule 1; None where it does not apply or failed."""
     try:
         with opened(path, strict) as (container, stream):
@@ -215,7 +240,7 @@ def _read_by_seeking(
             keys = [pts for pts in index.dts_of_key_pts if pts <= index.shown_pts[first]]
             if not keys:
                 return None
-            container.seek(index.dts_of_key_pts[max(keys)] or 0, stream=stream, backward=True)
+            container.seek(max(keys), stream=stream, backward=True)
             span = _span(decoded(path, container, stream, strict), index.shown_pts[first : last + 1])
             return _to_rgb(path, _numbered(span, numbers, first), len(numbers), cover)
     except (av.FFmpegError, NotIndexedError, _SeekFailedError):
@@ -250,7 +275,7 @@ def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) 
     return (frame for number, frame in enumerate(frames, start=first) if number in wanted)
 
 
-def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> torch.Tensor:
+def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> np.ndarray:
     """Read by rule 2."""
     held: list[VideoFrame] = []
     held_bytes = length = 0
@@ -272,9 +297,9 @@ def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, 
         return _to_rgb(path, wanted, len(numbers), cover)
 
 
-def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> torch.Tensor:
+def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> np.ndarray:
     pictures: list[np.ndarray] = []
-    turn = Turn(False, [])
+    turn = Turn()
     size = target = (0, 0)
     reformatter = VideoReformatter()
     for frame in frames:
@@ -293,10 +318,7 @@ def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[in
         pictures.append(rgb.to_ndarray())
     if len(pictures) != count:
         raise ClipError(path, "decoding it twice gave different numbers of frames", "corrupt")
-    video_FCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    if turn.is_transposed:
-        video_FCHW = video_FCHW.transpose(2, 3)
-    return video_FCHW.flip(turn.mirrored) if turn.mirrored else video_FCHW
+    return np.ascontiguousarray(turn.applied(np.stack(pictures)))
 
 
 def _check_size(path: str, width: int, height: int) -> None:

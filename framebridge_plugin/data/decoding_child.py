@@ -3,11 +3,12 @@
 Requests are (path, options of `read_video`, time limit in seconds). The answer to one is the number of frames in the
 file (once or twice), each of which is answered by the wanted numbers, or None to give up; then an exception, or the
 shape of the frames [F, H, W, 3], which lie in shared memory until the next request.
+
+It does not load torch, so that it starts fast and needs little memory beside the many others.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import sys
@@ -15,8 +16,6 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
-
-import numpy as np
 
 from framebridge_plugin.data.decoders import read_video
 from framebridge_plugin.errors import FrameBridgeError
@@ -60,7 +59,7 @@ def _serve(requests: Connection, replies: Connection, frames_fd: int, path: str,
         return numbers
 
     try:
-        video_FCHW = read_video(path, choose, **options)
+        pictures = read_video(path, choose, **options)
     except _GivenUpError:
         return
     except (EOFError, BrokenPipeError):
@@ -71,11 +70,10 @@ def _serve(requests: Connection, replies: Connection, frames_fd: int, path: str,
     except Exception:
         replies.send(RuntimeError(f"isolated decoding of {path} failed:\n{traceback.format_exc()}"))
         return
-    video_FHWC = video_FCHW.permute(0, 2, 3, 1).numpy()
-    os.ftruncate(frames_fd, video_FHWC.nbytes)
-    with mmap.mmap(frames_fd, video_FHWC.nbytes) as shared:
-        np.ndarray(video_FHWC.shape, np.uint8, shared)[:] = video_FHWC
-    replies.send(video_FHWC.shape)
+    os.lseek(frames_fd, 0, os.SEEK_SET)
+    with open(frames_fd, "wb", closefd=False) as shared:
+        shared.write(pictures.data)
+    replies.send(pictures.shape)
 
 
 if __name__ == "__main__":

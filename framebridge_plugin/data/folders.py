@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,27 @@ def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettin
         load_decoder(settings.decoder)
         loaded.append((index_dataset(entry, Path.cwd()), settings))
     return loaded
+
+
+def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple[int, int, int]:
+    """Finds the one shape that a run's clips have.
+
+    Args:
+        loaded: What `load_dataset_config` returned.
+
+    Returns:
+        (frames, height, width)
+
+    Raises:
+        UsageError: They have several.
+    """
+    shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in loaded}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"the data sets ask for clips of {len(shapes)} shapes {sorted(shapes)}; one run trains on one shape, set "
+            "the same video_resolution_buckets for all"
+        )
+    return shapes.pop()
 
 
 def _check_keys(entry: Any, where: str) -> None:

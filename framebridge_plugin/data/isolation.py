@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import torch
 
 from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.decoders import Decoder
@@ -41,7 +40,7 @@ def read_video_isolated(
     decoder: Decoder = "pyav",
     strict: bool = False,
     cover: tuple[int, int] | None = None,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Do what `read_video` does in a child process.
 
     Args:
@@ -110,7 +109,7 @@ class DecodingProcess:
         """Whether it can be asked."""
         return self.process.poll() is None
 
-    def read(self, path: str, choose: Choose, options: dict[str, Any]) -> torch.Tensor:
+    def read(self, path: str, choose: Choose, options: dict[str, Any]) -> np.ndarray:
         """Have the child read chosen frames; any error but one that it reports ends it.
 
         Args:
@@ -140,7 +139,7 @@ class DecodingProcess:
             raise outcome
         return outcome
 
-    def _ask(self, path: str, choose: Choose, options: dict[str, Any]) -> torch.Tensor | Exception:
+    def _ask(self, path: str, choose: Choose, options: dict[str, Any]) -> np.ndarray | Exception:
         deadline = time.monotonic() + TIME_LIMIT_S
         self._to_child.send((path, options, TIME_LIMIT_S))
         while True:
@@ -151,14 +150,13 @@ class DecodingProcess:
                 return reply
             if isinstance(reply, tuple):
                 with mmap.mmap(self._frames.fileno(), math.prod(reply), prot=mmap.PROT_READ) as shared:
-                    video_FHWC = torch.from_numpy(np.ndarray(reply, np.uint8, shared).copy())
-                return video_FHWC.permute(0, 3, 1, 2)
+                    return np.ndarray(reply, np.uint8, shared).copy()
             try:
-                numbers = choose(reply)
-            except ClipError as error:
+                numbers = list(choose(reply))
+            except Exception as error:
                 self._to_child.send(None)
                 return error
-            self._to_child.send(list(numbers))
+            self._to_child.send(numbers)
 
     def _end(self) -> str:
         """Say how the child, which has closed its end of the line, ended."""

@@ -19,6 +19,10 @@ class NotIndexedError(Exception):
     """Why the packets of a file do not say which frames decoding it gives, in a few words."""
 
 
+class DamagedPacketError(NotIndexedError):
+    """The same, because the file is damaged."""
+
+
 @dataclass(frozen=True)
 class PacketIndex:
     """What the packets of a file say about its frames.
@@ -63,8 +67,10 @@ def packet_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     for packet in container.demux(stream):
         if packet.size == 0:  # The empty packet at the end that flushes a decoder.
             continue
-        if packet.pts is None or packet.is_corrupt:
-            raise NotIndexedError("a packet of it is damaged or carries no presentation time")
+        if packet.is_corrupt:
+            raise DamagedPacketError("a packet of it is cut or damaged")
+        if packet.pts is None:
+            raise NotIndexedError("a packet of it carries no presentation time")
         if packet.is_keyframe:
             key_pts = packet.pts
             dts_of_key_pts[key_pts] = packet.dts

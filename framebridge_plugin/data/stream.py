@@ -91,9 +91,17 @@ class ClipStream(IterableDataset[Sample]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for number in itertools.count(self.start + first, step):
-            yield self._sample(self.rank + number * self.world_size)
+            yield self.sample(self.rank + number * self.world_size)
 
-    def _sample(self, position: int) -> Sample:
+    def sample(self, position: int) -> Sample:
+        """Reads one sample.
+
+        Args:
+            position: Its place in the endless sequence of all ranks: epoch * epoch_size + offset in the epoch's order.
+
+        Returns:
+            The sample.
+        """
         epoch, offset = divmod(position, self.epoch_size)
         order = KeyedPermutation(self.epoch_size, self.seed, epoch)
         sample_seed = derive_seed(self.seed, epoch, order[offset])

@@ -42,9 +42,10 @@ def check_run(subject: Subject, kind: str, backend: str, precomputed: bool) -> N
     wrapped = any("_checkpoint_wrapped_module" in name for name, _ in network.named_modules())
     blocks = "transformer_blocks, blocks or layers"
     require(wrapped, f"gradient checkpointing does nothing: finetrainers finds blocks by the names {blocks}")
-    videos = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".mp4", ".png"))
     for stage in ("validation", "final"):
-        require(any(name.startswith(f"{stage}-") for name in videos), f"no {stage} sample was written: {videos}")
+        # validation-STEP-RANK-NUMBER-...: numbers 0 and 1 are the image and the video of the row, written again.
+        numbers = {int(path.name.split("-")[3]) for path in folder.glob(f"{stage}-*-*-*-*")}
+        require(numbers - {0, 1}, f"no {stage} sample was written")
 
     saved = folder / _SAVED[kind] / f"{STEPS:06d}"
     require(saved.is_dir(), f"nothing was saved in {_SAVED[kind]} after the last step")

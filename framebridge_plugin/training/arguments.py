@@ -48,12 +48,14 @@ class FrameBridgeArgs:
     """Our arguments, in the form of finetrainers' `ArgsConfigMixin`.
 
     They arrive as `args.framebridge_objective` (an `ObjectiveSettings`), `args.framebridge_trainer` (a
-    `TrainerSettings`), `args.latte_size` and `args.neural_prior`. What is not given takes the default of the model
-    that `--model_name` names: `default_objective` and `default_trainer_settings` of its specification.
+    `TrainerSettings`), `args.latte_size`, `args.neural_prior` and `args.precomputed`. What is not given takes the
+    default of the model that `--model_name` names: `default_objective` and `default_trainer_settings` of its
+    specification.
     """
 
     latte_size = "S/2"
     neural_prior: str | None = None
+    precomputed: str | None = None
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
@@ -76,6 +78,7 @@ class FrameBridgeArgs:
                 group.add_argument(f"--{name}", type=type(default))
         group.add_argument("--latte_size", default=FrameBridgeArgs.latte_size, help="size and patch from scratch")
         group.add_argument("--neural_prior", help="folder of a latte_neural_prior run, or of its model")
+        group.add_argument("--precomputed", help="folder that `finetrainers precompute` wrote")
 
     def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
         """Hands the parsed values over.
@@ -95,6 +98,7 @@ class FrameBridgeArgs:
         mapped_args.framebridge_objective = self.objective
         mapped_args.framebridge_trainer = self.trainer
         mapped_args.latte_size, mapped_args.neural_prior = self.latte_size, self.neural_prior
+        mapped_args.precomputed = self.precomputed = argparse_args.precomputed
 
     def over(self, default: Any) -> Any:
         """Returns `default`, a dataclass of settings, with what the command line names in place of its values."""
@@ -106,8 +110,8 @@ class FrameBridgeArgs:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values that were parsed last, for finetrainers' trackers."""
-        latte = {"latte_size": self.latte_size, "neural_prior": self.neural_prior}
-        return {**dataclasses.asdict(self.objective), **dataclasses.asdict(self.trainer), **latte}
+        others = {name: getattr(self, name) for name in ("latte_size", "neural_prior", "precomputed")}
+        return {**dataclasses.asdict(self.objective), **dataclasses.asdict(self.trainer), **others}
 
 
 def _specification_class(model_name: str, training_type: str) -> type | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from finetrainers.data import initialize_preprocessor
 from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
+from framebridge_plugin.training.latent_store import LatentStore, StoredStream
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
@@ -30,6 +32,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         data_rank: This process among those that share the data.
         data_world_size: Number of those processes.
         samples_seen: Clips that all of them together have trained on.
+        store: Precomputed latents and embeddings, which take the place of the clips; None to read and encode those.
     """
 
     def __init__(
@@ -43,9 +46,9 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         data_rank: int,
         data_world_size: int,
         samples_seen: int,
+        store: LatentStore | None = None,
     ) -> None:
         self._args, self._specification, self._backend = args, specification, backend
-        self._prepare_data = prepare_data
         position = samples_seen // data_world_size
         once = args.enable_precomputation and args.precomputation_once
         start = 0 if once else position
@@ -59,21 +62,32 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             resumed=samples_seen > 0,
             barrier=backend.wait_for_everyone,
         )
-        stream = ClipStream(
-            datasets,
-            args.seed,
-            data_rank,
-            data_world_size,
-            start,
-            max_attempts=policy.max_attempts,
-            known_files=self.bad_files.known_files,
-        )
+        place = {"rank": data_rank, "world_size": data_world_size, "start": start}
+        stream: ClipStream | StoredStream
+        if store is None:
+            known_files = self.bad_files.known_files
+            stream = ClipStream(
+                datasets, args.seed, **place, max_attempts=policy.max_attempts, known_files=known_files
+            )
+        else:
+            stream = StoredStream(store, args.seed, args.framebridge_objective.caption_dropout, **place)
         loader = DataLoader(
             stream, batch_size=None, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
         )
-        self._samples = self.bad_files.watch(loader)
-        self._preprocessor = initialize_preprocessor(
-            rank=backend.rank,
+        samples = self.bad_files.watch(loader)
+        self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
+        if store is None:
+            encoded = self._encoded(samples, prepare_data)
+            self._items = itertools.islice(encoded, position % args.precomputation_items if once else 0, None)
+        else:
+            self._items = ((sample["conditions"], sample["latents"]) for sample in samples)
+
+    def _encoded(
+        self, samples: Iterator[dict], prepare_data: Callable[..., tuple[Iterator[dict], Iterator[dict]]]
+    ) -> Iterator[tuple[dict, dict]]:
+        args, specification = self._args, self._specification
+        preprocessor = initialize_preprocessor(
+            rank=self._backend.rank,
             num_items=args.precomputation_items if args.enable_precomputation else 1,
             processor_fn={
                 "condition": specification.prepare_conditions,
@@ -82,17 +96,13 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             save_dir=args.precomputation_dir,
             enable_precomputation=args.enable_precomputation,
         )
-        self._skip = position % args.precomputation_items if once else 0
+        while True:
+            if preprocessor.requires_data:
+                conditions, latents = prepare_data(preprocessor, samples)
+            yield next(conditions), next(latents)
 
     def __next__(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        items: list[tuple[dict, dict]] = []
-        while len(items) < self._args.batch_size:
-            if self._preprocessor.requires_data:
-                self._conditions, self._latents = self._prepare_data(self._preprocessor, self._samples)
-            items.append((next(self._conditions), next(self._latents)))
-            if self._skip:
-                self._skip -= 1
-                items.clear()
+        items = list(itertools.islice(self._items, self._args.batch_size))
         device = self._backend.device
         conditions = self._specification.collate_conditions([item[0] for item in items])
         latents = self._specification.collate_latents([item[1] for item in items])

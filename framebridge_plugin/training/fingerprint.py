@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 _SAMPLED_FILES = 64
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
@@ -35,8 +35,11 @@ def run_fingerprint(
         see `data_fingerprint`), "enable_tiling".
 
     Raises:
+        UsageError: If the specification has no `precomputation_facts`.
         FrameBridgeError: If a file of the model cannot be read.
     """
+    if not hasattr(specification, "precomputation_facts"):
+        raise UsageError(f"{type(specification).__name__} does not say what its latents depend on: train it live")
     fingerprint = {
         "seed": args.seed,
         "model": specification.precomputation_facts(),
@@ -113,12 +116,18 @@ def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str |
     """
     theirs, ours = dict(_leaves(there)), dict(_leaves(here))
     for name in [*ours, *theirs]:
-        if theirs.get(name, _ABSENT) != ours.get(name, _ABSENT):
-            return f"{name} is {theirs.get(name, _ABSENT)} there and {ours.get(name, _ABSENT)} here"
+        value, other = theirs.get(name, _ABSENT), ours.get(name, _ABSENT)
+        if value != other:
+            return f"{name} is {_short(value)} there and {_short(other)} here"
     return None
 
 
 _ABSENT = "not given"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

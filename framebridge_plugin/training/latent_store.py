@@ -4,10 +4,10 @@
     clips/variant-0000/000000.safetensors     what `prepare_latents` returned, `shard_size` clips in a file
     captions/000000.safetensors               what `prepare_conditions` returned, `shard_size` captions in a file
 
-Variant v holds the samples of epoch v in the order of that epoch: the sample at offset o is row o % shard_size of file
-o // shard_size. Every tensor of a file has one row for each sample; `_caption` is the number of its caption,
-`_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips were tried in vain for
-a sample. A caption's embedding is stored once, whatever the number of clips that have it; the empty one is among them.
+Variant v holds the samples of epoch v in the order of that epoch: the sample at offset o is row o % shard_size of
+file o // shard_size. Every tensor of a file has one row for each sample; `_caption` is the number of its caption,
+`_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips were tried in vain
+for a sample. A caption's embedding is stored once, however many clips have it; the empty one is among them.
 
 A file is written beside its place and renamed, so that one that is there is whole.
 """
@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +35,14 @@ from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.fingerprint import first_difference
 from framebridge_plugin.training.specifications.samples import drops_caption
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 _CAPTION, _CHECKSUM, _SKIPPED = "_caption", "_checksum", "skipped"
 _OPEN_FILES = 16
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 _REMEDY = "run `finetrainers precompute` again"
 
 
@@ -105,14 +108,14 @@ class Manifest:
             name = f"{folder}/{first // self.shard_size:06}.safetensors"
             yield Shard(name, first, min(self.shard_size, total - first))
 
-    def missing(self, store: Path) -> list[Shard]:
+    def missing(self, store: Path) -> tuple[list[Shard], list[Shard]]:
         """Lists the files that are not there.
 
         Args:
             store: The store's folder.
 
         Returns:
-            Captions first, then variant by variant.
+            Those of captions, and those of samples.
         """
         present = {
             f"{folder.relative_to(store)}/{entry.name}"
@@ -120,7 +123,8 @@ class Manifest:
             if folder.is_dir()
             for entry in os.scandir(folder)
         }
-        return [shard for shard in (*self.caption_shards(), *self.clip_shards()) if shard.name not in present]
+        captions = [shard for shard in self.caption_shards() if shard.name not in present]
+        return captions, [shard for shard in self.clip_shards() if shard.name not in present]
 
     def write(self, store: Path) -> None:
         """Writes the manifest.
@@ -167,6 +171,25 @@ def read_manifest(store: Path) -> Manifest | None:
         ) from error
 
 
+def check_fingerprint(store: Path, manifest: Manifest, fingerprint: Mapping[str, Any]) -> None:
+    """Refuses a store that was made from something else than a run would use.
+
+    Args:
+        store: The store's folder.
+        manifest: What it holds.
+        fingerprint: The run's.
+
+    Raises:
+        FrameBridgeError: If the two differ.
+    """
+    difference = first_difference(manifest.fingerprint, fingerprint)
+    if difference is not None:
+        raise FrameBridgeError(
+            f"{store}: its latents are not those of this run: {difference}; set that back, or precompute into another "
+            "folder"
+        )
+
+
 def write_shard(
     path: Path,
     rows: Sequence[Mapping[str, torch.Tensor]],
@@ -191,24 +214,54 @@ def write_shard(
     tensors[_CHECKSUM] = torch.tensor([_checksum(row) for row in rows])
     if captions:
         tensors[_CAPTION] = torch.tensor(captions)
-    metadata = {_SKIPPED: json.dumps({str(row): list(files) for row, files in (skipped or {}).items()})}
+    metadata = {_SKIPPED: json.dumps({str(row): list(files) for row, files in (skipped or {}).items() if files})}
     _write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Has a file written beside its place and renames it when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def read_skipped(path: Path) -> list[BadFile]:
+    """Reads which clips were tried in vain for the samples of a file.
+
+    Args:
+        path: A file of samples.
+
+    Returns:
+        The clips.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with safe_open(path, "pt") as file:
+            skipped = json.loads(file.metadata()[_SKIPPED])
+        return [bad_file for files in skipped.values() for bad_file in files]
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> StoreError:
+    reason = " ".join(str(error).split())
+    return StoreError(f"{path} is damaged ({reason}); remove it and {_REMEDY}: it writes only what is missing")
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written in a folder beside its place, and moves it there when all of it is on the disk."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)  # safetensors makes files that nobody else can read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise FrameBridgeError(
             f"cannot write {path}: {error}; make room and {_REMEDY}: what is written is kept"
         ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_partial_files(store: Path) -> None:
@@ -217,8 +270,8 @@ def remove_partial_files(store: Path) -> None:
     Args:
         store: The store's folder, in which nobody writes now.
     """
-    for partial in store.rglob(".*.partial"):
-        partial.unlink(missing_ok=True)
+    for folder in store.rglob(".*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class LatentStore:
@@ -226,23 +279,24 @@ class LatentStore:
 
     Args:
         folder: The store's folder.
+        fingerprint: That of the run which reads it.
 
     Raises:
-        FrameBridgeError: If there is no store, or files of it are missing.
+        FrameBridgeError: If there is no store, it is that of other latents, or files of it are missing.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise FrameBridgeError(f"{folder} holds no precomputed latents; `finetrainers precompute` makes them")
+        check_fingerprint(self.folder, manifest, fingerprint)
         self.manifest = manifest
         self._files: OrderedDict[str, Any] = OrderedDict()
-        if missing := manifest.missing(self.folder):
-            total = sum(1 for _ in (*manifest.caption_shards(), *manifest.clip_shards()))
+        if missing := [shard.name for shards in manifest.missing(self.folder) for shard in shards]:
             raise FrameBridgeError(
-                f"{folder}: {len(missing)} of {total} files are missing, first {missing[0].name}; {_REMEDY}: it writes "
-                "only these"
+                f"{folder}: {len(missing)} of its files are missing, first {missing[0]}; {_REMEDY}: it writes only "
+                "these"
             )
 
     def clip(self, variant: int, offset: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
@@ -283,11 +337,8 @@ class LatentStore:
             checksum, caption = values.pop(_CHECKSUM), values.pop(_CAPTION, torch.zeros(1))
             if _checksum(values) != checksum.item():
                 raise ValueError(f"row {row} is not as it was written")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise StoreError(
-                f"{self.folder / name} is damaged ({reason}); remove it and {_REMEDY}: it writes only what is missing"
-            ) from error
+        except _DAMAGE as error:
+            raise _damaged(self.folder / name, error) from error
         return values, int(caption), skipped.get(str(row), [])
 
     def _open(self, name: str) -> tuple[Any, dict[str, list[BadFile]]]:
@@ -305,7 +356,7 @@ def _checksum(row: Mapping[str, torch.Tensor]) -> int:
     checksum = 0
     for name in sorted(row):
         data = row[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        checksum = zlib.crc32(data, checksum)
+        checksum = zlib.crc32(data.data, checksum)
     return checksum
 
 

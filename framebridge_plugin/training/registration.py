@@ -57,6 +57,7 @@ def register() -> None:
         _register_scheduler()
         _register_trainable_parameters()
         _register_network_name()
+        _register_whole_weights()
 
 
 # --- Model names and arguments ---
@@ -116,6 +117,7 @@ def _register_arguments() -> None:
     # For arguments that no parser made.
     BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
     BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
+    BaseArgs.precomputed = ours.precomputed
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 
@@ -322,3 +324,29 @@ def _register_network_name() -> None:
         return pipeline
 
     SFTTrainer._init_pipeline = init_pipeline
+
+
+def _register_whole_weights() -> None:
+    """Shows a specification the whole weights before it saves; the stock trainer hands over the LoRA layers alone.
+
+    With sharding a process has only its part of what else is trained, such as a widened input projection.
+    """
+    from finetrainers.trainer import SFTTrainer
+
+    original = SFTTrainer._prepare_checkpointing
+
+    @functools.wraps(original)
+    def prepare(self: SFTTrainer) -> None:
+        original(self)
+        remember = getattr(self.model_specification, "remember_weights", None)
+        if remember is None or self.args.parallel_backend != "ptd":
+            return
+        save = self.checkpointer._callback_fn
+
+        def remember_and_save(state_dict: dict[str, torch.Tensor]) -> None:
+            remember(state_dict)
+            save(state_dict)
+
+        self.checkpointer._callback_fn = remember_and_save
+
+    SFTTrainer._prepare_checkpointing = prepare

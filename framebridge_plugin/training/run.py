@@ -57,7 +57,7 @@ def train(recipe: Recipe) -> None:
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     _refuse_overwriting(recipe, output_dir)
-    dataset_config = _write_run_files(recipe, output_dir)
+    dataset_config = write_run_files(recipe, output_dir)
 
     from framebridge_plugin.training.registration import parse_arguments, register
 
@@ -68,12 +68,24 @@ def train(recipe: Recipe) -> None:
 
     from framebridge_plugin.training import FrameBridgeTrainer
 
-    FrameBridgeTrainer(args, _build_specification(recipe, args)).run()
+    FrameBridgeTrainer(args, build_specification(recipe, args)).run()
     if _is_main_process():
         _write_loss_curve(output_dir)
 
 
-def _build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
+def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
+    """Builds the specification of the recipe's model.
+
+    Args:
+        recipe: A checked recipe.
+        args: What finetrainers' parser made of it.
+
+    Returns:
+        The specification; no weights are loaded.
+
+    Raises:
+        FrameBridgeError: If a file of the model is missing or damaged.
+    """
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS
 
     settings = {name: getattr(args, name) for name in (*_SETTINGS, *_SETTINGS_OF[args.model_name])}
@@ -95,8 +107,16 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _write_run_files(recipe: Recipe, output_dir: Path) -> Path:
-    """Writes recipe, versions and data set description; returns the path of the last."""
+def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
+    """Writes recipe, versions and data set description.
+
+    Args:
+        recipe: A checked recipe.
+        output_dir: Where to; it is made if needed.
+
+    Returns:
+        Path of the description of the data sets.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     if _is_main_process():
         resumed = recipe.checkpoints.resume_from_checkpoint is not None

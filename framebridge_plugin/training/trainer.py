@@ -30,12 +30,15 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from framebridge_plugin.data import load_dataset_config
+from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.fingerprint import run_fingerprint
+from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 
@@ -57,6 +60,7 @@ class FrameBridgeTrainer(SFTTrainer):
     - `prepare_trainable_parameters(transformer, training_type)`: chooses what is trained besides LoRA layers;
     - `_save_lora_weights(..., extra_state_dict=...)`: also takes the trained weights that are no LoRA layers, under
       the network's own names;
+    - `precomputation_facts()`: what its latents and embeddings depend on, without which none can be precomputed;
     - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
 
     Args:
@@ -77,6 +81,7 @@ class FrameBridgeTrainer(SFTTrainer):
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
         self.average: WeightAverage | None = None
+        self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
         super().__init__(args, model_specification)
 
@@ -90,13 +95,10 @@ class FrameBridgeTrainer(SFTTrainer):
     def _prepare_models(self) -> None:
         # The data first: a network from scratch is made for the shape of its clips.
         self._datasets = load_dataset_config(self.args.dataset_config)
-        shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in self._datasets}
-        if len(shapes) > 1:
-            raise UsageError(
-                f"the data sets ask for clips of {len(shapes)} shapes {sorted(shapes)}; one run trains on one shape, "
-                "set the same video_resolution_buckets for all"
-            )
-        self.model_specification.clip_shape = shapes.pop()
+        self.model_specification.clip_shape = common_clip_shape(self._datasets)
+        if self.args.precomputed is not None:
+            fingerprint = run_fingerprint(self.args, self.model_specification, self._datasets)
+            self._store = LatentStore(self.args.precomputed, fingerprint)
         super()._prepare_models()
 
     def _prepare_trainable_parameters(self) -> None:
@@ -316,6 +318,7 @@ class FrameBridgeTrainer(SFTTrainer):
             data_rank=self._data_rank,
             data_world_size=self._data_world_size,
             samples_seen=self.progress.samples_seen,
+            store=self._store,
         )
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
@@ -392,6 +395,8 @@ def _refuse_unsupported(args: Any) -> None:
                 f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
                 "dp_shards"
             )
+    if args.precomputed is not None and args.enable_precomputation:
+        raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():
         raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")
 

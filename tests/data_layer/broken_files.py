@@ -127,11 +127,22 @@ def rotated(path: Path) -> None:
 def flipped_bytes(path: Path) -> None:
     """Damage every fifth picture but not the index; a decoder hides it unless it is strict."""
     whole(path, codec="mpeg4", picture=_noisy_picture)
+    flip(path, range(3, FRAMES, 5), place=0.5)
+
+
+def flipped_bytes_at_the_end(path: Path) -> None:
+    """Only a clip that reaches that far meets them."""
+    whole(path, picture=_noisy_picture)
+    flip(path, range(FRAMES - 12, FRAMES), place=0.25)
+
+
+def flip(path: Path, pictures: Iterable[int], place: float) -> None:
+    """Flip a byte of each of these pictures, at this share of its size."""
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray(path.read_bytes())
-    for start, size in packets[3::5]:
-        content[start + size // 2] ^= 0xFF
+    for start, size in (packets[number] for number in pictures):
+        content[start + int(place * size)] ^= 0xFF
     path.write_bytes(content)
 
 
@@ -174,7 +185,7 @@ def _with_avi_index(path: Path, change: Callable[[bytes], bytes]) -> None:
 def size_change(path: Path) -> None:
     parts = [path.with_suffix(f".{number}.ts") for number in (1, 2)]
     for part, scale in zip(parts, (1, 2), strict=True):
-        whole(part, frames=4, size=(HEIGHT * scale, WIDTH * scale))
+        whole(part, frames=6, size=(HEIGHT * scale, WIDTH * scale))
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
 
 
@@ -242,6 +253,7 @@ KINDS = {
     "rotated": Kind(rotated),
     # The last picture is not what it should be, which nobody hears of who is not strict.
     "flipped bytes": Kind(flipped_bytes, frames=(0, 2, 4, 6, 7), strict_fault="corrupt"),
+    "flipped bytes at the end": Kind(flipped_bytes_at_the_end),
     "avi index of noise": Kind(avi_index_of_noise),
     "avi index of one picture": Kind(avi_index_of_one_picture, "too_short", "it has 1 frames"),
     "avi index beyond the end": Kind(avi_index_beyond_the_end, "corrupt"),

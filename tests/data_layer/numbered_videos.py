@@ -35,6 +35,10 @@ def numbers_in(video_FCHW: torch.Tensor) -> list[int]:
     return numbers
 
 
+def tensor(pictures_FHWC: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pictures_FHWC).permute(0, 3, 1, 2)
+
+
 def write_video(
     path: Path,
     codec: str = "libx264",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,9 @@ import torch
 from framebridge_plugin.data import ClipError, ClipSettings, read_clip
 from framebridge_plugin.data.clips import frame_window
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.resizing import resize_and_crop
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
+from tests.data_layer.video_kinds import write_turned
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -83,8 +88,9 @@ def test_values_and_layout(tmp_path):
     assert clip.max() <= 1
 
 
+@pytest.mark.parametrize("resize", ["torch", "decoder"])
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (96, 96), (32, 64), (48, 20)])
-def test_the_picture_is_resized_to_cover_and_its_centre_kept(tmp_path, height, width):
+def test_the_picture_is_resized_to_cover_and_its_centre_kept(tmp_path, height, width, resize):
     def ramps(number, rows, columns):
         picture = np.zeros((rows, columns, 3))
         picture[..., 0] = np.linspace(0, 255, columns)
@@ -92,14 +98,57 @@ def test_the_picture_is_resized_to_cover_and_its_centre_kept(tmp_path, height, w
         return picture.round().astype(np.uint8)
 
     path = str(write_video(tmp_path / "a.mp4", frames=2, options={"qp": "0"}, size=(96, 128), picture=ramps))
-    clip = read_clip(path, ClipSettings(1, height, width), generator())
+    clip = read_clip(path, ClipSettings(1, height, width, resize=resize), generator())
     assert clip.shape == (1, 3, height, width)
+    assert clip.is_contiguous()
     scale = max(height / 96, width / 128)
     for channel, (size, full) in enumerate([(width, 128), (height, 96)]):
         line = clip[0, channel].mean(dim=channel)  # over the rows for the horizontal ramp, else over the columns
         assert line.mean().abs() < 0.03, "the crop is not centred"
         step = (line[-3] - line[2]) / (size - 5)
         assert step.item() == pytest.approx(2 / (full * scale), rel=0.05), "the picture is squeezed"
+
+
+def blobs(number: int, rows: int, columns: int) -> np.ndarray:
+    """Smooth shapes in colours, as films have them."""
+    noise = torch.rand(1, 3, rows // 8, columns // 8, generator=generator(number))
+    picture = torch.nn.functional.interpolate(noise, size=(rows, columns), mode="bicubic")[0].clamp(0, 1)
+    return (picture.permute(1, 2, 0) * 160 + 40).byte().numpy()
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """In dB, of values in [-1, 1]."""
+    return float(10 * torch.log10(4 / (first - second).square().mean()))
+
+
+def grey_blobs(number: int, rows: int, columns: int) -> np.ndarray:
+    return blobs(number, rows, columns)[..., :1].repeat(3, 2)
+
+
+# Colours are stored at half the resolution, and the two ways differ in how they spread them.
+@pytest.mark.parametrize(("picture", "bound"), [(grey_blobs, 45), (blobs, 30)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (120, 120), (150, 90)])
+def test_the_decoder_resizes_nearly_as_torch_does(tmp_path, height, width, turned, picture, bound):
+    path = tmp_path / "a.mp4"
+    write_turned(path, (0, 1, -1, 0) if turned else (1, 0, 0, 1), size=(96, 160), picture=picture)
+    settings = ClipSettings(3, height, width)
+    expected = read_clip(str(path), settings, generator())
+    clip = read_clip(str(path), replace(settings, resize="decoder"), generator())
+    assert clip.shape == expected.shape == (3, 3, height, width)
+    assert not torch.equal(clip, expected)
+    assert psnr(clip, expected) > bound
+    if picture is grey_blobs:  # One pixel off would be less near.
+        assert psnr(clip[..., 1:], expected[..., :-1]) < bound
+        assert psnr(clip[..., 1:, :], expected[..., :-1, :]) < bound
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (45, 80), (100, 130)])
+def test_frames_of_eight_bits_are_resized_to_within_one_step(height, width):
+    frames = torch.from_numpy(np.stack([blobs(number, 72, 96) for number in range(3)])).permute(0, 3, 1, 2)
+    resized = resize_and_crop(frames, height, width)
+    assert resized.dtype == torch.float32
+    assert (resized - resize_and_crop(frames / 255.0, height, width)).abs().max() < 1.01 / 255
 
 
 def test_fine_patterns_become_grey_and_not_stripes(tmp_path):
@@ -109,8 +158,9 @@ def test_fine_patterns_become_grey_and_not_stripes(tmp_path):
         )
 
     path = str(write_video(tmp_path / "a.mp4", frames=1, options={"qp": "0"}, size=(160, 160), picture=stripes))
-    clip = read_clip(path, ClipSettings(1, 16, 16), generator())
-    assert clip[..., 2:-2, 2:-2].abs().max() < 0.2
+    for resize in ("torch", "decoder"):
+        clip = read_clip(path, ClipSettings(1, 16, 16, resize=resize), generator())
+        assert clip[..., 2:-2, 2:-2].abs().max() < 0.2
 
 
 def test_flips_mirror_about_half_of_the_clips(tmp_path):
@@ -127,8 +177,35 @@ def test_flips_mirror_about_half_of_the_clips(tmp_path):
 
 def test_a_file_with_too_few_frames_is_refused(tmp_path):
     path = str(write_video(tmp_path / "short.mp4", frames=4))
-    with pytest.raises(ClipError, match="it has 4 frames, fewer than the 5 of a clip"):
+    with pytest.raises(ClipError, match="it has 4 frames, fewer than the 5 of a clip") as caught:
         read_clip(path, ClipSettings(5, 8, 8), generator())
+    assert caught.value.kind == "too_short"
+
+
+def test_isolation_and_other_decoders_change_nothing_but_who_decodes(tmp_path):
+    path = str(write_video(tmp_path / "a.mp4", options={"g": "12"}))
+    settings = ClipSettings(5, 24, 32, frame_stride=3, horizontal_flip=True)
+    expected = read_clip(path, settings, generator(7))
+    assert torch.equal(read_clip(path, replace(settings, isolated=True), generator(7)), expected)
+    assert torch.equal(read_clip(path, replace(settings, strict=True), generator(7)), expected)
+    # Decoders round colours a little differently.
+    assert psnr(read_clip(path, replace(settings, decoder="decord"), generator(7)), expected) > 35
+
+
+def test_the_fingerprint_names_what_changes_pixels():
+    settings = ClipSettings(5, 24, 32)
+    fingerprint = settings.fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    others = [
+        *({"num_frames": 6}, {"height": 16}, {"width": 16}, {"frame_stride": 2}, {"window": "start"}),
+        *({"horizontal_flip": True}, {"frame_sampling": "linspace", "window_frames": 9}, {"decoder": "decord"}),
+        *({"strict": True}, {"resize": "decoder"}),
+    ]
+    assert {name for other in others for name in other} == {item.name for item in fields(settings)} - {"isolated"}
+    for other in others:
+        changed = replace(settings, **other).fingerprint()
+        assert {name for name in changed if changed[name] != fingerprint[name]} == set(other)
+    assert replace(settings, isolated=True).fingerprint() == fingerprint
 
 
 @pytest.mark.parametrize("length", [16, 29, 47, 48, 49, 300])
@@ -153,6 +230,8 @@ def test_linspace_spreads_the_frames_over_a_window_as_numpy_does(length):
         ({"frame_sampling": "linspace", "window_frames": 4}, "window_frames is 4; it must be at least num_frames, 5"),
         ({"frame_sampling": "linspace", "window_frames": 9, "frame_stride": 3}, "frame_stride is for"),
         ({"frame_sampling": "random"}, "frame_sampling is 'random'"),
+        ({"decoder": "decord", "strict": True}, "strict does not go with decoder decord; use decoder: pyav"),
+        ({"decoder": "torchcodec", "resize": "decoder"}, "resize: decoder does not go with decoder torchcodec"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -169,6 +248,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
         ("frame_stride", True),
         ("window", "middle"),
         ("horizontal_flip", 1),
+        ("strict", "yes"),
+        ("isolated", 1),
+        ("decoder", "opencv"),
+        ("resize", "antialias"),
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):

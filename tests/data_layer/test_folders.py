@@ -160,12 +160,13 @@ def test_a_dataset_file_of_finetrainers(tmp_path, monkeypatch):
         "reshape_mode": "resize_crop",
     }
     ours = {"frame_stride": 3, "window": "start", "horizontal_flip": True}
+    ours |= {"decoder": "pyav", "strict": True, "resize": "decoder", "isolated": True}
     config = write_config(tmp_path / "config.json", entry, {**entry, **ours})
     monkeypatch.chdir(tmp_path)
     (plain, plain_settings), (_, settings) = load_dataset_config(config)
     assert len(plain) == 5
     assert plain_settings == ClipSettings(17, 256, 128)
-    assert settings == ClipSettings(17, 256, 128, frame_stride=3, window="start", horizontal_flip=True)
+    assert settings == ClipSettings(17, 256, 128, **ours)
 
 
 GOOD_ENTRY = {"data_root": ".", "dataset_type": "video", "video_resolution_buckets": [[5, 16, 16]]}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from framebridge_plugin.training import LatteBridgeSpecification, NeuralPriorSpecification
+from tests.tiny_models import CLASS_NAMES
 
 FRAMES, SIZE, LATENT_SIZE = 4, 64, 16
 CLIP_SHAPE = (FRAMES, SIZE, SIZE)
@@ -30,6 +31,12 @@ def make_latte_specification(kind: str, model: Path | str = "", **kwargs: Any) -
     return cls(
         str(model), objective=dataclasses.replace(cls.default_objective, **objective), **{**precision, **kwargs}
     )
+
+
+def make_from_scratch(kind: str, models: Path, **kwargs: Any) -> Any:
+    """A specification of a network from scratch for the tests' clips and classes; `models` holds `bridge/vae`."""
+    settings = {"clip_shape": CLIP_SHAPE, "class_names": CLASS_NAMES, "vae_id": str(models / "bridge/vae"), **kwargs}
+    return make_latte_specification(kind, **settings)
 
 
 def make_latte_batch(size: int = 2) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Short runs as finetrainers' own trainer tests make them: arguments filled in by hand, a specification without any.
 
 Also a program for torchrun, which makes several runs in the same processes: it is given the name of a specification
-below, the folder of its model, and a JSON list of the runs' arguments.
+below, the folder of its model, a free port for each run, and a JSON list of the runs' arguments.
 """
 
 from __future__ import annotations
@@ -108,13 +108,15 @@ def run(specification_class: Any, folder: Path, **values: Any) -> dict[str, Any]
 
 
 def main() -> None:
-    name, model, runs = sys.argv[1:]
+    name, model, ports, runs = sys.argv[1:]
     specification_class = globals()[name]
     specification_class.folder = Path(model)
+    # torchrun's own store keeps the addresses of a run's process group, which the next run would then call.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     results = []
-    for number, values in enumerate(json.loads(runs)):
-        folder = Path(os.environ["RUNS_FOLDER"]) / str(number)
-        results.append(run(specification_class, folder, **values))
+    for number, (port, values) in enumerate(zip(ports.split(","), json.loads(runs), strict=True)):
+        os.environ["MASTER_PORT"] = port
+        results.append(run(specification_class, Path(os.environ["RUNS_FOLDER"]) / str(number), **values))
     if os.environ["RANK"] == "0":
         print(json.dumps(results))
 

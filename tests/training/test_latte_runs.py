@@ -95,10 +95,17 @@ def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):
 def test_two_processes_share_the_work_whole_or_sharded(recipe_file, inputs, tmp_path):
     """The neural prior is whole on each of them, and is saved as it came."""
     chosen = (*options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
+    chosen += ("parallelism.parallel_backend=ptd",)
+    splits = ("dp_degree", "dp_shards")
     commands = [
-        ["train", f"--recipe={recipe_file}", *chosen, f"parallelism.{split}=2", "parallelism.parallel_backend=ptd"]
-        + [f"checkpoints.output_dir={tmp_path / split}"]
-        for split in ("dp_degree", "dp_shards")
+        [
+            "train",
+            f"--recipe={recipe_file}",
+            *chosen,
+            f"parallelism.{split}=2",
+            f"checkpoints.output_dir={tmp_path / split}",
+        ]
+        for split in splits
     ]
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
     result = subprocess.run(
@@ -115,7 +122,7 @@ def test_two_processes_share_the_work_whole_or_sharded(recipe_file, inputs, tmp_
 
     file = "diffusion_pytorch_model.safetensors"
     base = load_file(inputs / "bridge_neural_prior/transformer" / file)
-    weights = {split: load_file(tmp_path / split / "model/transformer" / file) for split in ("dp_degree", "dp_shards")}
+    weights = {split: load_file(tmp_path / split / "model/transformer" / file) for split in splits}
     for name, tensor in weights["dp_shards"].items():
         torch.testing.assert_close(tensor, weights["dp_degree"][name], rtol=1e-3, atol=1e-4)
     assert not any(

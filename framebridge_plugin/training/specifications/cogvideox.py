@@ -29,6 +29,7 @@ from framebridge_plugin.pipelines.saving import (
     save_model_folder,
 )
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.fingerprint import component_fingerprint
 from framebridge_plugin.training.objective import (
     Network,
     ObjectiveSettings,
@@ -50,6 +51,8 @@ from framebridge_plugin.training.specifications.samples import (
     validation_settings,
     video_of_sample,
 )
+
+_PROJECTION = "patch_embed.proj."
 
 
 class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
@@ -81,6 +84,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         self.clip_shape: tuple[int, int, int] | None = None
         """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
         self._trained_projection: torch.nn.Module | None = None
+        self._whole_projection: dict[str, torch.Tensor] = {}
 
     # Loading
 
@@ -281,6 +285,24 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 result["prior_latents"] = encode_image(vae, image_BCHW)
         return result
 
+    def precomputation_facts(self) -> dict[str, Any]:
+        """What `prepare_latents` and `prepare_conditions` depend on besides clip, caption and seeds.
+
+        Returns:
+            Names and values that JSON can say.
+
+        Raises:
+            FrameBridgeError: If a file of the model cannot be read.
+        """
+        settings = ("objective", "image_noise", "prior_noise", "noise_log_mean", "noise_log_std")
+        return {
+            **{name: getattr(self.objective, name) for name in settings},
+            "vae_dtype": str(self.vae_dtype),
+            "text_encoder_dtype": str(self.text_encoder_dtype),
+            "max_text_seq_length": self.transformer_config.max_text_seq_length,
+            **{name: component_fingerprint(self._component_folder(name)) for name in COGVIDEOX_COMPONENTS},
+        }
+
     def forward(
         self,
         transformer: CogVideoXTransformer3DModel,
@@ -367,6 +389,14 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             train_input_projection(transformer)
             self._trained_projection = transformer.patch_embed.proj
 
+    def remember_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Keeps the whole input projection, which the stock trainer does not hand over when a LoRA is saved.
+
+        Args:
+            state_dict: The whole network, as a checkpoint has gathered it; empty on all processes but the first.
+        """
+        self._whole_projection = {k: tensor for k, tensor in state_dict.items() if k.startswith(_PROJECTION)}
+
     def validation(
         self,
         pipeline: FrameBridgeCogVideoXPipeline,
@@ -437,10 +467,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         assert transformer_state_dict is not None
         assert metadata is not None
         if extra_state_dict is None:
-            # The stock trainer hands over the LoRA layers alone; it runs in one process, where the weights are whole.
+            # The stock trainer hands over the LoRA layers alone.
             assert self._trained_projection is not None
-            projection = self._trained_projection.state_dict()
-            extra_state_dict = {f"patch_embed.proj.{name}": tensor for name, tensor in projection.items()}
+            extra_state_dict = self._whole_projection or self._trained_projection.state_dict(prefix=_PROJECTION)
         replaced = {name: getattr(self, f"{name}_id") for name in (*COGVIDEOX_COMPONENTS, "transformer")}
         save_lora_folder(
             directory,

@@ -67,10 +67,10 @@ class LatteBridgeSpecification(LatteSpecification):
     Works with finetrainers' stock `SFTTrainer` and with `FrameBridgeTrainer`.
 
     Args:
-        pretrained_model_name_or_path: As for `LatteSpecification`.
+        pretrained_model_name_or_path: As for `LatteLoading`.
         neural_prior: Folder of a `latte_neural_prior` run or of a model that has one, or hub id; by default what the
             parsed command line says, else the one that the saved model has.
-        **kwargs: As for `LatteSpecification`.
+        **kwargs: As for `LatteLoading`.
 
     Raises:
         UsageError: If the objective does not go with the network.

@@ -23,6 +23,7 @@ from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import local_folder, save_lora_folder, save_model_folder
+from framebridge_plugin.training.fingerprint import component_fingerprint
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
 from framebridge_plugin.training.specifications.samples import (
     caption_or_empty,
@@ -131,6 +132,24 @@ class LatteSpecification(LatteLoading):
         draw = sample_generator(sample_seed, "posterior", generator) or torch.default_generator
         latents_BFChw = encode_frames(vae, video_BFCHW, draw)
         return {"latents": latents_BFChw, "image_latents": latents_BFChw[:, :1].clone()}
+
+    def precomputation_facts(self) -> dict[str, Any]:
+        """What `prepare_latents` and `prepare_conditions` depend on besides clip, caption and seeds.
+
+        A bridge, its neural prior and the diffusion baseline have this in common.
+
+        Returns:
+            Names and values that JSON can say.
+
+        Raises:
+            FrameBridgeError: If a file of the model cannot be read.
+        """
+        return {
+            "num_classes": self.transformer_config.num_classes,
+            "class_names": self.transformer_config.class_names,
+            "vae_dtype": str(self.vae_dtype),
+            "vae": component_fingerprint(self._component_folder(*self._source("vae"))),
+        }
 
     def collate_conditions(self, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collects the labels of a batch.

@@ -27,8 +27,8 @@ class NeuralPriorSpecification(LatteSpecification):
     `caption_dropout` matters here.
 
     Args:
-        pretrained_model_name_or_path: As for `LatteSpecification`.
-        **kwargs: As for `LatteSpecification`.
+        pretrained_model_name_or_path: As for `LatteLoading`.
+        **kwargs: As for `LatteLoading`.
 
     Raises:
         UsageError: If the objective is "diffusion".

@@ -1,0 +1,142 @@
+"""Unpacking a corpus as it is distributed, with the tools that the user has, and counting what came out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from framebridge_plugin.data.class_folders import is_video
+from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES
+from framebridge_plugin.errors import FrameBridgeError
+
+UCF101_CLIPS = 13_320
+UCF101_GROUPS = 25
+"""Scenes in each class; a clip's name ends in _gXX_cYY, group and clip."""
+
+_VIDEOS, _SPLITS = "UCF-101", "ucfTrainTestlist"
+_SPLIT_FILES = ("classInd.txt", *(f"{half}list0{fold}.txt" for half in ("train", "test") for fold in (1, 2, 3)))
+
+# What the tool is called -> its arguments for (archive, folder). A 7z without its RAR part, or an old bsdtar, is
+# installed in many places and cannot read this archive: then the next one has a go.
+UNPACKERS: Mapping[str, Callable[[str, str], list[str]]] = {
+    "unar": lambda archive, folder: [
+        "-quiet",
+        "-no-directory",
+        "-force-overwrite",
+        "-output-directory",
+        folder,
+        archive,
+    ],
+    "unrar": lambda archive, folder: ["x", "-o+", "-idq", archive, f"{folder}/"],
+    "7zz": lambda archive, folder: ["x", "-y", "-bd", f"-o{folder}", archive],
+    "7z": lambda archive, folder: ["x", "-y", "-bd", f"-o{folder}", archive],
+    "bsdtar": lambda archive, folder: ["-x", "-f", archive, "-C", folder],
+}
+
+
+def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> None:
+    """Unpack UCF-101 and its official splits, and check that all is there.
+
+    The videos come to lie in `folder`/UCF-101, the lists in `folder`/ucfTrainTestlist, where `load_ucf101` looks for
+    them. What is there already is not unpacked again.
+
+    Args:
+        archive: `UCF101.rar`.
+        folder: Where to; it is made.
+        splits: `UCF101TrainTestSplits-RecognitionTask.zip`; None leaves the lists out.
+
+    Raises:
+        FrameBridgeError: An archive is missing or damaged, no tool can unpack it, or classes, scenes or clips are
+            missing.
+    """
+    videos = folder / _VIDEOS
+    if not videos.is_dir():
+        _unpack_videos(archive, folder)
+    if splits is not None:
+        _unpack_splits(splits, folder / _SPLITS)
+    if problem := "; ".join(_missing(folder)):
+        raise FrameBridgeError(
+            f"{videos} is not the whole of UCF-101: {problem}; remove it and unpack {archive.name} again"
+        )
+    print(f"{videos}: {len(UCF101_CLASSES)} classes, {UCF101_CLIPS} clips")
+
+
+def _unpack_videos(archive: Path, folder: Path) -> None:
+    if not archive.is_file():
+        raise FrameBridgeError(f"{archive} is not an existing file; docs/data.md says where it is to be had")
+    tools = {name: path for name in UNPACKERS if (path := shutil.which(name)) is not None}
+    if not tools:
+        raise FrameBridgeError(
+            f"nothing here can unpack {archive.name}: install one of {', '.join(UNPACKERS)} (such as `apt install "
+            "unar`, `brew install unar`)"
+        )
+    # Beside its place and moved into it, so that half of it is never taken for the whole.
+    partial = folder / f".{_VIDEOS}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    failures = []
+    for name, path in tools.items():
+        print(f"{name} unpacks {archive} ...", flush=True)
+        command = [path, *UNPACKERS[name](os.path.abspath(archive), os.path.abspath(partial))]
+        run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        unpacked = next((path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()), None)
+        if run.returncode == 0 and unpacked is not None:
+            unpacked.rename(folder / _VIDEOS)
+            shutil.rmtree(partial)
+            return
+        lines = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
+        failures.append(f"{name}: {lines[-1].strip() if lines else f'exit code {run.returncode}'}")
+    shutil.rmtree(partial)
+    others = [name for name in UNPACKERS if name not in tools]
+    raise FrameBridgeError(
+        f"{archive} cannot be unpacked ({'; '.join(failures)}); get it again"
+        + (f", or install one of {', '.join(others)}" if others else "")
+    )
+
+
+def _unpack_splits(archive: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = {os.path.basename(name): name for name in content.namelist()}
+            if missing := [name for name in _SPLIT_FILES if name not in members]:
+                raise FrameBridgeError(
+                    f"{archive} lacks {', '.join(missing)}; it should be UCF101TrainTestSplits-RecognitionTask.zip"
+                )
+            for name in _SPLIT_FILES:
+                (folder / name).write_bytes(content.read(members[name]))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise FrameBridgeError(f"{archive} cannot be unpacked ({error}); get it again") from error
+
+
+def _missing(folder: Path) -> Iterator[str]:
+    """Says what the folder lacks: by the official lists if they are there, else by the numbers of scenes and clips."""
+    groups: dict[str, set[str]] = {}
+    clips: set[str] = set()
+    for name in UCF101_CLASSES:
+        path = folder / _VIDEOS / name
+        files = [file for file in os.listdir(path) if is_video(file)] if path.is_dir() else []
+        clips.update(f"{name}/{file}".lower() for file in files)
+        groups[name] = {match[1] for file in files if (match := re.search(r"_g(\d+)_c\d+\.", file))}
+    if absent := [name for name, found in groups.items() if not found]:
+        yield f"{len(absent)} of {len(UCF101_CLASSES)} classes are missing or empty ({_some(absent)})"
+    lists = [folder / _SPLITS / f"{half}list01.txt" for half in ("train", "test")]
+    if all(path.is_file() for path in lists):
+        lines = [line for path in lists for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if missing := [clip for line in lines if (clip := line.split()[0]).lower() not in clips]:
+            yield f"{len(missing)} of {len(lines)} clips are missing ({_some(sorted(missing))})"
+        return
+    partial = [name for name, found in groups.items() if 0 < len(found) < UCF101_GROUPS]
+    if partial:
+        yield _some([f"{name} has {len(groups[name])} of {UCF101_GROUPS} scenes" for name in partial])
+    if len(clips) != UCF101_CLIPS:
+        yield f"{len(clips)} of {UCF101_CLIPS} clips are there"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

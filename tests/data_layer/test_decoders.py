@@ -1,0 +1,163 @@
+"""Every decoder gives the right frames, or one line that says why it is not used."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import decord
+import numpy as np
+import pytest
+
+from framebridge_plugin.data import BadFilePolicy, BadFileTracker, ClipError, ClipSettings, ClipStream, index_dataset
+from framebridge_plugin.data.decoders import load_decoder, read_video
+from framebridge_plugin.errors import UsageError
+from tests.data_layer import broken_files
+from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor
+from tests.data_layer.video_kinds import FRAMES, KINDS, MATRICES, WINDOWS, write_cut, write_turned
+
+
+def _loads(name: str) -> bool:
+    try:
+        load_decoder(name)
+    except UsageError:
+        return False
+    return True
+
+
+DECODERS = [
+    "decord",
+    pytest.param("torchcodec", marks=pytest.mark.skipif(not _loads("torchcodec"), reason="torchcodec does not load")),
+]
+
+
+def assert_refused(path, decoder: str, reason: str) -> None:
+    with pytest.raises(ClipError, match=reason) as caught:
+        read_video(str(path), range, decoder=decoder)
+    assert caught.value.kind == "wrong_container"
+    message = str(caught.value)
+    assert message.startswith(f"cannot read the clip {path}: {decoder} does not read it rightly, because ")
+    assert message.endswith("; use decoder: pyav")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_frames_or_a_refusal(tmp_path, kind, decoder):
+    path = KINDS[kind].write(tmp_path)
+    if not getattr(KINDS[kind], decoder):
+        assert_refused(path, decoder, "its container is|its codec is|open groups")
+        return
+    for wanted in WINDOWS:
+        pictures = read_video(str(path), lambda length, w=wanted: w if length == FRAMES else [], decoder=decoder)
+        assert pictures.dtype == np.uint8
+        assert pictures.shape == (len(wanted), HEIGHT, WIDTH, 3)
+        assert numbers_in(tensor(pictures)) == list(wanted)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("cut_at", ["0.5", "0.77"])
+def test_files_with_hidden_frames_are_refused(tmp_path, cut_at, decoder):
+    write_cut(tmp_path / "cut.mp4", cut_at)
+    assert_refused(tmp_path / "cut.mp4", decoder, "an edit list hides")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", MATRICES)
+def test_all_decoders_turn_pictures_upright_the_same_way(tmp_path, name, decoder):
+    # In size: decord cannot turn pictures whose width is no multiple of 32 after it.
+    path = write_turned(tmp_path / "turned.mp4", MATRICES[name], size=(64, 96))
+    if "mirrored" in name or "upside" in name or "transposed" in name:
+        assert_refused(path, decoder, "mirrored")
+        return
+    wanted = [3, 12, 13]
+    expected = read_video(str(path), lambda length: wanted)
+    pictures = read_video(str(path), lambda length: wanted, decoder=decoder)
+    assert pictures.shape == expected.shape == (3, *((64, 96) if MATRICES[name][0] else (96, 64)), 3)
+    # Decoders round colours a little differently; a picture turned the wrong way is off by more than 20.
+    assert np.abs(pictures.astype(int) - expected).mean() < 3
+
+
+def test_the_array_type_that_a_program_has_chosen_for_decord_does_not_matter(tmp_path):
+    path = KINDS["h264, no B-frames"].write(tmp_path)
+    expected = read_video(str(path), range, decoder="decord")
+    with decord.bridge.use_torch():
+        pictures = read_video(str(path), range, decoder="decord")
+    assert isinstance(pictures, np.ndarray)
+    assert np.array_equal(pictures, expected)
+
+
+BROKEN = [
+    *("missing", "link to itself", "folder", "named pipe", "empty", "text", "cut at head", "cut in the middle"),
+    *("cut at tail, index in front", "zero frames", "sound only", "unknown codec"),
+]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_told_as_by_pyav(tmp_path, kind, decoder):
+    path = tmp_path / "broken.mp4"
+    broken_files.KINDS[kind].make(path)
+    with pytest.raises(ClipError) as caught:
+        read_video(str(path), range, decoder=decoder)
+    assert broken_files.KINDS[kind].reason in str(caught.value)
+    assert caught.value.kind == broken_files.KINDS[kind].fault
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_decord_would_replace_by_their_neighbours_are_an_error(tmp_path):
+    path = KINDS["h264, every frame a key frame"].write(tmp_path)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + len(content) // 3
+    content[start : start + 300] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(ClipError) as caught:
+        read_video(str(path), range, decoder="decord")
+    assert caught.value.kind == "corrupt"
+    assert re.search(r"decord cannot decode it \((?!\[)", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["skip", "quarantine"])
+def test_a_run_with_a_decoder_that_does_not_suit_its_files_ends_at_once(tmp_path, policy):
+    root = tmp_path / "data/Archery"
+    root.mkdir(parents=True)
+    KINDS["mpeg4 avi"].write(root)
+    quarantine = str(tmp_path / "quarantine.jsonl") if policy == "quarantine" else None
+    tracker = BadFileTracker(BadFilePolicy(policy, quarantine), tmp_path)
+    rows = index_dataset({"class_root": str(root.parent)})
+    stream = ClipStream([(rows, ClipSettings(5, 16, 16, decoder="decord"))], seed=1)
+    with pytest.raises(UsageError, match=r"a.avi: decord .* its container is avi, .*; use decoder: pyav$"):
+        next(tracker.watch(stream))
+    assert quarantine is None or Path(quarantine).read_text() == ""
+
+
+# What an installation of torchcodec without FFmpeg says, or none at all.
+BAD_INSTALLATIONS = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'torchcodec'\")",
+    "not loading": "raise RuntimeError('Could not load libtorchcodec.\\nLikely causes:\\n 1. FFmpeg')",
+}
+
+
+@pytest.mark.parametrize("state", BAD_INSTALLATIONS)
+def test_a_decoder_that_does_not_load_is_told_in_one_line(tmp_path, state):
+    package = tmp_path / "torchcodec"
+    package.mkdir()
+    (package / "__init__.py").write_text(BAD_INSTALLATIONS[state])
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from framebridge_plugin.data.decoders import read_video
+        from framebridge_plugin.errors import UsageError
+        try:
+            read_video("a.mp4", range, decoder="torchcodec")
+        except UsageError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.fullmatch(r"decoder torchcodec does not load here \((No module|Could not load)[^\n]*\n", printed)
+    assert printed.endswith("use decoder: pyav\n")

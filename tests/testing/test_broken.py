@@ -1,0 +1,47 @@
+"""Every check of the suite can fail, and says in one line what is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from framebridge_plugin.testing import CHECKS, KnownFault, Subject, run_check
+from tests.testing.broken import CASES, LosesAlpha, NoSpecification, Whole
+from tests.tiny_models import make_tiny_latte
+
+LOSES_ALPHA = KnownFault("it forgets about alpha", "alpha is lost")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    Whole.folder = make_tiny_latte(tmp_path_factory.mktemp("model") / "tiny", size=32)
+
+
+@pytest.mark.parametrize(("check", "message", "broken"), CASES, ids=[f"{c}-{cls.__name__}" for c, _, cls in CASES])
+def test_a_broken_specification_fails(tmp_path, check, message, broken):
+    result = run_check(CHECKS[check], Subject(broken, tmp_path), {})
+    assert result.status == "FAILED"
+    assert result.message.startswith(f"{check}: {broken.__name__}: ")
+    assert "\n" not in result.message
+    assert re.search(message, result.message), result.message
+
+
+def test_every_check_has_a_specification_that_fails_it():
+    assert {check for check, _, _ in CASES} == set(CHECKS)
+
+
+def test_a_known_fault_is_reported_with_its_reason(tmp_path):
+    result = run_check(CHECKS["lora-alpha"], Subject(LosesAlpha, tmp_path), {"lora-alpha": LOSES_ALPHA})
+    assert (result.status, result.message) == ("known", "known: it forgets about alpha")
+
+
+def test_another_failure_is_not_the_known_fault(tmp_path):
+    result = run_check(CHECKS["interface"], Subject(NoSpecification, tmp_path), {"interface": LOSES_ALPHA})
+    assert result.status == "FAILED"
+
+
+def test_a_known_fault_that_is_gone_is_reported(tmp_path):
+    result = run_check(CHECKS["lora-alpha"], Subject(Whole, tmp_path), {"lora-alpha": LOSES_ALPHA})
+    assert result.status == "repaired"
+    assert result.message == "lora-alpha: Whole: passes, although this fault is known: it forgets about alpha"

@@ -1,0 +1,78 @@
+"""Our specifications, and finetrainers' stock CogVideoX, go through the conformance suite."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framebridge_plugin import register
+from framebridge_plugin.testing import SpecificationConformance
+from framebridge_plugin.training import (
+    CogVideoXBridgeSpecification,
+    LatteBridgeSpecification,
+    NeuralPriorSpecification,
+)
+from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
+
+register()
+
+from finetrainers.models.cogvideox import CogVideoXModelSpecification  # noqa: E402
+
+SIZE = 32
+
+
+class TinyModel(SpecificationConformance):
+    """The suite with a model that is made for it."""
+
+    make_model: Any  # a partial, which is no method
+
+    @pytest.fixture(scope="class", autouse=True)
+    def tiny_model(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls = request.cls
+        cls.model_folder = cls.make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class TestCogVideoXBridge(TinyModel):
+    specification_class = CogVideoXBridgeSpecification
+    model_name = "cogvideox_bridge"
+    make_model = partial(make_tiny_cogvideox, sample_size=SIZE)
+
+
+class TestStockCogVideoX(TinyModel):
+    specification_class = CogVideoXModelSpecification
+    model_name = "cogvideox"
+    # finetrainers' CogVideoX specification always pads captions to 226 tokens.
+    make_model = partial(make_tiny_cogvideox, sample_size=SIZE, max_text_length=226)
+
+
+class TestLatteBridge(TinyModel):
+    specification_class = LatteBridgeSpecification
+    model_name = "latte_bridge"
+    make_model = partial(make_tiny_latte, size=SIZE)
+
+
+class TestLatteBridgeOnNeuralPrior(TinyModel):
+    specification_class = LatteBridgeSpecification
+    model_name = "latte_bridge"
+    make_model = partial(make_tiny_latte, size=SIZE, kind="bridge_neural_prior")
+
+
+class FixedNeuralPrior(NeuralPriorSpecification):
+    """Made without arguments, as finetrainers' own trainer tests make specifications."""
+
+    folder: Path
+
+    def __init__(self) -> None:
+        super().__init__(str(self.folder))
+
+
+class TestNeuralPrior(SpecificationConformance):
+    specification_class = FixedNeuralPrior
+
+    @pytest.fixture(scope="class", autouse=True)
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        folder = tmp_path_factory.mktemp("model") / "tiny"
+        FixedNeuralPrior.folder = make_tiny_latte(folder, "neural_prior", size=SIZE)

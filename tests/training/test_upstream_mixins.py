@@ -1,0 +1,141 @@
+"""finetrainers' own trainer tests, with our specifications: ten steps on four black clips of 64 x 64 x 4 frames.
+
+As there, a specification is made without arguments, so that the precision is finetrainers' default, bfloat16.
+`accelerate` with two processes is not among them: we refuse it, because it does not synchronise gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
+from tests.training import mixin_runs
+from tests.training.conftest import LAUNCH_VARIABLES, command_environment
+from tests.training.mixin_runs import FULL, LORA, SIZE, STEPS, run, write_black_clips
+
+MODELS = {
+    "FixedCogVideoX": lambda folder: make_tiny_cogvideox(folder, sample_size=SIZE),
+    "FixedLatte": make_tiny_latte,
+    "FixedNeuralPrior": lambda folder: make_tiny_latte(folder, "neural_prior"),
+}
+PRECOMPUTED = {"enable_precomputation": True}
+UPCAST = {"layerwise_upcasting_modules": ["transformer"], **PRECOMPUTED}
+ACCELERATE, PTD = ({"parallel_backend": name} for name in ("accelerate", "ptd"))
+ALONE: dict[str, dict[str, Any]] = {
+    "accelerate-lora": {**ACCELERATE, **LORA},
+    "accelerate-lora-precomputed": {**ACCELERATE, **LORA, **PRECOMPUTED},
+    "accelerate-lora-layerwise-upcasting": {**ACCELERATE, **LORA, **UPCAST},
+    "accelerate-full": {**ACCELERATE, **FULL},
+    "accelerate-full-precomputed": {**ACCELERATE, **FULL, **PRECOMPUTED},
+    "ptd-lora": {**PTD, **LORA},
+    "ptd-lora-precomputed": {**PTD, **LORA, **PRECOMPUTED},
+    "ptd-lora-layerwise-upcasting": {**PTD, **LORA, **UPCAST},
+    "ptd-lora-batch-2": {**PTD, **LORA, "batch_size": 2},
+    "ptd-lora-batch-2-precomputed": {**PTD, **LORA, **PRECOMPUTED, "batch_size": 2},
+    "ptd-full": {**PTD, **FULL},
+    "ptd-full-precomputed": {**PTD, **FULL, **PRECOMPUTED},
+    "ptd-full-batch-2-precomputed": {**PTD, **FULL, **PRECOMPUTED, "batch_size": 2},
+}
+# Without layerwise upcasting: gloo, which stands in for NCCL on CPUs, cannot send float8.
+IN_TWO_PROCESSES: list[dict[str, Any]] = [
+    {**PTD, **LORA, "dp_degree": 2},
+    {**PTD, **LORA, **PRECOMPUTED, "dp_shards": 2},
+    {**PTD, **FULL, **PRECOMPUTED, "dp_degree": 2, "batch_size": 2},
+    {**PTD, **FULL, "dp_shards": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def specifications(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The classes, each with the folder of a model of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    classes = {name: getattr(mixin_runs, name) for name in MODELS}
+    for name, make in MODELS.items():
+        classes[name].folder = make(folder / name)
+    return classes
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def assert_trained_and_saved(specification_class: Any, folder: Path, values: dict[str, Any], result: Any) -> None:
+    # finetrainers stops after 25 samples (max_data_samples), too.
+    steps = min(STEPS, math.ceil(25 / (values.get("batch_size", 1) * values.get("dp_degree", 1))))
+    assert len(result["losses"]) == steps
+    assert all(map(math.isfinite, result["losses"]))
+    assert result["saved"] == ["000006", f"{steps:06d}"]
+
+    specification = specification_class()
+    network_name = getattr(specification, "network_name", "transformer")
+    base = specification.load_diffusion_models()["transformer"]
+    shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+    kind = values["training_type"]
+    saved = folder / ("lora_weights" if kind == "lora" else "model_weights") / f"{steps:06d}"
+    pipeline = specification.load_pipeline()
+    if kind == "lora":
+        pipeline.load_lora_weights(saved)
+        network = getattr(pipeline, network_name)
+        layers = [tensor for name, tensor in network.state_dict().items() if ".lora_B." in name]
+        # to_q, to_k, to_v and to_out of two blocks; lora_B starts at zero.
+        assert len(layers) == 8
+        assert all(tensor.abs().sum() > 0 for tensor in layers)
+    else:
+        trained = type(base).from_pretrained(saved / network_name).state_dict()
+        assert {name: tensor.shape for name, tensor in trained.items()} == shapes
+        assert any(not torch.equal(tensor, base.state_dict()[name]) for name, tensor in trained.items())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("specification", MODELS)
+def test_in_one_process(specifications, tmp_path, specification, name):
+    write_black_clips(tmp_path)
+    result = run(specifications[specification], tmp_path, **ALONE[name])
+    assert_trained_and_saved(specifications[specification], tmp_path, ALONE[name], result)
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.mark.parametrize("specification", ["FixedCogVideoX", "FixedLatte"])
+def test_in_two_processes(specifications, tmp_path, specification):
+    cls = specifications[specification]
+    if specification == "FixedLatte":
+        # The frozen network is whole on both processes, whatever is done with the trained one.
+        cls = type("FixedLatte", (cls,), {"folder": make_tiny_latte(tmp_path / "model", "bridge_neural_prior")})
+    for number, _ in enumerate(IN_TWO_PROCESSES):
+        (tmp_path / str(number)).mkdir()
+        write_black_clips(tmp_path / str(number))
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", mixin_runs.__name__)
+    ports = ",".join(free_ports(len(IN_TWO_PROCESSES)))
+    result = subprocess.run(
+        [sys.executable, "-m", *torchrun, specification, str(cls.folder), ports, json.dumps(IN_TWO_PROCESSES)],
+        env={**command_environment(), "WANDB_MODE": "disabled", "RUNS_FOLDER": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith('[{"losses"')]
+    for number, (values, outcome) in enumerate(zip(IN_TWO_PROCESSES, json.loads(line), strict=True)):
+        assert_trained_and_saved(cls, tmp_path / str(number), values, outcome)
