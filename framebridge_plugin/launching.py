@@ -83,11 +83,13 @@ def end_with_launcher() -> None:
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.terminate()
+    if running:
+        print(file=sys.stderr)  # what comes next does not belong into their progress bar
     deadline = time.monotonic() + _SECONDS_TO_END
-    for process in processes:
+    for process in running:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.functional import affine_grid, grid_sample
 
 from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
 
@@ -83,6 +84,28 @@ def draw_pictures(frames_BCHW: torch.Tensor, side: int, draw: random.Random) -> 
     return torch.stack(pictures)
 
 
+def draw_moves(draw: random.Random) -> torch.Tensor:
+    """Draw small motions of the camera, none at all for half of the pictures.
+
+    Args:
+        draw: Source of every random choice.
+
+    Returns:
+        Affine maps [BATCH, 2, 3] as `affine_grid` takes them.
+    """
+    maps = torch.eye(2, 3).repeat(BATCH, 1, 1)
+    for affine in maps[: BATCH // 2]:
+        affine[:, :2] *= draw.uniform(0.8, 1.0)
+        affine[:, 2] = torch.tensor([draw.uniform(-0.1, 0.1) for _ in range(2)])
+    return maps
+
+
+def move(images_BCHW: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Move images, of pixels or of latents, as the maps say."""
+    grid = affine_grid(maps, list(images_BCHW.shape), align_corners=False)
+    return grid_sample(images_BCHW, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+
+
 def train(frames_BCHW: torch.Tensor) -> AutoencoderKL:
     """Train the autoencoder from random weights for the squared error.
 
@@ -117,6 +140,8 @@ def train(frames_BCHW: torch.Tensor) -> AutoencoderKL:
         mean, log_variance = moments.float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-12.0, 2.0)
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        maps = draw_moves(draw)
+        latents, pictures = move(latents, maps), move(pictures, maps)
         with torch.autocast("cpu", torch.bfloat16):
             decoded = vae.decode(latents).sample
         error = decoded.float() - pictures

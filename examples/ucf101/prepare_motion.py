@@ -37,9 +37,9 @@ CLASSES = ("PanDown", "PanLeft", "PanRight", "PanUp", "ZoomIn", "ZoomOut")
 WIDTH, HEIGHT = 64, 48
 ENOUGH_HEIGHT = 288  # larger source frames are shrunk first, for speed
 CLIP_LENGTH = 24  # frames; the shortest shot has 26
-PAN_STEP = 1 / HEIGHT  # travel from frame to frame, as a part of the visible height: one pixel of the written clip
-ZOOM_STEP = 1.5 ** (1 / 21)  # change of size from frame to frame: 1.5 times over a window of 22 frames
-TRAIN_CLIPS, HELDOUT_CLIPS = 60, 3  # of each class and shot
+PAN_STEP = 2 / 3 / HEIGHT  # travel from frame to frame as a part of the visible height: 2 pixels in 3 frames
+ZOOM_STEP = 1.4 ** (1 / 21)  # change of size from frame to frame: 1.4 times over a window of 22 frames
+TRAIN_CLIPS, HELDOUT_CLIPS = 40, 3  # of each class and shot
 # The first shot looks down on a passing bus: its own camera moves, whatever ours does.
 TRAIN_SHOTS = TRAIN[1:]
 

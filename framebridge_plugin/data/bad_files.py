@@ -204,7 +204,9 @@ class BadFileTracker:
         quarantine.parent.mkdir(parents=True, exist_ok=True)
         quarantine.open("a").close()
         if not (resumed and quarantined.is_file()):
-            _write_lines(quarantined, read_bad_files(quarantine))
+            # `finetrainers data check` lists the files that its decoder reads wrongly, too; those are sound.
+            listed = [entry for entry in read_bad_files(quarantine) if entry.get("kind") != "wrong_container"]
+            _write_lines(quarantined, listed)
 
     def watch(self, samples: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Passes samples on, and keeps account of the files that were tried for them in vain.
@@ -317,7 +319,7 @@ def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
     line = json.dumps(entry).encode() + b"\n"
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), path.open("ab") as file:
         # Appending is atomic on local disks, but not on NFS; some Lustre systems have no locks, but there it is.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 7680 * 4320
 """Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
 
-# While the frames of a file are counted by decoding it, they are kept up to this many bytes, so that most files are
-# decoded once: a window is drawn only when the length is known.
+# While the frames of a file are counted by decoding it, those that may be wanted are kept, up to this many bytes, so
+# that most files are decoded once: a window is drawn only when the length is known.
 HELD_BYTES = 256 * 2**20
 
 # Colours are stored at half the resolution; without the second flag a resize would halve them once more.
@@ -53,7 +53,8 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
     Args:
         path: A video file.
         choose: Called with the number of frames in the file; returns the wanted frame numbers, strictly increasing,
-            in [0, number of frames - 1]. It may be called twice, and may raise `ClipError`.
+            in [0, number of frames - 1]. It may be called more than once, also with a number of frames that turns
+            out to be wrong, and may raise `ClipError`.
 
     Returns:
         uint8 RGB tensor of shape [F, 3, H, W], turned upright as the file's display matrix says.
@@ -237,9 +238,10 @@ def _read_by_seeking(
                 return None
             numbers = choose(len(index.shown_pts))
             first, last = numbers[0], numbers[-1]
-            keys = [pts for pts in index.dts_of_key_pts if pts <= index.shown_pts[first]]
+            keys = [pts for pts in index.key_pts if pts <= index.shown_pts[first]]
             if not keys:
                 return None
+            # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
             container.seek(max(keys), stream=stream, backward=True)
             span = _span(decoded(path, container, stream, strict), index.shown_pts[first : last + 1])
             return _to_rgb(path, _numbered(span, numbers, first), len(numbers), cover)
@@ -277,24 +279,34 @@ def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) 
 
 def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> np.ndarray:
     """Read by rule 2."""
-    held: list[VideoFrame] = []
+    held: dict[int, VideoFrame] = {}
     held_bytes = length = 0
     with opened(path, strict) as (container, stream):
+        expected = _chosen_of_announced(choose, stream.frames)
         for frame in decoded(path, container, stream, strict):
             _check_size(path, frame.width, frame.height)
+            if (expected is None or length in expected) and held_bytes <= HELD_BYTES:
+                held_bytes += sum(plane.buffer_size for plane in frame.planes)
+                held[length] = frame
             length += 1
-            held_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if held_bytes <= HELD_BYTES:
-                held.append(frame)
     if length == 0:
         raise ClipError(path, "no frame of it can be decoded", "no_frames")
     numbers = choose(length)
-    if numbers[-1] < len(held):
+    if all(number in held for number in numbers):
         return _to_rgb(path, (held[number] for number in numbers), len(numbers), cover)
     held.clear()
     with opened(path, strict) as (container, stream):
         wanted = _numbered(decoded(path, container, stream, strict), numbers, 0)
         return _to_rgb(path, wanted, len(numbers), cover)
+
+
+def _chosen_of_announced(choose: Choose, length: int) -> set[int] | None:
+    # What will be wanted if the header tells the right number of frames; None if it cannot be said. Keeping all
+    # frames would double the time, since a decoder fills the same memory again with each frame that is let go.
+    try:
+        return set(choose(length)) if length > 0 else None
+    except ClipError:
+        return None
 
 
 def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The program that `isolation` starts: it reads the clips that it is asked for until its asker is gone.
 
 Requests are (path, options of `read_video`, time limit in seconds). The answer to one is the number of frames in the
-file (once or twice), each of which is answered by the wanted numbers, or None to give up; then an exception, or the
-shape of the frames [F, H, W, 3], which lie in shared memory until the next request.
+file, once or more often, each of which is answered by the wanted numbers, a `ClipError` that says why there are none,
+or None to give up; then an exception, or the shape of the frames [F, H, W, 3], which lie in shared memory until the
+next request.
 
 It does not load torch, so that it starts fast and needs little memory beside the many others.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.decoders import read_video
 from framebridge_plugin.errors import FrameBridgeError
 
@@ -53,10 +55,12 @@ def main(requests_fd: int, replies_fd: int, frames_fd: int) -> None:
 def _serve(requests: Connection, replies: Connection, frames_fd: int, path: str, options: dict[str, Any]) -> None:
     def choose(length: int) -> Sequence[int]:
         replies.send(length)
-        numbers = requests.recv()
-        if numbers is None:
+        answer = requests.recv()
+        if isinstance(answer, ClipError):
+            raise answer
+        if answer is None:
             raise _GivenUpError
-        return numbers
+        return answer
 
     try:
         pictures = read_video(path, choose, **options)

@@ -40,6 +40,7 @@ def read_video_isolated(
     decoder: Decoder = "pyav",
     strict: bool = False,
     cover: tuple[int, int] | None = None,
+    time_limit_s: float | None = None,
 ) -> np.ndarray:
     """Do what `read_video` does in a child process.
 
@@ -49,13 +50,14 @@ def read_video_isolated(
         decoder: As for `read_video`.
         strict: As for `read_video`.
         cover: As for `read_video`.
+        time_limit_s: Seconds after which the decoder is taken to hang; None for `TIME_LIMIT_S`.
 
     Returns:
         What `read_video` returns.
 
     Raises:
         ClipError: What `read_video` raises, and besides kind "crashed" where the child died over the file, and
-            "timeout" where it did not answer within `TIME_LIMIT_S`.
+            "timeout" where it did not answer within the time limit.
         UsageError: The decoder does not load.
         FrameBridgeError: The child does not start.
     """
@@ -63,7 +65,7 @@ def read_video_isolated(
     with _lock:
         if _child is None or not _child.is_alive():
             _child = DecodingProcess()
-        return _child.read(path, choose, {"decoder": decoder, "strict": strict, "cover": cover})
+        return _child.read(path, choose, {"decoder": decoder, "strict": strict, "cover": cover}, time_limit_s)
 
 
 class DecodingProcess:
@@ -109,13 +111,16 @@ class DecodingProcess:
         """Whether it can be asked."""
         return self.process.poll() is None
 
-    def read(self, path: str, choose: Choose, options: dict[str, Any]) -> np.ndarray:
+    def read(
+        self, path: str, choose: Choose, options: dict[str, Any], time_limit_s: float | None = None
+    ) -> np.ndarray:
         """Have the child read chosen frames; any error but one that it reports ends it.
 
         Args:
             path: A video file.
             choose: From the number of frames in the file to the wanted ones.
             options: Keyword arguments of `read_video`.
+            time_limit_s: Seconds that it may take; None for `TIME_LIMIT_S`.
 
         Returns:
             What `read_video` returns.
@@ -124,11 +129,12 @@ class DecodingProcess:
             ClipError: What `read_video` raises, "crashed" or "timeout".
             FrameBridgeError: What else `read_video` raises.
         """
+        limit = TIME_LIMIT_S if time_limit_s is None else time_limit_s
         try:
-            outcome = self._ask(path, choose, options)
+            outcome = self._ask(path, choose, options, limit)
         except TimeoutError as error:
             self.close()
-            raise ClipError(path, f"its decoder did not end within {TIME_LIMIT_S:g} s", "timeout") from error
+            raise ClipError(path, f"its decoder did not end within {limit:g} s", "timeout") from error
         except (EOFError, OSError) as error:
             raise ClipError(path, f"its decoder crashed ({self._end()})", "crashed") from error
         except BaseException:
@@ -139,9 +145,9 @@ class DecodingProcess:
             raise outcome
         return outcome
 
-    def _ask(self, path: str, choose: Choose, options: dict[str, Any]) -> np.ndarray | Exception:
-        deadline = time.monotonic() + TIME_LIMIT_S
-        self._to_child.send((path, options, TIME_LIMIT_S))
+    def _ask(self, path: str, choose: Choose, options: dict[str, Any], limit: float) -> np.ndarray | Exception:
+        deadline = time.monotonic() + limit
+        self._to_child.send((path, options, limit))
         while True:
             if not self._from_child.poll(max(deadline - time.monotonic(), 0.0)):
                 raise TimeoutError
@@ -151,12 +157,16 @@ class DecodingProcess:
             if isinstance(reply, tuple):
                 with mmap.mmap(self._frames.fileno(), math.prod(reply), prot=mmap.PROT_READ) as shared:
                     return np.ndarray(reply, np.uint8, shared).copy()
+            answer: list[int] | ClipError
             try:
-                numbers = list(choose(reply))
+                answer = list(choose(reply))
+            except ClipError as error:
+                # The child decides what it means, since it also asks with numbers that it is not sure of.
+                answer = error
             except Exception as error:
                 self._to_child.send(None)
                 return error
-            self._to_child.send(numbers)
+            self._to_child.send(answer)
 
     def _end(self) -> str:
         """Say how the child, which has closed its end of the line, ended."""

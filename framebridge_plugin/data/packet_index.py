@@ -29,14 +29,14 @@ class PacketIndex:
 
     Attributes:
         shown_pts: Presentation times of the frames that are shown, sorted.
-        dts_of_key_pts: Decoding time of each key packet (None if it carries none) by its presentation time.
+        key_pts: Presentation times of the key packets, in the order of the file.
         has_decoding_times: Whether every packet carries a decoding time.
         hides_frames: Whether an edit list hides frames that must be decoded.
         has_open_groups: Whether frames are stored after a key frame and shown before it.
     """
 
     shown_pts: list[int]
-    dts_of_key_pts: dict[int, int | None]
+    key_pts: list[int]
     has_decoding_times: bool
     hides_frames: bool
     has_open_groups: bool
@@ -61,9 +61,8 @@ def packet_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     if codec not in INDEXED_CODECS:
         raise NotIndexedError(f"its codec is {codec}, none of {', '.join(INDEXED_CODECS)}")
     shown_pts: list[int] = []
-    dts_of_key_pts: dict[int, int | None] = {}
+    key_pts: list[int] = []
     has_decoding_times, hides_frames, has_open_groups = True, False, False
-    key_pts: int | None = None
     for packet in container.demux(stream):
         if packet.size == 0:  # The empty packet at the end that flushes a decoder.
             continue
@@ -72,12 +71,11 @@ def packet_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
         if packet.pts is None:
             raise NotIndexedError("a packet of it carries no presentation time")
         if packet.is_keyframe:
-            key_pts = packet.pts
-            dts_of_key_pts[key_pts] = packet.dts
-        if key_pts is None:
+            key_pts.append(packet.pts)
+        if not key_pts:
             raise NotIndexedError("it does not begin with a key frame")
         has_decoding_times &= packet.dts is not None
-        has_open_groups |= packet.pts < key_pts
+        has_open_groups |= packet.pts < key_pts[-1]
         # Edit lists mark what must be decoded but is not shown.
         if packet.is_discard:
             hides_frames = True
@@ -85,8 +83,8 @@ def packet_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
             shown_pts.append(packet.pts)
     shown_pts.sort()
     # Decoders drop what comes before the first key frame, so the packets would count too many.
-    if not shown_pts or shown_pts[0] < next(iter(dts_of_key_pts)):
+    if not shown_pts or shown_pts[0] < key_pts[0]:
         raise NotIndexedError("it does not begin with a key frame")
     if any(a == b for a, b in pairwise(shown_pts)):
         raise NotIndexedError("two of its frames have the same presentation time")
-    return PacketIndex(shown_pts, dts_of_key_pts, has_decoding_times, hides_frames, has_open_groups)
+    return PacketIndex(shown_pts, key_pts, has_decoding_times, hides_frames, has_open_groups)

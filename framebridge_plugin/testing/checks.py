@@ -186,8 +186,8 @@ def _check_prepared(subject: Subject, prepare: Any, models: Mapping[str, Any], *
         stored = torch.load(file, weights_only=True)
     except Exception as error:
         fail(f"{name}: what it returns cannot be precomputed, torch.load refuses it: {error}")
-    tensors = {key: value for key, value in prepared.items() if isinstance(value, torch.Tensor)}
-    require(not (keys := differing_tensors(tensors, stored)), f"{name}: precomputation changes {keys}")
+    before, after = ({k: v for k, v in d.items() if isinstance(v, torch.Tensor)} for d in (prepared, stored))
+    require(not (keys := differing_tensors(before, after)), f"{name}: precomputation changes {keys}")
     return prepared
 
 

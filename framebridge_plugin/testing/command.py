@@ -70,7 +70,8 @@ def run_conformance(
             ) from error
         faults = known_faults_of(specification_class)
         frames, height, width = subject.clip_shape
-        print(f"{subject.name} with {model}, clips of {frames} frames of {height} x {width}")
+        what = "images" if subject.is_image_model else f"clips of {frames} frames"
+        print(f"{subject.name} with {model}, {what} of {height} x {width}")
         results = []
         for name in selected:
             result = run_check(CHECKS[name], subject, faults)

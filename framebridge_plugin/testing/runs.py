@@ -127,7 +127,7 @@ def _train(specification: Any, args: Any) -> tuple[Any, Any, list[float]]:
     trainer = Trainer(args, specification)
     trainer.run()
     network, scheduler = trainer.trained
-    return network, scheduler, trainer.state.train_state.global_avg_losses
+    return network.to("cpu"), scheduler, trainer.state.train_state.global_avg_losses
 
 
 def _checks() -> Iterator[Check]:

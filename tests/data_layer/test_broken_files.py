@@ -10,24 +10,20 @@ import pytest
 import torch
 
 from framebridge_plugin.data import ClipError, read_clip
-from tests.data_layer.broken_files import CLIP, KINDS, Kind
+from tests.data_layer.broken_files import CLIP, KINDS, Kind, write_corpus
 from tests.data_layer.numbered_videos import numbers_in
 
 TIME_LIMIT = 60
 
 
-def read(path: Path, strict: bool = False) -> torch.Tensor:
-    return read_clip(str(path), dataclasses.replace(CLIP, strict=strict), torch.Generator())
-
-
-def assert_is(kind: Kind, path: Path, strict: bool) -> None:
+def assert_is(kind: Kind, path: Path, strict: bool, isolated: bool = False) -> None:
+    settings = dataclasses.replace(CLIP, strict=strict, isolated=isolated)
     fault = kind.fault or (kind.strict_fault if strict else None)
     if fault is None:
-        numbers = numbers_in(read(path, strict))
-        assert tuple(numbers) == kind.frames
+        assert tuple(numbers_in(read_clip(str(path), settings, torch.Generator()))) == kind.frames
         return
     with pytest.raises(ClipError, match=kind.reason) as caught:
-        read(path, strict)
+        read_clip(str(path), settings, torch.Generator())
     assert caught.value.kind == fault
     assert caught.value.path == str(path)
     assert str(path) in str(caught.value)
@@ -40,6 +36,11 @@ def test_what_the_reader_says(tmp_path, name, strict):
     path = tmp_path / "clip.mp4"
     KINDS[name].make(path)
     assert_is(KINDS[name], path, strict)
+
+
+def test_a_child_process_says_the_same(tmp_path):
+    for name, path in write_corpus(tmp_path / "files").items():
+        assert_is(KINDS[name], path, strict=True, isolated=True)
 
 
 def test_an_open_that_would_hang_does_not(tmp_path):

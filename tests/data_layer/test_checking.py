@@ -109,6 +109,9 @@ def test_what_a_clip_does_not_touch_is_found_by_a_full_check(tmp_path, capsys):
 def test_a_decoder_that_crashes_is_a_finding(tmp_path, monkeypatch, capsys):
     (tmp_path / "decord.py").write_text("import os\ndef VideoReader(*arguments, **options): os.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)
+    # Imported afresh here, and the true one again after the test.
+    monkeypatch.setitem(sys.modules, "decord", None)
+    del sys.modules["decord"]
     paths = write_data(tmp_path / "clips", ["whole", "empty", "variable frame rate"])
     assert check_data(content(tmp_path / "clips", decoder="decord"), tmp_path / "list.jsonl", nproc=2) == 1
     found = {entry["path"]: entry["kind"] for entry in lines(tmp_path / "list.jsonl")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from framebridge_plugin.testing import CHECKS, KnownFault, Subject, run_check
 from tests.testing.broken import CASES, LosesAlpha, NoSpecification, Whole
 from tests.tiny_models import make_tiny_latte
 
+RUNS = "run-{lora,full}-{accelerate,ptd}[-precomputed]"
 LOSES_ALPHA = KnownFault("it forgets about alpha", "alpha is lost")
 
 
@@ -29,6 +31,12 @@ def test_a_broken_specification_fails(tmp_path, check, message, broken):
 
 def test_every_check_has_a_specification_that_fails_it():
     assert {check for check, _, _ in CASES} == set(CHECKS)
+
+
+def test_the_documentation_lists_every_check():
+    text = (Path(__file__).parents[2] / "docs/conformance.md").read_text()
+    listed = re.findall(r"^\| `(\S+)` \|", text, flags=re.MULTILINE)
+    assert listed == [*(name for name in CHECKS if not name.startswith("run-")), RUNS]
 
 
 def test_a_known_fault_is_reported_with_its_reason(tmp_path):

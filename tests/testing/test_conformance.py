@@ -1,4 +1,4 @@
-"""Our specifications, and finetrainers' stock CogVideoX, go through the conformance suite."""
+"""Our specifications, and two of finetrainers' own, go through the conformance suite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from framebridge_plugin.training import (
     LatteBridgeSpecification,
     NeuralPriorSpecification,
 )
+from tests.testing.tiny_cogview4 import make_tiny_cogview4
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
 
 register()
 
 from finetrainers.models.cogvideox import CogVideoXModelSpecification  # noqa: E402
+from finetrainers.models.cogview4 import CogView4ModelSpecification  # noqa: E402
 
 SIZE = 32
 
@@ -46,6 +48,15 @@ class TestStockCogVideoX(TinyModel):
     model_name = "cogvideox"
     # finetrainers' CogVideoX specification always pads captions to 226 tokens.
     make_model = partial(make_tiny_cogvideox, sample_size=SIZE, max_text_length=226)
+
+
+class TestStockCogView4(TinyModel):
+    """A model of images: the suite is not for videos alone."""
+
+    specification_class = CogView4ModelSpecification
+    model_name = "cogview4"
+    make_model = partial(make_tiny_cogview4)
+    clip_shape = (1, SIZE, SIZE)
 
 
 class TestLatteBridge(TinyModel):

@@ -104,3 +104,20 @@ def train(
         return subprocess.CompletedProcess(arguments, return_code, out, err)
 
     return run
+
+
+@pytest.fixture
+def precompute(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `finetrainers precompute` in this process, and in others with `--nproc`."""
+
+    def run(*arguments: str, store: str = "store") -> subprocess.CompletedProcess:
+        for name in LAUNCH_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        capfd.readouterr()
+        return_code = main(["precompute", f"--recipe={recipe_file}", f"--output={tmp_path / store}", *arguments])
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, return_code, out, err)
+
+    return run

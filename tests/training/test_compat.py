@@ -16,7 +16,7 @@ import torch
 from framebridge_plugin import register
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.compat import repair_status
-from framebridge_plugin.training.repairs import devices, importing, saving
+from framebridge_plugin.training.repairs import defaults, devices, importing, saving
 from framebridge_plugin.training.repairs.upstream_modules import (
     MISSING_MODULES,
     control_channel_concat,
@@ -283,6 +283,12 @@ def arguments(**values: object) -> BaseArgs:
     for name, value in values.items():
         setattr(args, name, value)
     return args
+
+
+def test_arguments_that_were_never_parsed_have_a_list_of_compile_scopes():
+    args = BaseArgs()
+    assert (args.compile_modules, args.compile_scopes) == ([], [])
+    assert not any(repair.needed() for repair in defaults.REPAIRS)
 
 
 def test_accelerate_with_two_processes_is_refused_with_the_reason(monkeypatch):

@@ -1,4 +1,7 @@
-"""finetrainers' own CogVideoX fine-tune, with its own trainer and data path, works after register()."""
+"""finetrainers' own CogVideoX fine-tune works after register() in a program of its own, and resumes in the next.
+
+That it saves what it has trained, and validates, is the conformance suite's business (tests/testing).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 from tests.training.conftest import command_environment
@@ -29,13 +30,8 @@ def train(folder: Path, *, steps: int, options: tuple[str, ...] = ()) -> dict[st
     """Makes all runs in one new process; returns what each reports."""
     types = ["--text_encoder_dtype", "fp32", "--transformer_dtype", "fp32", "--vae_dtype", "fp32"]
     common = ["--model_name", "cogvideox", "--pretrained_model_name_or_path", str(folder / "model"), *types]
-    common += [
-        "--dataset_config",
-        str(folder / "data.json"),
-        "--validation_dataset_file",
-        str(folder / "prompts.json"),
-    ]
-    common += ["--train_steps", str(steps), "--checkpointing_steps", "1", "--validation_steps", "100", "--seed", "3"]
+    common += ["--dataset_config", str(folder / "data.json")]
+    common += ["--train_steps", str(steps), "--checkpointing_steps", "1", "--seed", "3"]
     common += ["--lr", "1e-3", "--lr_scheduler", "constant", *options]
     command_lines = [[*common, *own, "--output_dir", str(folder / name)] for name, own in RUNS.items()]
     result = subprocess.run(
@@ -57,9 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]
     make_tiny_cogvideox(folder / "model", max_text_length=226)
     clips = make_clips(folder / "clips", count=4, frames=9, size=64, layout="metadata")
     dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
-    prompt = {"caption": "a red square", "num_inference_steps": 1, "num_frames": 9, "height": 64, "width": 64}
     (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
-    (folder / "prompts.json").write_text(json.dumps({"data": [prompt]}))
     begun = train(folder, steps=3)
     for name in RUNS:
         # Whoever starts anew instead of resuming writes this one again.
@@ -85,31 +79,3 @@ def test_it_resumes_where_it_stopped(trained, name):
     assert len(resumed[name]["losses"]) == 5
     steps = sorted(int(path.name.rsplit("_", 1)[1]) for path in (folder / name).glob("finetrainers_step_*"))
     assert steps == [2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if "lora" in name])
-def test_it_saves_the_lora_of_checkpointed_layers(trained, name):
-    folder, _, _ = trained
-    files = [
-        folder / name / "lora_weights" / step / "pytorch_lora_weights.safetensors" for step in ("000003", "000005")
-    ]
-    first, last = (load_file(file) for file in files)
-    assert len(first) == 2 * 4 * 2  # layers x projections x (A, B)
-    assert all(tensor.abs().sum() > 0 for tensor in first.values())
-    assert not any(torch.equal(first[key], last[key]) for key in first)
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if "full" in name])
-def test_it_saves_the_whole_model(trained, name):
-    folder, _, _ = trained
-    file = "transformer/diffusion_pytorch_model.safetensors"
-    base, last = load_file(folder / "model" / file), load_file(folder / name / "model_weights/000005" / file)
-    assert base.keys() == last.keys()
-    assert any(not torch.equal(base[key], last[key]) for key in base)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_it_writes_validation_videos(trained, name):
-    folder, _, _ = trained
-    assert len(list((folder / name).glob("final-3-*.mp4"))) == 1
-    assert len(list((folder / name).glob("final-5-*.mp4"))) == 1
