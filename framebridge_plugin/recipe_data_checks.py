@@ -118,6 +118,10 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
 
 def _sampling_problems(data: DataSection) -> Iterator[Problem]:
     section = "framebridge.data"
+    if data.decoder != "pyav":
+        for name, default in (("strict", False), ("resize", "torch")):
+            if getattr(data, name) != default:
+                yield Problem(f"{section}.{name}", f"does not go with decoder {data.decoder}: remove one of the two")
     if data.frame_sampling == "stride":
         if data.window_frames is not None:
             yield Problem(f"{section}.window_frames", "has no effect with frame_sampling stride: set it to linspace")

@@ -43,6 +43,16 @@ class DataSection(Section):
     )
     window: Literal["random", "start"] = Field(default="random", description="where in the file the clip begins")
     horizontal_flip: bool = Field(default=False, description="mirror every other clip, at random")
+    decoder: Literal["pyav", "decord", "torchcodec"] = Field(
+        default="pyav", description="what reads the videos; the others refuse files that they read wrongly"
+    )
+    strict: bool = Field(default=False, description="damaged pictures are errors; pyav only")
+    resize: Literal["torch", "decoder"] = Field(
+        default="torch", description="torch: antialiased; decoder: FFmpeg's filter, cheaper, other pixels; pyav only"
+    )
+    isolated: bool = Field(
+        default=False, description="a child process decodes: one that crashes or hangs costs a clip and not the run"
+    )
     id_token: str | None = Field(default=None, description="put in front of every caption; CogVideoX only")
 
 

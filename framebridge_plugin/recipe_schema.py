@@ -106,6 +106,7 @@ class Recipe(Section):
         entry |= {key: str(Path(path).absolute()) for key, path in paths.items() if path is not None}
         entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
         clip = {"frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip", "id_token"}
+        clip |= {"decoder", "strict", "resize", "isolated"}
         entry |= data.model_dump(include=clip, exclude_none=True)
         return {"datasets": [entry], "bad_files": bad_files}
 

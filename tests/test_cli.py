@@ -34,7 +34,11 @@ def recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["convert", "--help"], ["--version"]]
+    "arguments",
+    [
+        *(["--help"], ["train", "--help"], ["sample", "--help"], ["convert", "--help"], ["--version"]),
+        *(["data", "check", "--help"], ["prepare", "ucf101", "--help"]),
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (

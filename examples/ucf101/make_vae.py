@@ -27,9 +27,10 @@ ensure_torchvision_operators()
 from diffusers import AutoencoderKL  # noqa: E402
 
 from framebridge_plugin.data import read_frames  # noqa: E402
+from framebridge_plugin.resizing import resize_and_crop  # noqa: E402
 
 STEPS, LEARNING_RATE, BATCH = 2500, 2e-3, 32
-CROP, SIDE = 32, 48  # pixels of a training picture in the first four fifths of the updates, and after them
+SIDE = 32  # pixels of a picture, as the recipes read it
 KL_WEIGHT = 1e-4
 RECOLOUR = ((0.7, 1.3), (-0.2, 0.2))  # ranges of each channel's factor and of what is added to it
 FRAME_STEP = 3  # neighbouring frames are nearly the same picture
@@ -59,22 +60,22 @@ def load_frames(folder: Path) -> dict[str, torch.Tensor]:
     return {path.stem: read_frames(str(path), lambda count: range(0, count, FRAME_STEP)) for path in paths}
 
 
-def draw_pictures(frames_BCHW: torch.Tensor, side: int, draw: random.Random) -> torch.Tensor:
+def draw_pictures(frames_BCHW: torch.Tensor, draw: random.Random) -> torch.Tensor:
     """Draw square cut-outs, half of them mirrored and half of them recoloured: five shots have few palettes.
 
     Args:
         frames_BCHW: Bytes.
-        side: Height and width of a cut-out in pixels.
         draw: Source of every random choice.
 
     Returns:
-        Pixels [BATCH, 3, side, side] in [-1, 1].
+        Pixels [BATCH, 3, SIDE, SIDE] in [-1, 1].
     """
     pictures = []
     for _ in range(BATCH):
         frame = frames_BCHW[draw.randrange(len(frames_BCHW))]
-        top, left = draw.randint(0, frame.shape[1] - side), draw.randint(0, frame.shape[2] - side)
-        picture = frame[:, top : top + side, left : left + side].float() / 127.5 - 1.0
+        size = draw.randint(SIDE, frame.shape[1])
+        top, left = draw.randint(0, frame.shape[1] - size), draw.randint(0, frame.shape[2] - size)
+        picture = resize_and_crop(frame[None, :, top : top + size, left : left + size], SIDE, SIDE)[0] * 2.0 - 1.0
         if draw.random() < 0.5:
             picture = picture.flip(2)
         if draw.random() < 0.5:
@@ -133,7 +134,7 @@ def train(frames_BCHW: torch.Tensor) -> AutoencoderKL:
     for step in range(STEPS):
         rate = LEARNING_RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS)) + 1e-5
         optimizer.param_groups[0]["lr"] = rate
-        pictures = draw_pictures(frames_BCHW, CROP if step < 0.8 * STEPS else SIDE, draw)
+        pictures = draw_pictures(frames_BCHW, draw)
         # The posterior is drawn by hand, in float32: under autocast its variance can overflow.
         with torch.autocast("cpu", torch.bfloat16):
             moments = vae.encode(pictures).latent_dist.parameters
@@ -164,10 +165,9 @@ def train(frames_BCHW: torch.Tensor) -> AutoencoderKL:
     return average.eval()
 
 
-def central_square(frames_BCHW: torch.Tensor) -> torch.Tensor:
-    """Pixels of the central square in [-1, 1], which is what the recipes read."""
-    left = (frames_BCHW.shape[3] - SIDE) // 2
-    return frames_BCHW[..., left : left + SIDE].float() / 127.5 - 1.0
+def as_read(frames_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] as the recipes read them: resized, and the central square."""
+    return resize_and_crop(frames_BCHW, SIDE, SIDE) * 2.0 - 1.0
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def heldout_psnr(vae: AutoencoderKL, clips: dict[str, torch.Tensor]) -> dict[str
     """PSNR in dB of the reconstruction from the posterior's mean, by group: the mean over the group's clips."""
     values: dict[str, list[float]] = {}
     for name, frames in clips.items():
-        pixels = central_square(frames)
+        pixels = as_read(frames)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1.0, 1.0)
         group = name.split("_")[2]
         values.setdefault(group, []).append(-10.0 * math.log10(((decoded - pixels) / 2.0).square().mean().item()))
@@ -194,7 +194,7 @@ def main() -> None:
     frames_BCHW = torch.cat(list(load_frames(arguments.clips).values()))
     vae = train(frames_BCHW)
     with torch.no_grad():
-        latents = vae.encode(central_square(frames_BCHW[::10])).latent_dist.mode()
+        latents = vae.encode(as_read(frames_BCHW[::10])).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
     vae.half().save_pretrained(arguments.output)
 

@@ -62,12 +62,12 @@ def camera_path(class_name: str, width: int, height: int, draw: random.Random) -
     aspect = WIDTH / HEIGHT
     steps = np.arange(CLIP_LENGTH)
     if class_name.startswith("Zoom"):
-        tallest = min(height, width / aspect) * draw.uniform(0.8, 1.0)
+        tallest = min(height, width / aspect) * draw.uniform(0.5, 0.75)
         heights = tallest * ZOOM_STEP ** -(steps if class_name == "ZoomIn" else steps[::-1])
         centre_x = draw.uniform(tallest * aspect / 2, width - tallest * aspect / 2) + 0 * steps
         centre_y = draw.uniform(tallest / 2, height - tallest / 2) + 0 * steps
     else:
-        visible = height * draw.uniform(0.45, 0.65)
+        visible = height * draw.uniform(0.35, 0.55)
         heights = np.full(CLIP_LENGTH, visible)
         towards_x, towards_y = {"PanLeft": (-1, 0), "PanRight": (1, 0), "PanUp": (0, -1), "PanDown": (0, 1)}[
             class_name

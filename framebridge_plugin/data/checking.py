@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +167,14 @@ class _Progress:
 
 
 def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
-    loader = DataLoader(rows, CLIPS_AT_A_TIME, sampler=range(start, len(rows)), num_workers=nproc, collate_fn=list)
+    loader = DataLoader(
+        rows,
+        CLIPS_AT_A_TIME,
+        sampler=range(start, len(rows)),
+        num_workers=nproc,
+        collate_fn=list,
+        worker_init_fn=_leave_interrupts_to_main_process,
+    )
     bad = 0
     with tqdm(total=len(rows), initial=start, desc="Checking", unit="clip") as bar:
         try:
@@ -182,6 +190,11 @@ def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]
                 "a reading process was killed, probably for lack of memory; the same command goes on, with a smaller "
                 "--nproc if need be"
             ) from error
+
+
+def _leave_interrupts_to_main_process(worker: int) -> None:
+    # Ctrl-C in a terminal reaches every process. The children that decode inherit this, also while they start.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _table(bad_files: Sequence[Mapping[str, Any]], clips: int, output: Path) -> Iterator[str]:

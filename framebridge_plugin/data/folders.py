@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 
 from framebridge_plugin.data.captions import clean_caption
 from framebridge_plugin.data.clips import ClipSettings
@@ -68,6 +69,13 @@ class ClipIndex(Sequence[tuple[str, str]]):
         columns = self._rows.select_columns(["path", self._caption_column]).with_format("arrow")
         for batch in columns.iter(batch_size=size):
             yield batch["path"].to_pylist(), [self._caption(text) for text in batch[self._caption_column].to_pylist()]
+
+    def common_folder(self) -> str:
+        """The innermost folder that all files lie in."""
+        paths = self._rows.select_columns("path").with_format("arrow").iter(batch_size=65_536)
+        bounds = [pc.min_max(batch["path"]).as_py() for batch in paths]
+        ends = [min(bound["min"] for bound in bounds), max(bound["max"] for bound in bounds)]
+        return os.path.dirname(os.path.commonprefix(ends))
 
     def distinct_captions(self) -> Iterator[str]:
         """Yields every caption that occurs, without reading millions of rows one by one."""

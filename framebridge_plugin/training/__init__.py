@@ -1,4 +1,4 @@
-"""The only place that imports finetrainers: what makes it work today, our specifications and our trainer.
+"""What makes finetrainers work today, our specifications and our trainer; only `testing` imports finetrainers too.
 
 The attributes load on first use, after `registration.register()` has made finetrainers importable.
 """

@@ -64,9 +64,7 @@ def data_fingerprint(index: ClipIndex, settings: ClipSettings) -> dict[str, Any]
         "captions", in order; "file_sizes", a digest of the sizes of at most 64 of them, evenly spread; and "clip",
         what of the settings changes pixels.
     """
-    bounds = [(min(paths), max(paths)) for paths, _ in index.batches()]
-    lowest, highest = (choose(bound[side] for bound in bounds) for side, choose in enumerate((min, max)))
-    start = len(os.path.dirname(os.path.commonprefix([lowest, highest])))
+    start = len(index.common_folder())
     files, captions = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for paths, texts in index.batches():
         files.update("\0".join([*(path[start:] for path in paths), ""]).encode())

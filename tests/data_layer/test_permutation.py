@@ -15,9 +15,12 @@ def test_every_number_comes_once(size):
     order = KeyedPermutation(size, 1, 0)
     assert sorted(order[position] for position in range(size)) == list(range(size))
     assert len(order) == size
+    assert [order.index(order[position]) for position in range(size)] == list(range(size))
     for outside in (-1, size):
         with pytest.raises(IndexError):
             order[outside]
+        with pytest.raises(ValueError):
+            order.index(outside)
 
 
 def test_it_depends_on_the_key_alone():

@@ -47,6 +47,24 @@ def test_dataset_json(minimal, tmp_path):
     assert "data.json is missing" in problems_of(minimal, *use_table)[0]
 
 
+def test_decoders(minimal):
+    section = "framebridge.data"
+    ours = [
+        f"{section}.decoder=pyav",
+        f"{section}.strict=true",
+        f"{section}.resize=decoder",
+        f"{section}.isolated=true",
+    ]
+    entry = load_recipe(minimal, ours).dataset_config()["datasets"][0]
+    assert [entry[name] for name in ("decoder", "strict", "resize", "isolated")] == ["pyav", True, "decoder", True]
+    problems = problems_of(minimal, *ours, f"{section}.decoder=decord")
+    assert [problem.split(": ")[1] for problem in problems] == [f"{section}.resize", f"{section}.strict"]
+    assert all("does not go with decoder decord" in problem for problem in problems)
+    load_recipe(minimal, [f"{section}.decoder=decord", f"{section}.isolated=true"])
+    (problem,) = problems_of(minimal, f"{section}.decoder=ffmpeg")
+    assert "should be 'pyav', 'decord' or 'torchcodec', not 'ffmpeg'" in problem
+
+
 def test_bad_files(minimal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     section = "framebridge.bad_files"

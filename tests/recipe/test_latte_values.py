@@ -77,6 +77,10 @@ def test_dataset_config_of_class_folders(latte, tmp_path):
         "window_frames": 8,
         "window": "random",
         "horizontal_flip": True,
+        "decoder": "pyav",
+        "strict": False,
+        "resize": "torch",
+        "isolated": False,
     }
 
 
@@ -119,10 +123,10 @@ def test_the_parser_sees_every_value_of_the_section(kind, latte, parse, tmp_path
     assert "--pretrained_model_name_or_path=" in argv
     args = parse([*argv, *recipe.objective_argv()])
     assert (args.model_name, args.pretrained_model_name_or_path) == (recipe.model.model_name, "")
-    assert (args.latte_size, args.neural_prior) == (recipe.framebridge.latte_size, None)
+    assert (args.latte_size, args.neural_prior, args.precomputed) == (recipe.framebridge.latte_size, None, None)
     settings = dataclasses.asdict(args.framebridge_objective) | dataclasses.asdict(args.framebridge_trainer)
     assert settings == recipe.framebridge.model_dump(include=set(settings))
-    sent = set(settings) | {"latte_size", "neural_prior", "data", "bad_files"}
+    sent = set(settings) | {"latte_size", "neural_prior", "precomputed", "data", "bad_files"}
     assert sent == set(FrameBridgeSection.model_fields)
 
 

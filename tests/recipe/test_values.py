@@ -114,6 +114,10 @@ def test_dataset_config_has_absolute_paths(minimal, tmp_path, monkeypatch):
                 "frame_stride": 2,
                 "window": "random",
                 "horizontal_flip": False,
+                "decoder": "pyav",
+                "strict": False,
+                "resize": "torch",
+                "isolated": False,
                 "id_token": "T",
             }
         ],
