@@ -34,7 +34,8 @@ def launch(arguments: Sequence[str], count: int) -> int:
     Raises:
         FrameBridgeError: If a process was killed.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
     environment = os.environ | {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from framebridge_plugin.data.class_folders import class_names
+from framebridge_plugin.data.csv_files import csv_files
+from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.folder_checks import read_json, writing_problem
+from framebridge_plugin.folder_checks import local_path, read_json, writing_problem
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe_data_sections import BadFilesSection, DataSection
 from framebridge_plugin.recipe_problem import Problem
@@ -98,6 +100,8 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
         found = " and ".join(sorted(given)) or "none of them"
         yield Problem(section, f"give either data_root, or class_root, or csv with video_root, not {found}")
     for name in sorted(given - {"csv"}):
+        if name == "data_root" and local_path(data.data_root or "") is None:
+            continue  # on the hub: found, or not, when the data is read
         folder = Path(getattr(data, name))
         if not folder.is_dir():
             yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
@@ -108,12 +112,36 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
                 class_names(folder)
             except FrameBridgeError as error:
                 yield Problem(f"{section}.{name}", str(error), on_disk=True)
-    if data.csv is not None:
-        table = Path(data.csv)
+    yield from _split_problems(data)
+    if data.csv is None:
+        if data.refresh_index:
+            yield Problem(f"{section}.refresh_index", "has an effect with csv only: remove it")
+        return
+    try:
+        tables = csv_files(data.csv)
+    except FrameBridgeError as error:
+        yield Problem(f"{section}.csv", str(error), on_disk=True)
+        return
+    for table in tables:
         if problem := _file_problem(table):
             yield Problem(f"{section}.csv", problem, on_disk=True)
         elif problem := _columns_problem(table, {"videoid", "name"}):
             yield Problem(f"{section}.csv", problem)
+
+
+def _split_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    if data.split == "all":
+        for name, default in (("fold", 1), ("splits_dir", None)):
+            if getattr(data, name) != default:
+                yield Problem(f"{section}.{name}", "has no effect with split all: set split to train or test")
+    elif data.class_root is None:
+        yield Problem(f"{section}.split", "has an effect with class_root only: remove it")
+    else:
+        lists = Path(data.splits_dir) if data.splits_dir else Path(data.class_root).absolute().parent / SPLITS_FOLDER
+        file = lists / f"{data.split}list{data.fold:02}.txt"
+        if not file.is_file():
+            yield Problem(f"{section}.splits_dir", f"no such file: {file}", on_disk=True)
 
 
 def _sampling_problems(data: DataSection) -> Iterator[Problem]:

@@ -21,15 +21,29 @@ class DataSection(Section):
     """One data set, and the shape of its clips; paths are relative to the working directory."""
 
     data_root: PathText | None = Field(
-        default=None, description="folder of clips and captions in one of finetrainers' layouts"
+        default=None,
+        description="folder of clips and captions in one of finetrainers' layouts, or id of one on the hub",
     )
     class_root: PathText | None = Field(
         default=None, description="folder with one folder of videos per class (UCF-101): its name is their caption"
     )
-    csv: PathText | None = Field(
-        default=None, description="table with the columns videoid and name (WebVid); needs video_root"
+    split: Literal["all", "train", "test"] = Field(
+        default="all", description="of class_root: a half of one of UCF-101's official folds, or all"
     )
-    video_root: PathText | None = Field(default=None, description="folder that holds <videoid>.mp4")
+    fold: Literal[1, 2, 3] = Field(default=1, description="which fold; with split train or test only")
+    splits_dir: PathText | None = Field(
+        default=None, description="folder with trainlist01.txt and so on; none: ucfTrainTestlist beside class_root"
+    )
+    csv: PathText | None = Field(
+        default=None,
+        description="WebVid's table (columns videoid and name), a folder of its parts, or a pattern; needs video_root",
+    )
+    video_root: PathText | None = Field(
+        default=None, description="folder that holds <videoid>.mp4 or <page_dir>/<videoid>.mp4"
+    )
+    refresh_index: bool = Field(
+        default=False, description="look for the videos of the csv again; else only if table or video_root changed"
+    )
     num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
     height: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
     width: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")

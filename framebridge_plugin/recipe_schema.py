@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from framebridge_plugin.folder_checks import local_path
 from framebridge_plugin.recipe_sections import (
     MODEL_DEFAULTS,
     AttentionSection,
@@ -102,8 +103,12 @@ class Recipe(Section):
                 raise ValueError("the recipe names no data: give framebridge.data, or dataset.dataset_config")
             return {"bad_files": bad_files} | json.loads(Path(self.dataset.dataset_config).read_text(encoding="utf-8"))
         entry: dict[str, Any] = {"dataset_type": "video"}
-        paths = {name: getattr(data, name) for name in ("data_root", "class_root", "csv", "video_root")}
-        entry |= {key: str(Path(path).absolute()) for key, path in paths.items() if path is not None}
+        paths = {name: getattr(data, name) for name in ("data_root", "class_root", "splits_dir", "csv", "video_root")}
+        entry |= {key: _absolute(path) for key, path in paths.items() if path is not None}
+        if data.class_root is not None and data.split != "all":
+            entry |= {"split": data.split, "fold": data.fold}
+        if data.refresh_index:
+            entry["refresh_index"] = True
         entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
         clip = {"frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip", "id_token"}
         clip |= {"decoder", "strict", "resize", "isolated"}
@@ -172,3 +177,8 @@ class Recipe(Section):
 
 
 _SECRETS: dict[str, Any] = {"hub": {"hub_token": True}}
+
+
+def _absolute(source: str) -> str:
+    """A folder's whole path, since the file that names it lies elsewhere; a hub id as it is."""
+    return source if local_path(source) is None else str(Path(source).absolute())

@@ -11,6 +11,6 @@ _cache = tempfile.TemporaryDirectory(prefix="framebridge-tests-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 # Tests import diffusers directly, as a user's program would after importing our pipeline.
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+from framebridge_plugin.torchvision_repair import ensure_torchvision_operators  # noqa: E402
 
 ensure_torchvision_operators()

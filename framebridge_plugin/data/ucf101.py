@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from framebridge_plugin.data.building import build_or_open
 from framebridge_plugin.data.class_folders import index_class_folders
-from framebridge_plugin.data.ucf101_classes import ucf101_class_names
+from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, ucf101_class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def load_ucf101(
     folder = Path(root).expanduser().absolute()
     files, labels = index_class_folders(folder)
     if split != "all":
-        lists = folder.parent / "ucfTrainTestlist" if splits_dir is None else Path(splits_dir).expanduser().absolute()
+        lists = folder.parent / SPLITS_FOLDER if splits_dir is None else Path(splits_dir).expanduser().absolute()
         wanted = _read_list(lists / f"{split}list{fold:02}.txt")
         # Without regard to case: the archive's list and folder do not always agree (HandstandPushups).
         chosen = [number for number, file in enumerate(files) if file.lower() in wanted]

@@ -6,6 +6,8 @@ import os
 
 from framebridge_plugin.data.class_folders import class_names
 
+SPLITS_FOLDER = "ucfTrainTestlist"
+
 # In the order of the folder names' code points, which is the order of the labels in the authors' checkpoints. The
 # archive's classInd.txt counts from 1 and has Hammering before HammerThrow and JumpingJack before JumpRope.
 UCF101_CLASSES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framebridge_plugin.data.building import build_or_open, file_stamp
+from framebridge_plugin.data.csv_files import csv_files
 from framebridge_plugin.data.csv_tables import csv_header, read_text_columns
 from framebridge_plugin.errors import FrameBridgeError
 
@@ -57,7 +57,7 @@ def load_webvid(
     Raises:
         FrameBridgeError: A file or folder is missing or damaged, a column is missing, or no row has a video.
     """
-    files = _csv_files(csv)
+    files = csv_files(csv)
     root = Path(video_root).expanduser().absolute()
     if not root.is_dir():
         raise FrameBridgeError(f"video_root {root} is not an existing folder")
@@ -69,21 +69,6 @@ def load_webvid(
         video_root=str(root),
         stamps=tuple(map(file_stamp, [*files, root])),
     )
-
-
-def _csv_files(csv: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    given = [csv] if isinstance(csv, str | os.PathLike) else list(csv)
-    files: list[Path] = []
-    for item in given:
-        path = Path(item).expanduser().absolute()
-        if path.is_dir():
-            found = sorted(path.glob("*.csv"))
-        else:
-            found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
-        if not found:
-            raise FrameBridgeError(f"csv {path} is not an existing file, a folder of .csv files, or a pattern of some")
-        files += found
-    return files
 
 
 @dataclass

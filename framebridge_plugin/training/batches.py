@@ -13,7 +13,8 @@ from finetrainers.data import initialize_preprocessor
 from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
-from framebridge_plugin.training.latent_store import LatentStore, StoredStream
+from framebridge_plugin.training.latent_store import LatentStore
+from framebridge_plugin.training.stored_stream import StoredStream
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):

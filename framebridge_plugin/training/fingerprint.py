@@ -102,6 +102,18 @@ def component_fingerprint(folder: Path) -> dict[str, str]:
         raise FrameBridgeError(f"cannot read {folder}: {error}; check that it is a whole model") from error
 
 
+def short_digest(value: Any) -> str:
+    """A digest that fits into an error's line.
+
+    Args:
+        value: What JSON can say.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return _digest(json.dumps(value, sort_keys=True).encode())[:16]
+
+
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """Compares two fingerprints.
 

@@ -91,7 +91,6 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
 def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int | None, processes: _Processes) -> _Job:
     """Everything before the first file is written."""
     args = _parse_arguments(recipe)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     datasets = index_datasets(recipe.dataset_config(), "the recipe's data")
     specification = build_specification(recipe, args)

@@ -61,6 +61,7 @@ class FrameBridgeTrainer(SFTTrainer):
     - `_save_lora_weights(..., extra_state_dict=...)`: also takes the trained weights that are no LoRA layers, under
       the network's own names;
     - `precomputation_facts()`: what its latents and embeddings depend on, without which none can be precomputed;
+    - `resume_settings()`: what a resumed run must have in common with the stored one, by name, besides the objective;
     - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
 
     Args:
@@ -154,6 +155,8 @@ class FrameBridgeTrainer(SFTTrainer):
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
             settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
+        if hasattr(self.model_specification, "resume_settings"):
+            settings |= self.model_specification.resume_settings()
         self.checkpointer = Checkpointer(
             Path(self.args.output_dir),
             self.transformer,

@@ -9,6 +9,7 @@ import logging
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from framebridge_plugin.data import UCF101_CLASSES, ClipSettings, index_dataset, load_dataset_config
@@ -276,7 +277,7 @@ def test_missing_or_empty_sources_are_refused_in_one_line(tmp_path):
     entry = webvid(tmp_path, ["1", "2"], ["a", "b"])
     with pytest.raises(FrameBridgeError, match="none of its 2 rows has both a caption and a file"):
         index_dataset(entry, tmp_path)
-    with pytest.raises(FrameBridgeError, match="csv .*other.csv is not an existing file"):
+    with pytest.raises(FrameBridgeError, match="no such file: .*other.csv"):
         index_dataset({**entry, "csv": "other.csv"}, tmp_path)
     with pytest.raises(FrameBridgeError, match="video_root .*results.csv is not an existing folder"):
         index_dataset({**entry, "video_root": "results.csv"}, tmp_path)
@@ -313,3 +314,17 @@ def test_ucf101_has_its_101_classes_in_the_order_of_its_folders(tmp_path):
     assert UCF101_CLASSES[0] == "ApplyEyeMakeup"
     assert UCF101_CLASSES[34:36] == ("HammerThrow", "Hammering")
     assert UCF101_CLASSES[100] == "YoYo"
+
+
+def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "datasets--someone--clips"
+    metadata_csv_folder = stored / "snapshots" / "abc"
+    touch(metadata_csv_folder, *(f"clips/{number}.mp4" for number in range(len(CAPTIONS))))
+    metadata_csv(metadata_csv_folder)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("abc")
+    rows = index_dataset({"data_root": "someone/clips"})
+    assert rows[0] == (str(metadata_csv_folder / "clips/0.mp4"), CLEAN[0])
+    with pytest.raises(FrameBridgeError, match=r"'someone/others' is neither a folder nor to be had from the hub"):
+        index_dataset({"data_root": "someone/others"})

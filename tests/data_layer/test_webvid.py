@@ -118,7 +118,7 @@ def test_a_worker_gets_the_index_by_its_path(corpus):
 @pytest.mark.parametrize(
     ("table", "videos", "message"),
     [
-        ("none.csv", "videos", "is not an existing file"),
+        ("none.csv", "videos", "no such file: "),
         ("results.csv", "none", "is not an existing folder"),
         ("no_name.csv", "videos", "has no column name; its columns are videoid, caption"),
         ("empty.csv", "videos", "has no column videoid and no name; its columns are none"),

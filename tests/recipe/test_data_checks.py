@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from framebridge_plugin.data import index_dataset
 from framebridge_plugin.recipe import load_recipe
 from tests.cogvideox_files import write_webvid
 from tests.recipe.helpers import problems_of
@@ -25,6 +26,53 @@ def test_webvid_layout(minimal, tmp_path):
     table.write_text("")
     (videos / "1.mp4").unlink()
     assert ["is empty" in problem for problem in problems_of(minimal, *ours)] == [True, True]
+
+
+def test_webvid_in_parts(minimal, tmp_path):
+    table, videos = write_webvid(tmp_path / "webvid")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    table.rename(parts / "part_1.csv")
+    section = "framebridge.data"
+    ours = [f"{section}.data_root=null", f"{section}.video_root={videos}", f"{section}.refresh_index=true"]
+    for given in (parts, parts / "part_*.csv"):
+        (entry,) = load_recipe(minimal, [*ours, f"{section}.csv={given}"]).dataset_config()["datasets"]
+        assert (entry["csv"], entry["refresh_index"]) == (str(given), True)
+        assert len(index_dataset(entry)) == 1
+    (problem,) = problems_of(minimal, *ours, f"{section}.csv={parts}/q_*.csv")
+    assert f"{section}.csv: no such file: {parts}/q_*.csv" in problem
+    (problem,) = problems_of(minimal, f"{section}.refresh_index=true")
+    assert "refresh_index: has an effect with csv only" in problem
+
+
+def test_folds_of_ucf101(minimal, tmp_path):
+    root, lists = tmp_path / "UCF-101", tmp_path / "lists"
+    (root / "YoYo").mkdir(parents=True)
+    lists.mkdir()
+    (root / "YoYo" / "v_YoYo_g01_c01.avi").touch()
+    (lists / "testlist02.txt").write_text("YoYo/v_YoYo_g01_c01.avi\n")
+    section = "framebridge.data"
+    ours = [f"{section}.data_root=null", f"{section}.class_root={root}"]
+    fold = [f"{section}.split=test", f"{section}.fold=2"]
+    (entry,) = load_recipe(minimal, ours).dataset_config()["datasets"]
+    assert "split" not in entry
+    (entry,) = load_recipe(minimal, [*ours, *fold, f"{section}.splits_dir={lists}"]).dataset_config()["datasets"]
+    assert (entry["split"], entry["fold"], entry["splits_dir"]) == ("test", 2, str(lists))
+    assert [caption for _, caption in index_dataset(entry)] == ["YoYo"]
+    for overrides, message in (
+        ([*ours, *fold], f"splits_dir: no such file: {tmp_path}/ucfTrainTestlist/testlist02.txt"),
+        ([*ours, fold[1]], "fold: has no effect with split all"),
+        ([*ours, f"{section}.splits_dir={lists}"], "splits_dir: has no effect with split all"),
+        ([fold[0]], "split: has an effect with class_root only"),
+        ([*ours, f"{section}.fold=4"], "fold: should be 1, 2 or 3, not 4"),
+    ):
+        (problem,) = problems_of(minimal, *overrides)
+        assert message in problem
+
+
+def test_data_on_the_hub(minimal):
+    (entry,) = load_recipe(minimal, ["framebridge.data.data_root=someone/clips"]).dataset_config()["datasets"]
+    assert entry["data_root"] == "someone/clips"
 
 
 def test_dataset_json(minimal, tmp_path):

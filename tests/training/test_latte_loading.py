@@ -216,6 +216,27 @@ def test_it_goes_on_from_a_model_with_the_objective_of_the_recipe(models, base, 
     assert backbone.config.prediction_type == "epsilon"
 
 
+def test_a_resumed_run_has_to_have_the_same_clips_classes_and_neural_prior(models, tmp_path):
+    def settings(**changes: Any) -> dict[str, str]:
+        return make_from_scratch("bridge", models, latte_size="S/8", **changes).resume_settings()
+
+    plain, on_prior = settings(), settings(neural_prior=str(models / "neural_prior"))
+    assert plain["clips"] == "4 frames of 64 x 64"
+    assert plain["classes"].startswith("4, ")
+    assert {name: on_prior[name] for name in plain} == plain
+    assert plain.keys() ^ on_prior.keys() == {"neural_prior"}
+    shutil.copytree(models / "neural_prior", tmp_path / "moved")
+    assert settings(neural_prior=str(tmp_path / "moved")) == on_prior
+    make_tiny_latte(tmp_path / "other", "neural_prior", seed=5)
+    for changes, name in (
+        ({"clip_shape": (5, 64, 64)}, "clips"),
+        ({"class_names": [*CLASS_NAMES[1:], CLASS_NAMES[0]]}, "classes"),
+        ({"neural_prior": str(tmp_path / "other")}, "neural_prior"),
+    ):
+        before = on_prior if name == "neural_prior" else plain
+        assert {key for key, value in settings(**changes).items() if before[key] != value} == {name}
+
+
 @KINDS
 def test_it_validates_from_an_image_and_a_class(models, kind):
     specification = make_latte_specification(kind, models / kind)

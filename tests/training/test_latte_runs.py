@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
@@ -80,6 +80,21 @@ def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path,
     pipeline = open_pipeline(str(tmp_path / "whole"))
     result = pipeline(image=Image.open(inputs / "red.png"), class_label="down", num_inference_steps=1)
     assert [frame.size for frame in result.frames[0]] == [(64, 64)] * 4
+
+
+def test_a_resume_on_another_neural_prior_is_refused(train, inputs, tmp_path):
+    """Under the same name: the checkpoint does not hold it."""
+    prior = make_tiny_latte(tmp_path / "prior", "neural_prior")
+    chosen = (*options(inputs, "bridge_neural_prior"), f"framebridge.neural_prior={prior}")
+    resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=3")
+    assert succeeded(train(*chosen, "optimization.train_steps=2"))
+    file = prior / "neural_prior/diffusion_pytorch_model.safetensors"
+    changed = {name: tensor + 0.01 for name, tensor in load_file(file).items()}
+    file.unlink()  # a hard link of it is part of the run's model
+    save_file(changed, file)
+    refused = train(*chosen, *resume)
+    assert refused.returncode == 1
+    assert "it was trained with neural_prior 'of digest " in refused.stderr.strip().splitlines()[-1]
 
 
 def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):

@@ -11,14 +11,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from framebridge_plugin.data import ClipIndex
 from framebridge_plugin.training import LatteBridgeSpecification
 from framebridge_plugin.training.latent_store import LatentStore, read_manifest
+from framebridge_plugin.training.precompute import Captions
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import command_environment
 from tests.training.test_training_runs import succeeded
@@ -109,6 +112,18 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
     assert json.loads((store / "versions.json").read_text())["torch"]
     # safetensors makes files that nobody else can read.
     assert {path.stat().st_mode for path in files(store)} == {(store / "recipe.yaml").stat().st_mode}
+
+
+def test_captions_of_several_data_sets_have_one_numbering():
+    texts = [["b", "a", "b"], ["c", "a", "", "d"]]
+    tables = [datasets.Dataset.from_dict({"path": captions, "caption": captions}) for captions in texts]
+    captions = Captions(
+        [ClipIndex(table, "caption", id_token=token) for table, token in zip(tables, (None, "x"), strict=False)]
+    )
+    distinct = ["", "a", "b", "x ", "x a", "x c", "x d"]
+    assert sorted(captions.text(number) for number in range(len(captions))) == distinct
+    assert [captions.text(captions.number(caption)) for caption in distinct] == distinct
+    assert captions.rows == 7
 
 
 def test_several_processes_write_what_one_does_and_variants_can_be_added(recipe_file, precompute, tmp_path):

@@ -17,10 +17,8 @@ from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.training.objective import (
-    ObjectiveSettings,
-    build_scheduler,
-)
+from framebridge_plugin.training.fingerprint import component_fingerprint, short_digest
+from framebridge_plugin.training.objective import ObjectiveSettings, build_scheduler
 from framebridge_plugin.training.registration import parsed_arguments
 from framebridge_plugin.training.specifications.latte_common import LatteSpecification
 from framebridge_plugin.training.specifications.latte_networks import (
@@ -225,6 +223,21 @@ class LatteBridgeSpecification(LatteSpecification):
             # The trainers move only the models that they know.
             prior.to(still_BFChw.device)
         return call_latte(prior, still_BFChw, None, labels_B)
+
+    def resume_settings(self) -> dict[str, str]:
+        """As for every Latte, and the frozen neural prior, which the checkpoint of a run does not hold.
+
+        Returns:
+            "clips" and "classes", and "neural_prior", a digest of its config and weights, if there is one.
+
+        Raises:
+            FrameBridgeError: If a file of the neural prior cannot be read.
+        """
+        settings = super().resume_settings()
+        if self._blank_network.takes_neural_prior:
+            files = component_fingerprint(self._component_folder(*self._prior_source()))
+            settings[_NEURAL_PRIOR] = f"of digest {short_digest(files)}"
+        return settings
 
     # Validation and saving
 

@@ -23,7 +23,7 @@ from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import local_folder, save_lora_folder, save_model_folder
-from framebridge_plugin.training.fingerprint import component_fingerprint
+from framebridge_plugin.training.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
 from framebridge_plugin.training.specifications.samples import (
     caption_or_empty,
@@ -164,6 +164,21 @@ class LatteSpecification(LatteLoading):
         return {"class_labels": [int(item["class_labels"]) for item in data]}
 
     # Checks before the first step
+
+    def resume_settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with the stored one, and its weights do not tell.
+
+        Positions are computed for any size, and classes are numbers to the network.
+
+        Returns:
+            "clips" and "classes", short enough for an error's line.
+        """
+        config = self.transformer_config
+        height, width = (size * self._vae_scale for size in (config.sample_height, config.sample_width))
+        return {
+            "clips": f"{config.num_frames} frames of {height} x {width}",
+            "classes": f"{config.num_classes}, names of digest {short_digest(config.class_names)}",
+        }
 
     def check_datasets(self, datasets: Iterable[tuple[ClipIndex, ClipSettings]]) -> None:
         """Refuses data that the network is not for.
