@@ -161,8 +161,8 @@ def make_tiny_latte(
         num_frames: Frames of the video.
         size: Height and width in pixels, or one number for both.
         compression: Pixels per latent row and column: 4 (three blocks in the autoencoder) or 8 (four).
-        seed: Seed of the transformer's weights. Autoencoder and neural prior have fixed ones, so that folders of
-            different kinds share them.
+        seed: Seed of the networks' weights. Folders of different kinds with one seed share the neural prior, and all
+            share the autoencoder.
         dtype: Type in which the weights are stored.
 
     Returns:
@@ -181,7 +181,7 @@ def make_tiny_latte(
         transformer = make_tiny_latte_network(seed, takes_neural_prior=kind == "bridge_neural_prior", **shape)
         scheduler = make_latte_backbone() if kind == "diffusion" else FrameBridgeScheduler(target="eps_psi")
     if "neural_prior" in kind:
-        neural_prior = make_tiny_latte_network(1000, stage="neural_prior", **shape)
+        neural_prior = make_tiny_latte_network(1000 + seed, stage="neural_prior", **shape)
     pipeline = FrameBridgeLattePipeline(make_tiny_image_vae(compression), transformer, scheduler, neural_prior)
     if dtype != torch.float32:
         pipeline.to(dtype)

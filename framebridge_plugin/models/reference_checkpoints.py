@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,8 @@ def list_keys(keys: Sequence[str]) -> str:
 
 def _load_weights(checkpoint: str | os.PathLike) -> tuple[str, dict[str, torch.Tensor]]:
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
     except FileNotFoundError as error:
         raise FrameBridgeError(f"{checkpoint}: there is no such file; check the path") from error
     except pickle.UnpicklingError as error:

@@ -225,6 +225,7 @@ def test_nothing_readable_ends_at_once(tmp_path, workers):
 
 
 def _train_as(rank: int, folder: Path, index: ClipIndex, counts) -> None:
+    torch.set_num_threads(1)  # the threads of the process it was forked from do not exist in it
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     policy = BadFilePolicy("quarantine", str(folder / "quarantine.jsonl"), **LENIENT)
     tracker = BadFileTracker(policy, folder, rank=rank, world_size=2, barrier=torch.distributed.barrier)

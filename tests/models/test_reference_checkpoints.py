@@ -225,14 +225,25 @@ def test_a_file_with_code_is_refused_and_nothing_is_run(tmp_path):
     assert "refused, for it holds more than weights" in refusal(file)
     bare = tmp_path / "bare.pkl"
     bare.write_bytes(pickle.dumps({"ema": Code(folder)}))
-    assert "not a whole file of torch.save" in refusal(bare)
+    assert "refused, for it holds more than weights" in refusal(bare)
     assert not folder.exists()
 
 
+def test_a_file_of_an_old_torch(tmp_path):
+    weights = reference_weights("bridge")
+    expected = read_reference_checkpoint(write_checkpoint(tmp_path / "new.pt", weights), num_attention_heads=HEADS)
+    torch.save({"ema": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = read_reference_checkpoint(tmp_path / "old.pt", num_attention_heads=HEADS)
+    for name, tensor in expected.networks["transformer"].state_dict.items():
+        assert torch.equal(found.networks["transformer"].state_dict[name], tensor)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
-def test_a_truncated_file_is_refused(tmp_path, kept):
-    whole = write_checkpoint(tmp_path / "whole.pt", reference_weights("bridge")).read_bytes()
-    file = tmp_path / "truncated.pt"
+def test_a_truncated_file_is_refused(tmp_path, kept, is_archive):
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"ema": reference_weights("bridge")}, file, _use_new_zipfile_serialization=is_archive)
+    whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
     assert "not a whole file of torch.save" in refusal(file)
 

@@ -166,7 +166,7 @@ def test_saved_lora_layers_give_the_trained_output(models, tmp_path, kind):
 
 def test_the_neural_prior_of_a_lora_run_is_found_again(models, tmp_path):
     """It came from a folder of its own, not from the base model."""
-    other = make_tiny_latte(tmp_path / "other", "neural_prior")
+    other = make_tiny_latte(tmp_path / "other", "neural_prior", seed=5)
     specification = make_latte_specification("bridge", models / "bridge_neural_prior", neural_prior=str(other))
     scheduler = specification.load_diffusion_models()["scheduler"]
     lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": True, "target_modules": ["to_q"]}

@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["file_name,caption"]
     for number in range(4):
         write_video(folder / f"clips/{number}.mp4", np.full((4, 64, 64, 3), 60 * number, dtype=np.uint8), fps=2)
-        rows.append(f'{number}.mp4,"A cat ruling the world - {number}"')
+        rows.append(f'{number}.mp4,"a grey wall, number {number}"')
     (folder / "clips/metadata.csv").write_text("\n".join(rows) + "\n")
     Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "red.png")
     rows = ["caption,image_path,num_inference_steps", f"up,{folder / 'red.png'},2"]
