@@ -20,7 +20,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 ModelName = Literal["cogvideox_bridge", "latte_bridge", "latte_neural_prior"]
 LatteSize = Literal[
-    "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
+    "Ti/2", "Ti/4", "Ti/8", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
 ]  # fmt: skip
 
 COMPONENTS = ("transformer", "vae", "text_encoder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -112,25 +111,19 @@ def test_two_processes_share_the_work_whole_or_sharded(recipe_file, inputs, tmp_
     chosen = (*options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
     chosen += ("parallelism.parallel_backend=ptd",)
     splits = ("dp_degree", "dp_shards")
-    commands = [
-        [
-            "train",
-            f"--recipe={recipe_file}",
-            *chosen,
-            f"parallelism.{split}=2",
-            f"checkpoints.output_dir={tmp_path / split}",
-        ]
-        for split in splits
-    ]
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    result = subprocess.run(
-        [sys.executable, "-m", *torchrun, "-m", "tests.training.several_commands", json.dumps(commands)],
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert succeeded(result)
+    for split in splits:
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", *torchrun, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}"),
+                *(*chosen, f"parallelism.{split}=2", f"checkpoints.output_dir={tmp_path / split}"),
+            ],
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert succeeded(result)
     replicated, sharded = losses(tmp_path / "dp_degree"), losses(tmp_path / "dp_shards")
     assert len(sharded) == 2
     assert sharded == pytest.approx(replicated, rel=1e-4)

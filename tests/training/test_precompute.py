@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,8 +19,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from framebridge_plugin.data import ClipIndex
+from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.training import LatteBridgeSpecification
+from framebridge_plugin.training.fingerprint import data_fingerprint, first_difference
 from framebridge_plugin.training.latent_store import LatentStore, read_manifest
 from framebridge_plugin.training.precompute import Captions
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
@@ -112,6 +114,15 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
     assert json.loads((store / "versions.json").read_text())["torch"]
     # safetensors makes files that nobody else can read.
     assert {path.stat().st_mode for path in files(store)} == {(store / "recipe.yaml").stat().st_mode}
+
+
+def test_the_resize_path_is_part_of_the_fingerprint_and_the_reading_process_is_not():
+    index = ClipIndex(datasets.Dataset.from_dict({"path": ["/a/b.mp4"], "caption": ["c"]}), "caption")
+    settings = ClipSettings(9, 64, 64)
+    there = data_fingerprint(index, settings)
+    resized = data_fingerprint(index, dataclasses.replace(settings, resize="decoder"))
+    assert first_difference(there, resized) == "clip.resize is torch there and decoder here"
+    assert first_difference(there, data_fingerprint(index, dataclasses.replace(settings, isolated=True))) is None
 
 
 def test_captions_of_several_data_sets_have_one_numbering():

@@ -19,6 +19,7 @@ from framebridge_plugin.training.stored_stream import StoredStream
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
 from tests.training.test_training_runs import assert_same_weights, losses, metrics, succeeded
 
+SMALL = ("framebridge.data.height=32", "framebridge.data.width=32")
 LATTE_KINDS = ("bridge_neural_prior", "neural_prior")
 
 
@@ -60,9 +61,9 @@ def test_cogvideox_on_a_store_is_the_live_run(train, precompute, tmp_path, monke
     # A constant rate, so that a run of two updates is the beginning of a longer one.
     constant = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
     # Half of the captions are dropped; ten samples go into the second epoch of six.
-    options = ("framebridge.caption_dropout=0.5", "optimization.train_steps=5", *constant)
+    options = ("framebridge.caption_dropout=0.5", "optimization.train_steps=5", *constant, *SMALL)
     assert succeeded(train(*options, output="live"))
-    assert succeeded(precompute("--variants=2", "--shard-size=4"))
+    assert succeeded(precompute("--variants=2", "--shard-size=4", *SMALL))
 
     for name in ("load_condition_models", "load_latent_models"):
         monkeypatch.setattr(CogVideoXBridgeSpecification, name, refuse_to_load)
@@ -105,8 +106,8 @@ def test_latte_bridge_and_neural_prior_share_a_store(
 
 
 def test_validation_loads_what_the_run_itself_does_not_need(train, precompute, validation_file, tmp_path):
-    assert succeeded(precompute())
-    options = (f"validation.validation_dataset_file={validation_file}", "optimization.train_steps=1")
+    assert succeeded(precompute(*SMALL))
+    options = (f"validation.validation_dataset_file={validation_file}", "optimization.train_steps=1", *SMALL)
     assert succeeded(train(f"framebridge.precomputed={tmp_path / 'store'}", *options))
     assert (tmp_path / "run/validation/final-00.mp4").is_file()
 
