@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from framebridge_plugin.resizing import resize_and_crop
 POSITIONS = (0.125, 0.375, 0.625, 0.875)
 
 LIMIT, DECODING_LIMIT, WHOLE = "limit", "limit, decoding alone", "whole video"
-READ_CLIP = {
+READ_CLIP: dict[str, dict[str, Any]] = {
     "pyav": {},
     "pyav, resize: decoder": {"resize": "decoder"},
     "pyav, strict": {"strict": True},
@@ -54,7 +55,7 @@ class VideoPackets:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             packets = [packet for packet in container.demux(stream) if packet.size]
-            times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+            times: Any = [packet.dts if packet.pts is None else packet.pts for packet in packets]
             number_of = {time: number for number, time in enumerate(sorted(times))}
             self.length = len(packets)
             self.keys = {
@@ -66,7 +67,7 @@ class VideoPackets:
                 "frames": self.length,
                 "key_frames": len(self.keys),
                 "kbit_per_s": round(
-                    sum(p.size for p in packets) * 8 / 1000 / self.length * float(stream.average_rate)
+                    sum(p.size for p in packets) * 8 / 1000 / self.length * float(stream.average_rate or 0)
                 ),
             }
 
@@ -90,6 +91,11 @@ def decode_span(path: Path, span: Span) -> Iterator[av.VideoFrame]:
                 yield frame
             if number == span.numbers[-1]:
                 return
+
+
+def _decode(path: Path, span: Span) -> None:
+    for _ in decode_span(path, span):
+        pass
 
 
 def read_limit(path: Path, span: Span, settings: ClipSettings) -> torch.Tensor:
@@ -136,9 +142,9 @@ def measure_case(path: Path, settings: ClipSettings, repetitions: int) -> dict[s
             raise SystemExit(f"{path}: read_clip gives other pixels than decoding the span")
 
     ways: dict[str, list[Callable[[], Any]]] = {
-        DECODING_LIMIT: [lambda span=span: list(decode_span(path, span)) for span in spans],
-        LIMIT: [lambda span=span: read_limit(path, span, settings) for span in spans],
-        WHOLE: [lambda: read_whole_video(path, settings)],
+        DECODING_LIMIT: [partial(_decode, path, span) for span in spans],
+        LIMIT: [partial(read_limit, path, span, settings) for span in spans],
+        WHOLE: [partial(read_whole_video, path, settings)],
     }
     refused: dict[str, str] = {}
     for name, options in READ_CLIP.items():
@@ -148,7 +154,7 @@ def measure_case(path: Path, settings: ClipSettings, repetitions: int) -> dict[s
         except (ClipError, UsageError) as error:
             refused[name] = error.reason if isinstance(error, ClipError) else str(error)
         else:
-            ways[name] = [lambda seed=seed, chosen=chosen: _read(path, chosen, seed) for seed in seeds]
+            ways[name] = [partial(_read, path, chosen, seed) for seed in seeds]
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,7 +33,7 @@ class VideoForm:
 def write_video(path: Path, form: VideoForm) -> None:
     """Writes a textured scene that a camera pans over, two things that move in it, and a camera's noise."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(form.codec, rate=25)
+        stream: Any = container.add_stream(form.codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = form.width, form.height, "yuv420p"
         stream.bit_rate = form.bit_rate
         stream.codec_context.gop_size = form.key_every
@@ -43,7 +45,7 @@ def write_video(path: Path, form: VideoForm) -> None:
         container.mux(stream.encode())
 
 
-def _pictures(form: VideoForm):
+def _pictures(form: VideoForm) -> Iterator[np.ndarray]:
     height, width = form.height, form.width
     generator = np.random.default_rng(0)
     reach = 2 * form.frames

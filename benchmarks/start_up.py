@@ -19,21 +19,26 @@ SMALL_ROWS = 1000
 
 
 def measure_start(table: Path, root: Path, rows: int, samples: int) -> dict[str, Any]:
-    """Starts on the table with an empty cache, then from the cache, and the same with its first rows alone.
+    """Starts on the table before its index is built, then from the cache, and from the cache with few of its rows.
 
     Returns:
-        What `start` returns for each, medians over the starts from the cache.
+        What `start` returns for each; from the cache, medians.
     """
     small = table.with_name("small.csv")
     with table.open(encoding="utf-8") as lines, small.open("w", encoding="utf-8") as file:
         file.writelines(line for line, _ in zip(lines, range(SMALL_ROWS + 1), strict=False))
     results: dict[str, Any] = {"rows": rows, "table_mb": round(table.stat().st_size / 1e6), "samples": samples}
     with tempfile.TemporaryDirectory(prefix="data-loading-cache-") as cache:
-        for name, path in (("", table), (f"first {SMALL_ROWS} rows, ", small)):
-            results[f"{name}cold"] = _in_new_process(path, root, 0, cache)
-            runs = [_in_new_process(path, root, samples, cache) for _ in range(CACHED_RUNS)]
-            results[f"{name}cached"] = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
+        results["cold"] = _in_new_process(table, root, 0, cache)
+        results["cached"] = _median_of_new_processes(table, root, samples, cache)
+        _in_new_process(small, root, 0, cache)
+        results[f"cached, {SMALL_ROWS} rows"] = _median_of_new_processes(small, root, samples, cache)
     return results
+
+
+def _median_of_new_processes(table: Path, root: Path, samples: int, cache: str) -> dict[str, float]:
+    runs = [_in_new_process(table, root, samples, cache) for _ in range(CACHED_RUNS)]
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def _in_new_process(table: Path, root: Path, samples: int, cache: str) -> dict[str, float]:
@@ -53,8 +58,9 @@ def start(table: str, root: str, samples: int) -> dict[str, float]:
 
     Returns:
         Seconds: `import_s` for torch and `datasets`, `index_s` until the rows are there, `first_batch_s` for all of
-        it. Megabytes: `peak_mb` of this process; for the largest worker its proportional share of memory
-        (`worker_pss_mb`) and what of it is in no file (`worker_anonymous_mb`), after the first batch and at the end.
+        it. Megabytes: `peak_mb` of this process; for the largest worker its share of all memory that it sees, mapped
+        files included (`worker_pss_mb`), and the memory that belongs to no file (`worker_anonymous_mb`), after the
+        first batch and at the end.
     """
     began = time.perf_counter()
     from torch.utils.data import DataLoader
@@ -65,7 +71,7 @@ def start(table: str, root: str, samples: int) -> dict[str, float]:
     index = ClipIndex(load_webvid(table, root), "name")
     indexed = time.perf_counter()
     settings = ClipSettings(num_frames=16, height=48, width=64)
-    loader = iter(DataLoader(ClipStream([(index, settings)], seed=0), batch_size=None, num_workers=WORKERS))
+    loader: Any = iter(DataLoader(ClipStream([(index, settings)], seed=0), batch_size=None, num_workers=WORKERS))
     for _ in range(BATCH):
         next(loader)
     batch = time.perf_counter()
@@ -75,14 +81,14 @@ def start(table: str, root: str, samples: int) -> dict[str, float]:
         next(loader)
     last = _memory_mb(workers)
     return {
-        "import_s": imported - began,
-        "index_s": indexed - imported,
-        "first_batch_s": batch - began,
-        "peak_mb": _peak_mb(),
-        "worker_pss_mb": first["Pss"],
-        "worker_anonymous_mb": first["Anonymous"],
-        "worker_pss_mb_at_end": last["Pss"],
-        "worker_anonymous_mb_at_end": last["Anonymous"],
+        "import_s": round(imported - began, 3),
+        "index_s": round(indexed - imported, 3),
+        "first_batch_s": round(batch - began, 3),
+        "peak_mb": round(_peak_mb()),
+        "worker_pss_mb": round(first["Pss"]),
+        "worker_anonymous_mb": round(first["Anonymous"]),
+        "worker_pss_mb_at_end": round(last["Pss"]),
+        "worker_anonymous_mb_at_end": round(last["Anonymous"]),
     }
 
 
@@ -108,7 +114,7 @@ def print_start(results: dict[str, Any]) -> None:
     print(f"\nStart on a table of {results['rows']} rows ({results['table_mb']} MB)")
     for name, row in results.items():
         if isinstance(row, dict):
-            print(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in row.items())}")
+            print(f"  {name:18}{', '.join(f'{key} {value:g}' for key, value in row.items())}")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, type=Path, metavar="FOLDER", help="the model folder to make")
     add("--vae", metavar="FOLDER_OR_ID", help="the per-frame autoencoder (default: stabilityai/sd-vae-ft-ema)")
     add("--neural-prior", metavar="FOLDER", help="for a bridge on a neural prior: the converted neural prior")
-    add("--heads", type=int, metavar="N", help="attention heads of a network that is none of the sizes S, B, L, XL")
+    add("--heads", type=int, metavar="N", help="attention heads of a network that is none of Latte's sizes")
 
 
 def _add_conformance(parser: argparse.ArgumentParser) -> None:

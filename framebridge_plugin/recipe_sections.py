@@ -105,6 +105,10 @@ class DataloaderSection(Section):
 
     dataloader_num_workers: int = Field(default=0, ge=0, description="reading processes per training process; 0: none")
     pin_memory: bool = Field(default=False, description="page-locked host memory: faster copies to a GPU")
+    dataloader_prefetch_factor: Count = Field(default=2, description="clips that each reading process holds ready")
+    dataloader_timeout: int = Field(
+        default=0, ge=0, description="seconds to wait for a reading process before the run ends; 0: for ever"
+    )
 
 
 class DiffusionSection(Section):

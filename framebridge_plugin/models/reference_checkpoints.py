@@ -98,7 +98,7 @@ def read_reference_checkpoint(
     Args:
         checkpoint: The file. Of "ema" and "model" the first is preferred, which is what the authors sample with.
         class_names: Names of the classes, taken where the network has as many; otherwise its labels stay numbers.
-        num_attention_heads: Number of heads, which the file does not tell; by default that of the size S, B, L or XL
+        num_attention_heads: Number of heads, which the file does not tell; by default that of the one of `LATTE_SIZES`
             with the same depth and width.
 
     Returns:

@@ -45,7 +45,7 @@ def convert_reference_checkpoint(
         neural_prior: Model folder with the converted neural prior, for the checkpoint of a bridge on a neural prior,
             which does not hold it.
         class_names: Names of the classes, taken where the network has as many; otherwise its labels stay numbers.
-        num_attention_heads: Number of heads of a network that is none of the sizes S, B, L and XL.
+        num_attention_heads: Number of heads of a network that is none of `LATTE_SIZES`.
 
     Returns:
         What was in the file; its `describe()` is a line for the user.

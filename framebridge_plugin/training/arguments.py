@@ -27,6 +27,8 @@ class TrainerSettings:
         ema_decay: Decay d of the exponential moving average of the trained weights, in [0, 1); 0 for none.
         ema_start_step: Updates before the average starts; until then it equals the weights.
         max_grad_norm_start_step: Updates before gradients are clipped to `max_grad_norm`.
+        dataloader_prefetch_factor: Clips that each reading process holds ready, at least 1.
+        dataloader_timeout: Seconds to wait for a clip of a reading process before the run ends; 0 for ever.
 
     Raises:
         UsageError: If a value is out of range.
@@ -35,6 +37,8 @@ class TrainerSettings:
     ema_decay: float = 0.0
     ema_start_step: int = 0
     max_grad_norm_start_step: int = 0
+    dataloader_prefetch_factor: int = 2
+    dataloader_timeout: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ema_decay < 1.0:
@@ -42,6 +46,10 @@ class TrainerSettings:
         for name in ("ema_start_step", "max_grad_norm_start_step"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}; use a number of updates, 0 or more")
+        if self.dataloader_prefetch_factor < 1:
+            raise UsageError(f"dataloader_prefetch_factor={self.dataloader_prefetch_factor}; use 1 or more")
+        if self.dataloader_timeout < 0:
+            raise UsageError(f"dataloader_timeout={self.dataloader_timeout}; use seconds, 0 for no limit")
 
 
 class FrameBridgeArgs:

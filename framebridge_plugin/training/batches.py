@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from finetrainers import utils
 from finetrainers.data import initialize_preprocessor
-from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.latent_store import LatentStore
+from framebridge_plugin.training.loading import sample_loader
 from framebridge_plugin.training.stored_stream import StoredStream
 
 
@@ -72,10 +72,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             )
         else:
             stream = StoredStream(store, args.seed, args.framebridge_objective.caption_dropout, **place)
-        loader = DataLoader(
-            stream, batch_size=None, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
-        )
-        samples = self.bad_files.watch(loader)
+        samples = self.bad_files.watch(sample_loader(stream, args))
         self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if store is None:
             encoded = self._encoded(samples, prepare_data)

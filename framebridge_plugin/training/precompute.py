@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
@@ -42,6 +42,7 @@ from framebridge_plugin.training.latent_store import (
     remove_partial_files,
     write_shard,
 )
+from framebridge_plugin.training.loading import sample_loader
 from framebridge_plugin.training.registration import parse_arguments, register
 from framebridge_plugin.training.run import build_specification, write_run_files
 
@@ -255,13 +256,8 @@ class _Job:
         stream = ClipStream(
             self.datasets, self.args.seed, max_attempts=policy.max_attempts, known_files=tracker.known_files
         )
-        loader = DataLoader(
-            _Positions(stream),
-            batch_size=None,
-            sampler=itertools.chain.from_iterable(range(shard.first, shard.first + shard.count) for shard in shards),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.pin_memory,
-        )
+        positions = itertools.chain.from_iterable(range(shard.first, shard.first + shard.count) for shard in shards)
+        loader = sample_loader(_Positions(stream), self.args, positions)
         bad_files: list[list[BadFile]] = []
 
         def noted() -> Iterator[Sample]:

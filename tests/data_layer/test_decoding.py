@@ -19,7 +19,9 @@ from tests.data_layer.video_kinds import (
     MATRICES,
     OPEN_GOP,
     WINDOWS,
+    announce,
     ffmpeg,
+    last_five_of,
     rewrite,
     write_cut,
     write_turned,
@@ -102,8 +104,9 @@ def test_a_hidden_vp9_picture_within_the_clip_is_noticed(tmp_path):
     assert numbers_in(read_frames(str(path), lambda length: [10, 14, 15])) == [expected[k] for k in (10, 14, 15)]
 
 
-def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mp4", frames=FRAMES, options={"g": "8", "bf": "0"})
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch, b_frames):
+    path = write_video(tmp_path / "a.mp4", frames=FRAMES, options={"g": "8", "bf": b_frames})
     decoded = []
     decode = decoding.decoded
 
@@ -158,6 +161,12 @@ def test_a_file_too_large_to_be_held_is_decoded_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "HELD_BYTES", 50_000)
     for wanted in WINDOWS:
         assert read_numbers(path, wanted) == list(wanted)
+
+
+@pytest.mark.parametrize("announced", [3, FRAMES - 1, FRAMES, FRAMES + 1, 100_000])
+def test_a_header_with_a_wrong_number_of_frames_misleads_nobody(tmp_path, announced):
+    path = announce(KINDS["mpeg4 avi"].write(tmp_path), announced)
+    assert numbers_in(read_frames(str(path), last_five_of(str(path)))) == list(range(FRAMES - 5, FRAMES))
 
 
 @pytest.mark.parametrize("name", MATRICES)

@@ -30,7 +30,7 @@ from framebridge_plugin.data.decoders import read_video
 from framebridge_plugin.data.isolation import read_video_isolated
 from framebridge_plugin.errors import UsageError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
-from tests.data_layer.video_kinds import KINDS, WINDOWS, write_turned
+from tests.data_layer.video_kinds import FRAMES, KINDS, WINDOWS, announce, last_five_of, write_turned
 
 SETTINGS = ClipSettings(5, HEIGHT, WIDTH, frame_stride=2, isolated=True)
 
@@ -116,6 +116,12 @@ def test_one_child_serves_all_clips_and_errors_pass_through(tmp_path):
             read_video_isolated(str(KINDS["mpeg4 avi"].write(tmp_path)), range, decoder="decord")
         assert caught.value.kind == "wrong_container"
         assert isolation._child.process.pid == pid
+
+
+def test_a_header_that_announces_too_few_frames_does_not_end_the_search(tmp_path):
+    path = announce(KINDS["mpeg4 avi"].write(tmp_path), 3)
+    pictures = read_video_isolated(str(path), last_five_of(str(path)))
+    assert numbers_in(tensor(pictures)) == list(range(FRAMES - 5, FRAMES))
 
 
 def test_a_decoder_that_does_not_load_is_a_usage_error(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import imageio_ffmpeg
 
+from framebridge_plugin.data import ClipError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, write_video
 
 FRAMES = 40
@@ -111,6 +112,30 @@ def rewrite(source_path: Path, target_path: Path, edit: Callable[[int, bytes], b
                 copy.is_keyframe, copy.stream = packet.is_keyframe, stream
                 target.mux(copy)
     return target_path
+
+
+def announce(path: Path, frames: int) -> Path:
+    """Overwrite the number of frames in the header of an AVI's video stream."""
+    content = bytearray(path.read_bytes())
+    # A stream header: its name and size (8 bytes), then 32 bytes of other fields, then the number.
+    start = content.index(b"strh") + 8 + 32
+    assert content[start : start + 4] == FRAMES.to_bytes(4, "little")
+    content[start : start + 4] = frames.to_bytes(4, "little")
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == frames
+    return path
+
+
+def last_five_of(path: str) -> Callable[[int], range]:
+    """Chooses the last five frames, of a file of no fewer than ten."""
+
+    def choose(length: int) -> range:
+        if length < 10:
+            raise ClipError(path, f"it has {length} frames", "too_short")
+        return range(length - 5, length)
+
+    return choose
 
 
 # The stored picture, turned as the matrix (a, b, c, d in units of 1) says.

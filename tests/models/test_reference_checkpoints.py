@@ -136,7 +136,7 @@ def test_full_size_checkpoints(tmp_path, stage):
 def test_another_depth_or_width_needs_its_number_of_heads(tmp_path):
     file = write_checkpoint(tmp_path / "checkpoint.pt", reference_weights("bridge"))
     message = refusal(file, num_attention_heads=None)
-    assert "4 blocks of width 64 are none of the sizes S, B, L, XL; say how many attention heads it has" in message
+    assert "4 blocks of width 64 are none of the sizes Ti, S, B, L, XL; say how many attention heads it has" in message
     assert "5 attention heads do not divide the width 64" in refusal(file, num_attention_heads=5)
 
 
