@@ -105,10 +105,6 @@ class DataloaderSection(Section):
 
     dataloader_num_workers: int = Field(default=0, ge=0, description="reading processes per training process; 0: none")
     pin_memory: bool = Field(default=False, description="page-locked host memory: faster copies to a GPU")
-    dataloader_prefetch_factor: Count = Field(default=2, description="clips that each reading process holds ready")
-    dataloader_timeout: int = Field(
-        default=0, ge=0, description="seconds to wait for a reading process before the run ends; 0: for ever"
-    )
 
 
 class DiffusionSection(Section):
@@ -336,6 +332,10 @@ class FrameBridgeSection(Section):
     ema_start_step: int = Field(default=0, ge=0, description="updates before the average begins")
     max_grad_norm_start_step: int = Field(
         default=0, ge=0, description="updates before gradients are clipped to optimization.max_grad_norm"
+    )
+    dataloader_prefetch_factor: Count = Field(default=2, description="clips that each reading process holds ready")
+    dataloader_timeout: int = Field(
+        default=0, ge=0, description="seconds to wait for a reading process before the run ends; 0: for ever"
     )
     latte_size: LatteSize | None = Field(
         default=None, description="size and patch of a Latte from scratch, S/2 if nothing is said"

@@ -1,4 +1,4 @@
-"""The loader of clips, as the recipe's section `dataloader` describes it."""
+"""The loader of clips, as the recipe describes it."""
 
 from __future__ import annotations
 
