@@ -154,7 +154,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
 
-    from framebridge_plugin.sample_inputs import load_inputs
+    from framebridge_plugin.sample_request.inputs import load_inputs
 
     inputs = load_inputs(request)
 

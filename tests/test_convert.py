@@ -14,7 +14,7 @@ from PIL import Image
 
 from framebridge_plugin.cli import main
 from framebridge_plugin.data import UCF101_CLASSES
-from framebridge_plugin.folder_checks import read_json
+from framebridge_plugin.model_folders.checks import read_json
 from tests.latte_reference import HEADS, reference_weights, write_checkpoint
 from tests.tiny_models import make_tiny_image_vae
 

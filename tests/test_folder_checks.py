@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from framebridge_plugin.data import UCF101_CLASSES
-from framebridge_plugin.folder_checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, read_json
-from framebridge_plugin.latte_checks import (
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, read_json
+from framebridge_plugin.model_folders.latte import (
     LatteFacts,
     find_neural_prior,
     latte_folder_problem,

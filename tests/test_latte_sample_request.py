@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.folder_checks import LATTE_BRIDGE
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE
 from framebridge_plugin.sample_request import SampleRequest
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import NAMES, write_latte_folder, write_network

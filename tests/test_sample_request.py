@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.folder_checks import COGVIDEOX
+from framebridge_plugin.model_folders.checks import COGVIDEOX
 from framebridge_plugin.sample_request import SampleRequest
 from tests.cogvideox_files import write_model_folder
 

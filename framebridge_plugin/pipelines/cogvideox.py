@@ -22,7 +22,7 @@ from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import LORA_INFO_FILE, ClipShapeRule
+from framebridge_plugin.model_folders.checks import LORA_INFO_FILE, ClipShapeRule
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.pipelines.common import (
     ImageInput,

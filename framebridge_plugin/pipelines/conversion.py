@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import read_json
-from framebridge_plugin.latte_checks import find_neural_prior, neural_prior_problem
+from framebridge_plugin.model_folders.checks import read_json
+from framebridge_plugin.model_folders.latte import find_neural_prior, neural_prior_problem
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.reference_checkpoints import (
     ReferenceCheckpoint,

@@ -21,7 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.latte_checks import class_problem, neural_prior_mismatch
+from framebridge_plugin.model_folders.latte import class_problem, neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.common import (

@@ -14,7 +14,8 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.media import contact_sheet, write_video
+from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
@@ -22,15 +23,14 @@ from framebridge_plugin.folder_checks import (
     ModelKind,
     find_saved_model,
 )
-from framebridge_plugin.media import contact_sheet, write_video
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import load_latte_lora_base, load_lora_base, local_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 if TYPE_CHECKING:
-    from framebridge_plugin.sample_inputs import SampleInput
     from framebridge_plugin.sample_request import SampleRequest
+    from framebridge_plugin.sample_request.inputs import SampleInput
 
 Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import LORA_INFO_FILE
+from framebridge_plugin.model_folders.checks import LORA_INFO_FILE
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.folder_checks import local_path
+from framebridge_plugin.model_folders.checks import local_path
 
 
 def run_conformance(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.recipe_latte_checks import data_class_names, data_clip_shape
+from framebridge_plugin.recipe.latte_checks import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs

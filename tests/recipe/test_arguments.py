@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from framebridge_plugin.recipe import load_recipe
-from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_sections import FrameBridgeSection
-from framebridge_plugin.recipe_yaml import read_yaml
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.sections import FrameBridgeSection
+from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.recipe.helpers import EVERYTHING
 
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from framebridge_plugin.recipe import load_recipe
-from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_yaml import read_yaml
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.cogvideox_files import write_model_folder
 from tests.recipe.helpers import EVERYTHING, problems_of
 

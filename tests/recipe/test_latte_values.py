@@ -12,9 +12,9 @@ import yaml
 
 from framebridge_plugin.models.latte import LATTE_SIZES, PATCH_SIZES
 from framebridge_plugin.recipe import load_recipe, resolve_recipe, shipped_recipes
-from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_sections import MODEL_DEFAULTS, FrameBridgeSection, LatteSize, ModelName
-from framebridge_plugin.recipe_yaml import read_yaml
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.sections import MODEL_DEFAULTS, FrameBridgeSection, LatteSize, ModelName
+from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.recipe.helpers import problems_of
 
 LATTE_MODELS = ("latte_bridge", "latte_neural_prior")

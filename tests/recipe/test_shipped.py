@@ -9,7 +9,7 @@ import pytest
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.recipe import find_recipe, load_recipe, recipe_summary, resolve_recipe, shipped_recipes
-from framebridge_plugin.recipe_yaml import read_yaml
+from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.cogvideox_files import write_clips, write_model_folder, write_webvid
 from tests.recipe.helpers import write_class_folders
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte

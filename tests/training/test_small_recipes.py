@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from framebridge_plugin.cli import main
-from framebridge_plugin.folder_checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.latte_checks import latte_folder_problem
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.model_folders.latte import latte_folder_problem
 from framebridge_plugin.models.latte import LATTE_SIZES
-from framebridge_plugin.recipe_yaml import read_yaml
+from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import LAUNCH_VARIABLES
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.latte_checks import neural_prior_mismatch
+from framebridge_plugin.model_folders.latte import neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline

@@ -18,7 +18,7 @@ from PIL import Image
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.latte_checks import LatteFacts
+from framebridge_plugin.model_folders.latte import LatteFacts
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline

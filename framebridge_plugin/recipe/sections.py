@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from framebridge_plugin.recipe_data_sections import BadFilesSection, Count, DataSection, PathText, Section
+from framebridge_plugin.recipe.data_sections import BadFilesSection, Count, DataSection, PathText, Section
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from framebridge_plugin.data.ucf101_classes import ucf101_class_names
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.model_folders.checks import (
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
     ClipShapeRule,
@@ -22,9 +22,14 @@ from framebridge_plugin.folder_checks import (
     part_problem,
     read_json,
 )
-from framebridge_plugin.latte_checks import LatteFacts, find_neural_prior, neural_prior_problem, read_latte_facts
-from framebridge_plugin.recipe_problem import Problem
-from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.model_folders.latte import (
+    LatteFacts,
+    find_neural_prior,
+    neural_prior_problem,
+    read_latte_facts,
+)
+from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.schema import Recipe
 
 _PRETRAINED = "model.pretrained_model_name_or_path"
 _NEURAL_PRIOR = "framebridge.neural_prior"

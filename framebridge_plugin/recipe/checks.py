@@ -6,12 +6,18 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.folder_checks import clip_shape_rule, folder_problem, local_path, part_problem, writing_problem
-from framebridge_plugin.recipe_data_checks import data_problems, validation_problems
-from framebridge_plugin.recipe_latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
-from framebridge_plugin.recipe_problem import Problem
-from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_sections import MODEL_DEFAULTS, DiffusionSection
+from framebridge_plugin.model_folders.checks import (
+    clip_shape_rule,
+    folder_problem,
+    local_path,
+    part_problem,
+    writing_problem,
+)
+from framebridge_plugin.recipe.data_checks import data_problems, validation_problems
+from framebridge_plugin.recipe.latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
+from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.sections import MODEL_DEFAULTS, DiffusionSection
 
 # What a user would expect to change the run, and does not: for all models, and by the beginning of the model's name.
 _ONE_TEXT_ENCODER = "no model here has more than one text encoder"

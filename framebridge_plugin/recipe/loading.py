@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.recipe_checks import launch_problems, recipe_problems
-from framebridge_plugin.recipe_problem import Problem
-from framebridge_plugin.recipe_schema import Recipe
-from framebridge_plugin.recipe_yaml import Document, parse_value, read_yaml
+from framebridge_plugin.recipe.checks import launch_problems, recipe_problems
+from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "resolve_recipe", "shipped_recipes"]
 
@@ -43,7 +43,7 @@ def shipped_recipes() -> dict[str, Path]:
     Returns:
         Name to path, in alphabetical order.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # In the wheel they lie inside the package, in a checkout at the top of the repository.
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
     return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -9,16 +9,16 @@ from typing import Literal, NamedTuple
 
 from framebridge_plugin.data.class_folders import is_video
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.media import read_image
+from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_NEURAL_PRIOR,
     ModelKind,
     local_path,
     writing_problem,
 )
-from framebridge_plugin.latte_checks import LatteFacts
-from framebridge_plugin.media import read_image
-from framebridge_plugin.sample_model import SampleModel, examine_model
+from framebridge_plugin.model_folders.latte import LatteFacts
+from framebridge_plugin.sample_request.model import SampleModel, examine_model
 
 DATA_FILE = "dataset_config.json"
 

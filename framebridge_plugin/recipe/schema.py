@@ -1,6 +1,6 @@
 """A whole recipe: the sections together, the defaults that depend on the model, and the ways out of it.
 
-Rules that need more than one field, or a look at the disk, are in `framebridge_plugin.recipe_checks`. Importing this
+Rules that need more than one field, or a look at the disk, are in `framebridge_plugin.recipe.checks`. Importing this
 module imports neither torch nor finetrainers.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import model_validator
 
-from framebridge_plugin.folder_checks import local_path
-from framebridge_plugin.recipe_sections import (
+from framebridge_plugin.model_folders.checks import local_path
+from framebridge_plugin.recipe.sections import (
     MODEL_DEFAULTS,
     AttentionSection,
     CheckpointsSection,
@@ -167,7 +167,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
-        from framebridge_plugin.recipe_yaml import dump_yaml
+        from framebridge_plugin.recipe.yaml_text import dump_yaml
 
         return dump_yaml(self.model_dump(exclude={name: True for name in self._unused_sections()} | _SECRETS))
 

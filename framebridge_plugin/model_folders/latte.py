@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.model_folders.checks import (
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
     ModelKind,

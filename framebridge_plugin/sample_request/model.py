@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from framebridge_plugin.folder_checks import (
+from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
@@ -21,7 +21,12 @@ from framebridge_plugin.folder_checks import (
     plain_problem,
     read_json,
 )
-from framebridge_plugin.latte_checks import LatteFacts, latte_folder_problem, latte_parts_problem, read_latte_facts
+from framebridge_plugin.model_folders.latte import (
+    LatteFacts,
+    latte_folder_problem,
+    latte_parts_problem,
+    read_latte_facts,
+)
 
 
 class SampleModel(NamedTuple):

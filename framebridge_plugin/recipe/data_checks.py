@@ -13,11 +13,11 @@ from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.csv_files import csv_files
 from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.folder_checks import local_path, read_json, writing_problem
 from framebridge_plugin.media import read_image
-from framebridge_plugin.recipe_data_sections import BadFilesSection, DataSection
-from framebridge_plugin.recipe_problem import Problem
-from framebridge_plugin.recipe_schema import Recipe
+from framebridge_plugin.model_folders.checks import local_path, read_json, writing_problem
+from framebridge_plugin.recipe.data_sections import BadFilesSection, DataSection
+from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.schema import Recipe
 
 VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
 _SIZES = ("num_frames", "height", "width")
@@ -25,7 +25,7 @@ _SOURCES = ({"data_root"}, {"class_root"}, {"csv", "video_root"})
 
 
 class ClipRule(Protocol):
-    """Which clips a model takes: `framebridge_plugin.folder_checks.ClipShapeRule`, or a Latte's."""
+    """Which clips a model takes: `framebridge_plugin.model_folders.checks.ClipShapeRule`, or a Latte's."""
 
     def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
         """Yield the name of each argument that does not fit, and what is wrong with it; None is not checked."""
