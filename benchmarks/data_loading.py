@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
         "processor": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {**versions, **{name: libraries[name] for name in ("libavcodec", "libswscale")}},
         "decoding_threads": 1,

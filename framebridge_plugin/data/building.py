@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from framebridge_plugin.errors import FrameBridgeError
@@ -33,6 +34,8 @@ def build_or_open(builder_class: type[datasets.DatasetBuilder], *, refresh: bool
     try:
         builder = builder_class(**settings)
         builder.download_and_prepare(download_mode=mode, verification_mode="no_checks")
+        # Arrow keeps what building took, and every loader worker would inherit it.
+        pa.default_memory_pool().release_unused()
         return builder.as_dataset(split="train")
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, FrameBridgeError):
