@@ -1,7 +1,10 @@
 """Settings that every test needs."""
 
 import os
+import sys
 import tempfile
+
+import pytest
 
 # There is no model hub in the tests: a look-up that would leave the machine must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +17,13 @@ os.environ["HF_DATASETS_CACHE"] = _cache.name
 from framebridge_plugin.torchvision_repair import ensure_torchvision_operators  # noqa: E402
 
 ensure_torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_another_test():
+    """A specification takes what the command line parsed last in its process says; here that is another test's."""
+    registration = sys.modules.get("framebridge_plugin.training.registration")
+    parsed = getattr(registration, "_framebridge_args", None)
+    if parsed is not None:
+        vars(parsed).clear()
+        parsed.__init__()
