@@ -18,8 +18,8 @@ import numpy as np
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.decoding import (
     Choose,
+    checked,
     damage_as_clip_error,
-    decoded,
     opened,
     read_pictures,
     turn_of,
@@ -105,7 +105,7 @@ def _length_for(decoder: Decoder, path: str) -> int:
                 raise refused(str(error)) from error
             codec = stream.codec_context.codec.canonical_name
         with opened(path) as (container, stream):
-            first = next(decoded(path, container, stream), None)
+            first = next(checked(path, container.decode(stream)), None)
     if first is None:
         raise ClipError(path, "no frame of it can be decoded", "no_frames")
     if index.hides_frames:

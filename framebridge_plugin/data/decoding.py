@@ -7,7 +7,9 @@ provably the same:
    presentation time: the sorted presentation times of the packets that are shown are the index; decoding starts at
    the last key packet at or before the first wanted frame, and the decoded times must say that it did and that from
    the first wanted frame to the last every frame of the index came, and no other.
-2. Anything else, and any failure of 1: decode from the start and count.
+2. AVI files of MPEG-4 Part 2 (XviD, DivX) without B-frames, whose packets are one coded picture each: frame k is
+   packet k, and its packets go to the decoder from the last intra picture on (see `mpeg4_packets`).
+3. Anything else, and any failure of 1 or 2: decode from the start and count.
 
 Only wanted frames are converted to RGB, which is where most of the time goes otherwise.
 """
@@ -27,6 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
+from framebridge_plugin.data.mpeg4_packets import is_mpeg4_avi, picture_packets
 from framebridge_plugin.data.packet_index import NotIndexedError, packet_index
 from framebridge_plugin.sizes import cover_size
 
@@ -89,7 +92,7 @@ def read_pictures(
     """
     check_regular_file(path)
     with damage_as_clip_error(path):
-        pictures = _read_by_seeking(path, choose, strict, cover)
+        pictures = _read_by_index(path, choose, strict, cover)
         return _read_from_start(path, choose, strict, cover) if pictures is None else pictures
 
 
@@ -148,23 +151,22 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
         yield container, stream
 
 
-def decoded(path: str, container: InputContainer, stream: VideoStream, strict: bool = False) -> Iterator[VideoFrame]:
-    """Decode from where the container stands.
+def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> Iterator[VideoFrame]:
+    """Pass decoded frames on.
 
     Args:
-        path: The file.
-        container: The open file.
-        stream: Its video stream.
+        path: The file that they come from.
+        frames: What a decoder gives.
         strict: Whether a picture that its decoder marks as damaged is an error.
 
     Yields:
-        The frames in the order in which they are shown.
+        The frames.
 
     Raises:
         ClipError: The file is damaged.
     """
     try:
-        for frame in container.decode(stream):
+        for frame in frames:
             if strict and frame.is_corrupt:
                 raise ClipError(path, "a picture of it is damaged", "corrupt")
             yield frame
@@ -227,24 +229,15 @@ class _SeekFailedError(Exception):
     """Decoding after a seek did not give the frames of the index."""
 
 
-def _read_by_seeking(
+def _read_by_index(
     path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
 ) -> np.ndarray | None:
-    """Read by rule 1; None where it does not apply or failed."""
+    """Read by rule 1 or 2; None where neither applies, or it failed."""
     try:
         with opened(path, strict) as (container, stream):
-            index = packet_index(container, stream)
-            if not index.has_decoding_times:
-                return None
-            numbers = choose(len(index.shown_pts))
-            first, last = numbers[0], numbers[-1]
-            keys = [pts for pts in index.key_pts if pts <= index.shown_pts[first]]
-            if not keys:
-                return None
-            # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
-            container.seek(max(keys), stream=stream, backward=True)
-            span = _span(decoded(path, container, stream, strict), index.shown_pts[first : last + 1])
-            return _to_rgb(path, _numbered(span, numbers, first), len(numbers), cover)
+            span_of = _span_of_packets if is_mpeg4_avi(container, stream) else _span_after_seek
+            numbers, frames = span_of(path, container, stream, choose, strict)
+            return _to_rgb(path, frames, len(numbers), cover)
     except (av.FFmpegError, NotIndexedError, _SeekFailedError):
         return None
     except ClipError as error:
@@ -252,6 +245,33 @@ def _read_by_seeking(
         if error.kind == "corrupt":
             return None
         raise
+
+
+def _span_of_packets(
+    path: str, container: InputContainer, stream: VideoStream, choose: Choose, strict: bool
+) -> tuple[Sequence[int], Iterator[VideoFrame]]:
+    pictures = picture_packets(container, stream)
+    numbers = choose(len(pictures.packets))
+    start = pictures.last_intra(numbers[0])
+    frames = checked(path, pictures.decoded(stream, start, numbers[-1]), strict)
+    return numbers, _numbered(frames, numbers, start)
+
+
+def _span_after_seek(
+    path: str, container: InputContainer, stream: VideoStream, choose: Choose, strict: bool
+) -> tuple[Sequence[int], Iterator[VideoFrame]]:
+    index = packet_index(container, stream)
+    if not index.has_decoding_times:
+        raise NotIndexedError("a packet of it carries no decoding time")
+    numbers = choose(len(index.shown_pts))
+    first, last = numbers[0], numbers[-1]
+    keys = [pts for pts in index.key_pts if pts <= index.shown_pts[first]]
+    if not keys:
+        raise NotIndexedError("no key frame comes before the clip")
+    # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
+    container.seek(max(keys), stream=stream, backward=True)
+    span = _span(checked(path, container.decode(stream), strict), index.shown_pts[first : last + 1])
+    return numbers, _numbered(span, numbers, first)
 
 
 def _span(frames: Iterable[VideoFrame], expected_pts: Sequence[int]) -> Iterator[VideoFrame]:
@@ -278,12 +298,12 @@ def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) 
 
 
 def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> np.ndarray:
-    """Read by rule 2."""
+    """Read by rule 3."""
     held: dict[int, VideoFrame] = {}
     held_bytes = length = 0
     with opened(path, strict) as (container, stream):
         expected = _chosen_of_announced(choose, stream.frames)
-        for frame in decoded(path, container, stream, strict):
+        for frame in checked(path, container.decode(stream), strict):
             _check_size(path, frame.width, frame.height)
             if (expected is None or length in expected) and held_bytes <= HELD_BYTES:
                 held_bytes += sum(plane.buffer_size for plane in frame.planes)
@@ -296,7 +316,7 @@ def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, 
         return _to_rgb(path, (held[number] for number in numbers), len(numbers), cover)
     held.clear()
     with opened(path, strict) as (container, stream):
-        wanted = _numbered(decoded(path, container, stream, strict), numbers, 0)
+        wanted = _numbered(checked(path, container.decode(stream), strict), numbers, 0)
         return _to_rgb(path, wanted, len(numbers), cover)
 
 

@@ -145,7 +145,14 @@ def test_ctrl_c_and_a_second_run_that_goes_on(recipe, tmp_path, capsys):
 
     # A terminal sends Ctrl-C to the whole group.
     command = [sys.executable, "-m", "framebridge_plugin", *arguments]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell in the background hands on an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not progress.is_file():
         assert process.poll() is None
         time.sleep(0.05)

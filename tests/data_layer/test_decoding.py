@@ -49,8 +49,8 @@ def test_exactly_the_wanted_frames_come_back(tmp_path, kind, strict):
     path = KINDS[kind].write(tmp_path)
     for wanted in WINDOWS:
         assert read_numbers(path, wanted, strict) == list(wanted)
-    by_seeking = decoding._read_by_seeking(str(path), lambda length: range(30, 33))
-    assert (by_seeking is not None) == KINDS[kind].seeking
+    by_index = decoding._read_by_index(str(path), lambda length: range(30, 33))
+    assert (by_index is not None) == KINDS[kind].seeking
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
@@ -104,18 +104,68 @@ def test_a_hidden_vp9_picture_within_the_clip_is_noticed(tmp_path):
     assert numbers_in(read_frames(str(path), lambda length: [10, 14, 15])) == [expected[k] for k in (10, 14, 15)]
 
 
+def left_out(content: bytes) -> bytes:
+    """An MPEG-4 picture of the same time (25 per second, so 5 bits of time), of which nothing is coded."""
+    start = content.index(MPEG4_PICTURE) + 4
+    bits = "".join(f"{byte:08b}" for byte in content[start : start + 4])
+    coded = bits.index("0", 2) + 1 + 1 + 5 + 1
+    header = (bits[:coded] + "0111").ljust(24, "1")
+    return content[:start] + int(header, 2).to_bytes(len(header) // 8, "big")
+
+
+def without_settings(content: bytes) -> bytes:
+    return content[content.index(MPEG4_PICTURE) :]
+
+
+MPEG4_PICTURE = b"\x00\x00\x01\xb6"
+# What is done to which packet of an AVI file in which each packet is one picture, and whether that is still so.
+MPEG4_EDITS = {
+    "a picture left out": (lambda number, content: left_out(content) if number == 5 else content, False),
+    "a packet dropped": (lambda number, content: None if number == 5 else content, True),
+    "settings only once": (lambda number, content: without_settings(content) if number else content, True),
+    "no settings": (lambda number, content: without_settings(content), False),
+    "two pictures in a packet": (lambda number, content: content + content if number == 5 else content, False),
+    "no picture in a packet": (lambda number, content: content[:4] if number == 5 else content, False),
+}
+
+
+@pytest.mark.parametrize("edit", MPEG4_EDITS)
+def test_mpeg4_packets_are_only_counted_where_each_is_one_picture(tmp_path, edit):
+    change, is_still_so = MPEG4_EDITS[edit]
+    whole = write_video(tmp_path / "whole.avi", "mpeg4", frames=FRAMES, options={"g": "12"})
+    path = rewrite(whole, tmp_path / "edited.avi", change)
+    by_index = decoding._read_by_index(str(path), lambda length: range(20, 30))
+    assert (by_index is not None) == is_still_so
+    if edit != "no settings":
+        expected = decoding._read_from_start(str(path), lambda length: range(20, 30), False, None)
+        assert np.array_equal(read_pictures(str(path), lambda length: range(20, 30)), expected)
+
+
 @pytest.mark.parametrize("b_frames", ["0", "2"])
-def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch, b_frames):
-    path = write_video(tmp_path / "a.mp4", frames=FRAMES, options={"g": "8", "bf": b_frames})
+def test_frames_of_xvid_are_those_that_decoding_gives(tmp_path, b_frames):
+    whole = write_video(tmp_path / "whole.mp4", frames=FRAMES, options={"qp": "0"})
+    path = tmp_path / "a.avi"
+    ffmpeg("-i", whole, "-c:v", "libxvid", "-bf", b_frames, "-g", "12", path)
+    expected = decoded_numbers(path)
+    for first in range(0, len(expected) - 8, 3):
+        assert numbers_in(read_frames(str(path), lambda length, k=first: range(k, k + 8))) == expected[first:][:8]
+    assert (decoding._read_by_index(str(path), lambda length: range(20, 30)) is not None) == (b_frames == "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "b_frames"), [("a.mp4", "libx264", "0"), ("a.mp4", "libx264", "2"), ("a.avi", "mpeg4", "0")]
+)
+def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch, name, codec, b_frames):
+    path = write_video(tmp_path / name, codec, frames=FRAMES, options={"g": "8", "bf": b_frames})
     decoded = []
-    decode = decoding.decoded
+    checked = decoding.checked
 
     def counting(*arguments):
-        for frame in decode(*arguments):
+        for frame in checked(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(decoding, "decoded", counting)
+    monkeypatch.setattr(decoding, "checked", counting)
     assert read_numbers(path, range(26, 30)) == [26, 27, 28, 29]
     assert len(decoded) == 6, "from the key frame 24 to the last wanted frame"
 
