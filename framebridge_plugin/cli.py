@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,18 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quieten_libraries() -> None:
-    """Mutes what libraries say about optional kernels that are not there: every start would open with it."""
+    """Mutes what libraries say about optional kernels that are not there, and about each other, at every start."""
     for name in ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # diffusers gives it to huggingface_hub, which no longer takes it.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.recipe import load_recipe, resolve_recipe
 
     if arguments.dry_run:
-        recipe, warnings = resolve_recipe(arguments.recipe, arguments.overrides)
+        recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides)
         print(recipe.to_yaml(), end="")
-        for warning in warnings:
+        for warning in missing:
             print(f"warning: {warning}", file=sys.stderr)
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, os.environ)
@@ -109,8 +112,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.recipe import resolve_recipe
 
     # The model need not be there yet.
-    recipe, warnings = resolve_recipe(arguments.recipe, arguments.overrides)
-    if problems := [line for line in warnings if ": framebridge.data" in line or ": dataset.dataset_config" in line]:
+    recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides)
+    if problems := [line for line in missing if ": framebridge.data" in line or ": dataset.dataset_config" in line]:
         raise UsageError("\n".join(problems))
 
     from framebridge_plugin.data.checking import check_data

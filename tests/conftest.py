@@ -27,3 +27,11 @@ def _no_arguments_of_another_test():
     if parsed is not None:
         vars(parsed).clear()
         parsed.__init__()
+
+
+@pytest.fixture(autouse=True)
+def _no_other_priority():
+    """An encoder (SVT-AV1) can give its process real-time priority: what is started later then starves the machine."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL
 
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, read_json
 from framebridge_plugin.model_folders.latte import (
+    VAE_DEFAULTS,
     LatteFacts,
     find_neural_prior,
     latte_folder_problem,
@@ -82,6 +85,16 @@ def test_what_a_model_can_be_asked_for(tmp_path):
     prior = write_latte_folder(tmp_path / "prior", "neural_prior", neural_prior={"class_names": None})
     facts = read_latte_facts(prior / "vae", prior / "neural_prior")
     assert facts == LatteFacts(16, 256, 256, 4)
+
+
+def test_what_an_autoencoder_leaves_out_is_as_in_diffusers(tmp_path):
+    parameters = inspect.signature(AutoencoderKL.__init__).parameters
+    defaults = {key: parameters[key].default for key in VAE_DEFAULTS}
+    assert defaults | {"block_out_channels": list(defaults["block_out_channels"])} == VAE_DEFAULTS
+    folder = write_latte_folder(tmp_path / "model")
+    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    assert latte_folder_problem(folder) is None
+    assert read_latte_facts(folder / "vae", folder / "transformer").height == 32
 
 
 def test_a_configuration_that_lacks_something(tmp_path):

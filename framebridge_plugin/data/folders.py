@@ -196,7 +196,8 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
     One of these names them:
     - `data_root`, a folder in one of finetrainers' layouts or the id of such a data set on the Hugging Face Hub:
       `metadata.csv`, `.jsonl` or `.json` with the columns `file_name` and `caption` (or `prompt` or `text`); pairs of
-      `x.mp4` and `x.txt`; or `videos.txt` and `prompts.txt` with one line per clip;
+      `x.mp4` and `x.txt`; or `videos.txt` and `prompts.txt` with one line per clip
+      (finetrainers' tar and parquet layouts are refused);
     - `class_root`, a folder with one folder of videos per class, whose name is their caption, and if wanted `split`,
       `fold` and `splits_dir` (see `load_ucf101`);
     - `csv` and `video_root`, WebVid's tables and videos, and if wanted `refresh_index` (see `load_webvid`).

@@ -23,6 +23,8 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 CAPTION_LISTS = ("caption.txt", "captions.txt", "prompt.txt", "prompts.txt")
 VIDEO_LISTS = ("video.txt", "videos.txt")
+SHARD_EXTENSIONS = (".tar", ".parquet")
+"""Of finetrainers' streamed layouts, which are not read here: they have no rows to shuffle, resume from or check."""
 
 
 def local_data_root(name_or_path: str, base_dir: Path) -> Path:
@@ -36,13 +38,17 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
         An existing folder.
 
     Raises:
-        FrameBridgeError: There is no such folder, and the hub has no such data set.
+        FrameBridgeError: There is no such folder, and the hub has no such data set; or it is one of tar or parquet
+            files, which is not downloaded.
     """
     path = Path(base_dir, os.path.expanduser(name_or_path))
     if path.is_dir():
         return path
+    if path.is_file() and path.suffix in SHARD_EXTENSIONS:
+        raise _shards_error(path.parent, path.name)
     if path.exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is None:
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
+    _refuse_shards_of_hub(name_or_path)
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
     except (OSError, HFValidationError, ValueError) as error:
@@ -50,6 +56,24 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
             f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({_first_line(error)}); check "
             "the name, or download it and give the folder"
         ) from error
+
+
+def _refuse_shards_of_hub(name: str) -> None:
+    """Such data sets tend to be large, so this comes before the download."""
+    try:
+        files = huggingface_hub.list_repo_files(name, repo_type="dataset")
+    except (OSError, HFValidationError, ValueError):
+        return  # no network: the download, or the cache, says the rest
+    shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
+    if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
+        raise _shards_error(name, min(shards))
+
+
+def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:
+    return FrameBridgeError(
+        f"{where} is a data set of tar or parquet files ({shard}), one of finetrainers' layouts that cannot be "
+        "trained on here; unpack them to x.mp4 with x.txt, or to videos with a metadata.csv (file_name and caption)"
+    )
 
 
 def find_clips(root: Path) -> tuple[list[str], list[str]]:
@@ -142,6 +166,9 @@ def _find_pairs(root: Path, present: set[str]) -> tuple[list[str], list[str]]:
 def _read_lists(root: Path, present: set[str]) -> tuple[list[str], list[str]]:
     found = [[name for name in choices if name in present] for choices in (VIDEO_LISTS, CAPTION_LISTS)]
     if any(len(names) != 1 for names in found):
+        below = (os.path.relpath(f"{folder}/{name}", root) for folder, _, names in os.walk(root) for name in names)
+        if shard := next((name for name in below if name.endswith(SHARD_EXTENSIONS)), None):
+            raise _shards_error(root, shard)
         raise FrameBridgeError(
             f"{root} has none of the known layouts; add a metadata.csv with the columns file_name and caption, or "
             "x.txt with the caption beside each x.mp4, or one videos.txt and one prompts.txt"

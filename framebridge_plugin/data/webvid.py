@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ _REQUIRED = ("videoid", "name")
 _SUFFIX = ".mp4"
 # Listing a folder on network storage is waiting, not work.
 _LISTING_THREADS = 16
+# Links to nothing or to themselves, and folders of somebody else, such as lost+found. Other errors are the disk's.
+_UNLISTABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 
 def load_webvid(
@@ -38,7 +41,8 @@ def load_webvid(
     """Load WebVid-2M or -10M, or any table of the same form.
 
     A row's video is `<video_root>/<videoid>.mp4`, or `<video_root>/<page_dir>/<videoid>.mp4`, wherever it is found.
-    Rows without a caption or a file are left out, and their numbers logged. The index is built once, by listing each
+    Rows without a caption or a file are left out, and their numbers logged; so are, in `video_root`, links that lead
+    nowhere, folders that may not be listed and names that are not UTF-8. The index is built once, by listing each
     folder once; later calls open it from the cache and look at neither the table's content nor the folders. It is
     built again when a CSV file, or the list of files and folders directly in `video_root`, has changed.
 
@@ -55,7 +59,8 @@ def load_webvid(
         are in `.info.description`.
 
     Raises:
-        FrameBridgeError: A file or folder is missing or damaged, a column is missing, or no row has a video.
+        FrameBridgeError: A file or folder is missing or damaged, the disk fails, a column is missing, or no row has
+            a video.
     """
     files = csv_files(csv)
     root = Path(video_root).expanduser().absolute()
@@ -91,7 +96,7 @@ class _WebVid(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         root = Path(self.config.video_root)
-        files = _list_videos(root)
+        files, left_out = _list_videos(root)
         total = without_caption = without_file = kept = 0
         for number, batch in enumerate(_all_rows(map(Path, self.config.csv_files))):
             rows = batch.append_column("path", _paths(batch, root, files))
@@ -103,15 +108,17 @@ class _WebVid(datasets.ArrowBasedBuilder):
             rows = rows.filter(pc.and_(has_caption, has_file))
             kept += rows.num_rows
             yield number, rows
-        counts = f"of {total} rows, {without_file} have no file and {without_caption} no caption; {kept} are used"
+        counts = (
+            f"of {total} rows, {without_file} have no file and {without_caption} no caption; {kept} are used{left_out}"
+        )
         where = self.config.csv_files[0] + (", ..." if len(self.config.csv_files) > 1 else "")
         if not kept:
             raise FrameBridgeError(
                 f"{where}: none of its {total} rows has both a caption and a file {root}/<videoid>.mp4 or "
-                f"{root}/<page_dir>/<videoid>.mp4"
+                f"{root}/<page_dir>/<videoid>.mp4{left_out}"
             )
         self.info.description = counts
-        if kept < total:
+        if kept < total or left_out:
             logger.warning("%s: %s", where, counts)
 
 
@@ -129,23 +136,54 @@ def _all_rows(files: Iterator[Path]) -> Iterator[pa.Table]:
             yield pa.Table.from_arrays(columns, WEBVID_COLUMNS)
 
 
-def _list_videos(root: Path) -> pa.Array:
-    """The names of all videos in `root` and its folders, relative to it and without the extension."""
+def _list_videos(root: Path) -> tuple[pa.Array, str]:
+    """Lists the videos in `root` and its folders.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        Their names relative to it and without the extension; and what was left out, "" for nothing, to be put behind
+        a message.
+
+    Raises:
+        OSError: The disk fails.
+    """
     with os.scandir(root) as entries:
         listed = [(entry.name, entry.name.endswith(_SUFFIX)) for entry in entries]
     names = [name.removesuffix(_SUFFIX) for name, is_video in listed if is_video]
+    unlistable: list[str] = []
 
     def list_folder(folder: str) -> list[str]:
         try:
             found = os.listdir(root / folder)
-        except NotADirectoryError:
+        except OSError as error:
+            if error.errno in _UNLISTABLE:
+                unlistable.append(f"{folder!r}: {error.strerror}")
+            elif error.errno != errno.ENOTDIR:
+                raise
             return []
         return [f"{folder}/{name.removesuffix(_SUFFIX)}" for name in found if name.endswith(_SUFFIX)]
 
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         for found in threads.map(list_folder, [name for name, is_video in listed if not is_video]):
             names += found
-    return pa.array(names, pa.string())
+    readable = [name for name in names if _is_utf8(name)]
+    unreadable = [repr(name + _SUFFIX) for name in names if not _is_utf8(name)]
+    left_out = ""
+    for what, these in (("links or folders that cannot be listed", unlistable), ("names not in UTF-8", unreadable)):
+        if these:
+            left_out += f"; left out of {root}: {len(these)} {what}, such as {min(these)}"
+    return pa.array(readable, pa.string()), left_out
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name is text; Python puts surrogates in the place of bytes that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _paths(rows: pa.Table, root: Path, files: pa.Array) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ from typing import Any
 from framebridge_plugin.model_folders.checks import (
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
+    LORA_INFO_FILE,
     ModelKind,
     find_saved_model,
     folder_problem,
@@ -21,6 +22,9 @@ from framebridge_plugin.model_folders.checks import (
     part_problem,
     read_json,
 )
+
+VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]}
+"""What diffusers takes for these where the configuration of an `AutoencoderKL` leaves them out."""
 
 _STAGES = {"bridge": "a bridge", "neural_prior": "a neural prior"}
 # What a neural prior and the bridge that takes its videos have in common.
@@ -140,7 +144,7 @@ def latte_parts_problem(vae: Path | None, transformer: Path | None, neural_prior
             for stage, path in (("bridge", transformer), ("neural_prior", neural_prior))
             if path is not None
         }
-        channels = None if vae is None else read_json(vae / "config.json").get("latent_channels")
+        channels = None if vae is None else read_vae_config(vae)["latent_channels"]
     except ValueError as error:
         return str(error)
     for stage, config in configs.items():
@@ -227,6 +231,70 @@ def neural_prior_problem(folder: Path, bridge: Mapping[str, Any] | None = None) 
     return problem
 
 
+def is_of_another_kind(folder: Path, kind: ModelKind) -> bool:
+    """Tell a model of another kind from one that is missing, damaged or not whole, by the classes that it names.
+
+    Args:
+        folder: The folder of a whole model.
+        kind: Which model it should be.
+
+    Returns:
+        Whether the model or one of its parts says that it is another.
+    """
+    found = _json_or_nothing(folder / "model_index.json").get("_class_name", kind.name)
+    return kind.name not in str(found) or any(is_another_part(folder / part, part, kind) for part in kind.parts)
+
+
+def is_another_part(folder: Path, part: str, kind: ModelKind) -> bool:
+    """Tell a component of another class from one that is missing or damaged.
+
+    Args:
+        folder: The folder of the component.
+        part: Which component it should be, one of the kind's.
+        kind: Which model it should be a part of.
+
+    Returns:
+        Whether it says that it is another.
+    """
+    wanted = kind.parts[part]
+    return wanted is not None and _json_or_nothing(folder / "config.json").get("_class_name", wanted) != wanted
+
+
+def is_no_neural_prior(folder: Path) -> bool:
+    """Tell a folder that holds something else than a neural prior from one that holds nothing, or a damaged one.
+
+    Args:
+        folder: As for `neural_prior_problem`.
+
+    Returns:
+        Whether the model that is found there says that it has no neural prior.
+    """
+    network = find_neural_prior(folder)
+    if network is not None:
+        stage = _json_or_nothing(network / "config.json").get("stage", "neural_prior")
+        return stage != "neural_prior" or is_another_part(network, "neural_prior", LATTE_NEURAL_PRIOR)
+    found = find_saved_model(folder)
+    if found is None:
+        return False
+    index = _json_or_nothing(found / "model_index.json")
+    return (found / LORA_INFO_FILE).is_file() or (bool(index) and index.get("neural_prior") in (None, [None, None]))
+
+
+def read_vae_config(vae: Path) -> dict[str, Any]:
+    """Read an autoencoder's configuration.
+
+    Args:
+        vae: Its folder.
+
+    Returns:
+        The configuration, with `VAE_DEFAULTS` for what it leaves out.
+
+    Raises:
+        ValueError: If it is missing or damaged; the message names it.
+    """
+    return VAE_DEFAULTS | read_json(vae / "config.json")
+
+
 def read_latte_facts(vae: Path | None, network: Path) -> LatteFacts:
     """Read what a Latte model can be asked for off its configurations.
 
@@ -241,7 +309,7 @@ def read_latte_facts(vae: Path | None, network: Path) -> LatteFacts:
         ValueError: If a configuration is missing, damaged or lacks a value; the message names it.
     """
     config = read_json(network / "config.json")
-    levels = 4 if vae is None else len(read_json(vae / "config.json").get("block_out_channels", ()))
+    levels = 4 if vae is None else len(read_vae_config(vae)["block_out_channels"])
     scale = 2 ** (levels - 1)
     try:
         return LatteFacts(
@@ -253,3 +321,10 @@ def read_latte_facts(vae: Path | None, network: Path) -> LatteFacts:
         )
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{network / 'config.json'} is not as it was written; copy the model again") from None
+
+
+def _json_or_nothing(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}

@@ -10,6 +10,7 @@ Layouts: B batch, F frames, C channels, h and w rows and columns of the latent, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class LatteBlock(nn.Module):
 class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The Latte network of the bridge, of the bridge on a neural prior, and of the neural prior itself.
 
-    The constructor leaves the weights as torch's layers make them; `from_size` and `initialize_weights` give those
+    The constructor leaves the weights as torch's layers make them; `from_scratch` and `initialize_weights` give those
     that training from scratch starts with, from a seed.
 
     Args:
@@ -144,29 +145,26 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
         self.gradient_checkpointing = False
 
-    @classmethod
-    def from_size(
-        cls,
+    @staticmethod
+    def config_from_size(
         size: str,
         *,
         sample_height: int,
         sample_width: int,
         num_frames: int,
-        seed: int,
-        class_names: list[str] | None = None,
+        class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
         latent_channels: int = 4,
         takes_neural_prior: bool = False,
         stage: str = "bridge",
-    ) -> LatteTransformer:
-        """Builds a network to be trained from scratch; equal arguments give equal weights.
+    ) -> dict[str, Any]:
+        """The config of a network of a named size.
 
         Args:
             size: Name from the table of sizes and the patch size, such as "S/2".
             sample_height: Rows of the latent.
             sample_width: Columns of the latent.
             num_frames: Frames of the video, without the image in front.
-            seed: What the weights are drawn from; torch's global generator is left alone.
             class_names: Names of the classes in the order of their labels.
             num_classes: Number of classes; that of the names if it is not given.
             latent_channels: Channels of the latent.
@@ -174,7 +172,7 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             stage: "bridge" or "neural_prior".
 
         Returns:
-            The network, in float32 on the CPU.
+            The constructor's arguments by name.
 
         Raises:
             FrameBridgeError: If the size is unknown, or there are neither names nor a number of classes.
@@ -184,22 +182,35 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if class_names is None:
                 raise FrameBridgeError("a Latte network needs its classes: give class_names or num_classes")
             num_classes = len(class_names)
+        return {
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": width // heads,
+            "patch_size": patch_size,
+            "in_channels": latent_channels * (2 if takes_neural_prior else 1),
+            "out_channels": latent_channels,
+            "sample_height": sample_height,
+            "sample_width": sample_width,
+            "num_frames": num_frames,
+            "num_classes": num_classes,
+            "class_names": None if class_names is None else list(class_names),
+            "stage": stage,
+        }
+
+    @classmethod
+    def from_scratch(cls, config: Mapping[str, Any], seed: int) -> LatteTransformer:
+        """Builds a network to be trained from scratch; equal arguments give equal weights.
+
+        Args:
+            config: Such as `config_from_size` returns.
+            seed: What the weights are drawn from; torch's global generator is left alone.
+
+        Returns:
+            The network, in float32 on the CPU.
+        """
         # On the meta device, since the layers' constructors draw from the global generator.
         with torch.device("meta"):
-            transformer = cls(
-                num_layers=num_layers,
-                num_attention_heads=heads,
-                attention_head_dim=width // heads,
-                patch_size=patch_size,
-                in_channels=latent_channels * (2 if takes_neural_prior else 1),
-                out_channels=latent_channels,
-                sample_height=sample_height,
-                sample_width=sample_width,
-                num_frames=num_frames,
-                num_classes=num_classes,
-                class_names=None if class_names is None else list(class_names),
-                stage=stage,
-            )
+            transformer = cls.from_config(dict(config))
         transformer.to_empty(device="cpu")
         transformer.initialize_weights(seed)
         return transformer

@@ -116,6 +116,20 @@ def check_generator(generator: Generators | None, num_videos: int) -> Generators
     return generator
 
 
+def guide(output: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance.
+
+    Args:
+        output: What the network gave for a batch twice as large, [2 B, ...]: the unconditional half comes first.
+        scale: Weight w of uncond + w (cond - uncond).
+
+    Returns:
+        The guided output, [B, ...].
+    """
+    unconditional, conditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
 def sample_latents(
     pipeline: Any,
     network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -138,7 +152,7 @@ def sample_latents(
             guidance the batch is twice as large: the unconditional half comes first.
         prior: End point z_T of the bridge, [B, T, C, H, W]; the diffusion baseline takes its shape and device alone.
         num_inference_steps: Calls of the network.
-        guidance_scale: Weight w of uncond + w (cond - uncond); 1 or less switches guidance off.
+        guidance_scale: Weight of `guide`; 1 or less switches guidance off.
         generator: The source of every draw; a list gives one to each video.
         latents: Where to start, in place of the scheduler's own start.
         callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
@@ -177,8 +191,7 @@ def sample_latents(
                 network_latents, network_time = torch.cat([network_latents] * 2), torch.cat([network_time] * 2)
             output = network(network_latents, network_time)
             if guided:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + guidance_scale * (conditional - unconditional)
+                output = guide(output, guidance_scale)
 
             if is_bridge:
                 latents = scheduler.step(output, t, latents, prior, generator=generator).prev_sample

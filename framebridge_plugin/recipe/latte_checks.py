@@ -23,18 +23,21 @@ from framebridge_plugin.model_folders.checks import (
     read_json,
 )
 from framebridge_plugin.model_folders.latte import (
+    VAE_DEFAULTS,
     LatteFacts,
     find_neural_prior,
+    is_another_part,
+    is_no_neural_prior,
+    is_of_another_kind,
     neural_prior_problem,
     read_latte_facts,
+    read_vae_config,
 )
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 
 _PRETRAINED = "model.pretrained_model_name_or_path"
 _NEURAL_PRIOR = "framebridge.neural_prior"
-# Autoencoders that agree in these make latents of the same shape and scale.
-_VAE_KEYS = ("latent_channels", "scaling_factor", "block_out_channels")
 
 
 def latte_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -57,7 +60,7 @@ def latte_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _pretrained_problems(recipe)
     vae = None if model.vae_id is None else local_path(model.vae_id)
     if vae is not None and (problem := part_problem(vae, "vae", LATTE_BRIDGE)):
-        yield Problem("model.vae_id", problem, on_disk=True)
+        yield Problem("model.vae_id", problem, on_disk=not is_another_part(vae, "vae", LATTE_BRIDGE))
     if recipe.framebridge.neural_prior is not None and model.model_name == "latte_bridge":
         yield from _neural_prior_problems(recipe, recipe.framebridge.neural_prior)
     yield from _class_problems(recipe)
@@ -159,11 +162,11 @@ def _pretrained_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(_PRETRAINED, f"{whole} has no {part}/ but a {other}/: it is a model of another stage")
             return
         if problem := folder_problem(whole, kind):
-            yield Problem(_PRETRAINED, problem, on_disk=True)
+            yield Problem(_PRETRAINED, problem, on_disk=not is_of_another_kind(whole, kind))
             return
     alone = None if model.transformer_id is None else local_path(model.transformer_id)
     if alone is not None and (problem := part_problem(alone, part, kind)):
-        yield Problem("model.transformer_id", problem, on_disk=True)
+        yield Problem("model.transformer_id", problem, on_disk=not is_another_part(alone, part, kind))
         return
     folder = _network_folder(recipe)
     if config := _config(folder):
@@ -177,7 +180,7 @@ def _network_problems(recipe: Recipe, config: dict[str, Any], where: str, what: 
     if config.get("stage") != stage:
         yield Problem(where, f"{what} is of the stage {config.get('stage')!r}, not {stage!r}: give one of that stage")
         return
-    channels, wanted = config.get("out_channels"), _config(_vae_folder(recipe)).get("latent_channels")
+    channels, wanted = config.get("out_channels"), _vae_config(_vae_folder(recipe)).get("latent_channels")
     if wanted is not None and channels != wanted:
         message = f"{what} is for latents of {channels} channels, the autoencoder has {wanted}: give its own"
         yield Problem(where, message)
@@ -197,18 +200,19 @@ def _neural_prior_problems(recipe: Recipe, name: str) -> Iterator[Problem]:
     if path is None:
         return
     if problem := neural_prior_problem(path):
-        yield Problem(_NEURAL_PRIOR, problem, on_disk=True)
+        yield Problem(_NEURAL_PRIOR, problem, on_disk=not is_no_neural_prior(path))
     elif problem := neural_prior_problem(path, _bridge_config(recipe)) or _other_vae_problem(recipe, path):
         yield Problem(_NEURAL_PRIOR, problem)
 
 
 def _other_vae_problem(recipe: Recipe, neural_prior: Path) -> str | None:
     network = find_neural_prior(neural_prior)
-    ours, theirs = _config(_vae_folder(recipe)), _config(None if network is None else network.parent / "vae")
-    different = [key for key in _VAE_KEYS if ours and theirs and ours.get(key) != theirs.get(key)]
+    ours, theirs = _vae_config(_vae_folder(recipe)), _vae_config(None if network is None else network.parent / "vae")
+    # Autoencoders that agree in these make latents of the same shape and scale. No shift is one of 0.
+    different = [key for key in VAE_DEFAULTS if ours and theirs and (ours[key] or 0) != (theirs[key] or 0)]
     if not different:
         return None
-    there, here = theirs.get(different[0]), ours.get(different[0])
+    there, here = theirs[different[0]], ours[different[0]]
     return f"{neural_prior} was trained with another autoencoder: {different[0]} is {there} there, {here} here"
 
 
@@ -246,7 +250,7 @@ def _bridge_config(recipe: Recipe) -> dict[str, Any]:
             config |= {"sample_height": shape[1] // factor, "sample_width": shape[2] // factor}
     if names is not None:
         config |= {"num_classes": len(names), "class_names": names}
-    channels = _config(_vae_folder(recipe)).get("latent_channels")
+    channels = _vae_config(_vae_folder(recipe)).get("latent_channels")
     return config if channels is None else config | {"out_channels": channels}
 
 
@@ -269,13 +273,20 @@ def _vae_folder(recipe: Recipe) -> Path | None:
 
 def _size_factor(vae: Path | None) -> int | None:
     """Pixels per row of the latents; None if the autoencoder is not on this machine."""
-    levels = _config(vae).get("block_out_channels")
+    levels = _vae_config(vae).get("block_out_channels")
     return 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
 
 
 def _config(folder: Path | None) -> dict[str, Any]:
     try:
         return {} if folder is None else read_json(folder / "config.json")
+    except ValueError:
+        return {}  # reported with the folder
+
+
+def _vae_config(folder: Path | None) -> dict[str, Any]:
+    try:
+        return {} if folder is None else read_vae_config(folder)
     except ValueError:
         return {}  # reported with the folder
 

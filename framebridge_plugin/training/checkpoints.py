@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
 
 _FOLDER = re.compile(r"step_(\d{6,})")
 
@@ -95,7 +96,7 @@ class Checkpointer:
         self.export = export
         self.trainable_only = trainable_only
         self.limit = limit
-        self.settings = dict(settings)
+        self.settings = json.loads(json.dumps(settings, default=float))  # as they are when they are read back
         self.average = average
         self.network_name = network_name
         self.is_main_process = is_main_process
@@ -202,13 +203,17 @@ class Checkpointer:
         """
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
-            changed = {name for name, value in content["settings"].items() if self.settings.get(name) != value}
-            if changed:
-                was = ", ".join(f"{name} {content['settings'][name]!r}" for name in sorted(changed))
-                raise ValueError(f"it was trained with {was}")
-            if self.average is not None and "ema_decay" not in content["settings"]:
-                raise ValueError("it was trained with ema_decay 0")
+            difference = settings_difference(content["settings"], self.settings)
+            if difference is not None:
+                raise ValueError(difference)
             stored = self._read_weights(folder)
+            # What is not stored would silently stay as it is in the fresh network.
+            expected: dict[str, Any] = get_model_state_dict(
+                self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only)
+            )
+            difference = tensors_difference(stored, expected)
+            if difference is not None:
+                raise ValueError(f"its weights are of another network: {difference}")
             set_model_state_dict(
                 self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
             )

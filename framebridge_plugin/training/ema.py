@@ -10,6 +10,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from framebridge_plugin.training.resume_settings import tensors_difference
+
 # What activation checkpointing and torch.compile put into the names of parameters.
 _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -77,8 +79,9 @@ class WeightAverage:
         Raises:
             ValueError: If it is of another network.
         """
-        if _shapes(stored) != _shapes(self._averages):
-            raise ValueError("the average of the weights is of another network")
+        difference = tensors_difference(stored, self._averages)
+        if difference is not None:
+            raise ValueError(f"the average of the weights is of another network: {difference}")
         for name, average in self._averages.items():
             tensor = stored[name].to(average.device)
             if isinstance(average, DTensor):
@@ -108,7 +111,3 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank holds; shares its memory, without gradient."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+
+from framebridge_plugin.errors import FrameBridgeError
+
+# How torch's own errors begin; those of the data set begin otherwise, also where a worker passes them on.
+_TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
 def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None = None) -> DataLoader:
@@ -17,7 +23,7 @@ def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None =
         positions: Which ones to read, where `samples` is no stream.
 
     Returns:
-        The loader; it yields samples, not batches.
+        The loader; it yields samples, not batches. Read it within `explained_reading_errors`.
     """
     workers, settings = args.dataloader_num_workers, args.framebridge_trainer
     return DataLoader(
@@ -29,3 +35,36 @@ def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None =
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         timeout=settings.dataloader_timeout if workers else 0,
     )
+
+
+@contextlib.contextmanager
+def explained_reading_errors() -> Iterator[None]:
+    """Says of a hang or death of a reading process what to do about it.
+
+    torch raises a death wherever the main thread is at the time, not only where a sample is waited for: the whole
+    loop that reads belongs into the block.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FrameBridgeError: A reading process hangs or has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # While it waits for a sample, torch puts the death of a worker behind an error that says less.
+        text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        if text.startswith(_TIMED_OUT):
+            raise FrameBridgeError(
+                f"no clip came from the reading processes ({text}): a decoder or the storage hangs; set "
+                "framebridge.data.isolated=true, so that a hang costs one clip, or raise "
+                "framebridge.dataloader_timeout if the storage is slow; `finetrainers data check` finds the file"
+            ) from error
+        if text.startswith(_DIED):
+            raise FrameBridgeError(
+                f"a reading process died ({text}): set framebridge.data.isolated=true, so that a decoder that crashes "
+                "costs one clip, or lower dataloader.dataloader_num_workers if memory ran out; `finetrainers data "
+                "check` finds the file"
+            ) from error
+        raise

@@ -42,7 +42,7 @@ from framebridge_plugin.training.latent_store import (
     remove_partial_files,
     write_shard,
 )
-from framebridge_plugin.training.loading import sample_loader
+from framebridge_plugin.training.loading import explained_reading_errors, sample_loader
 from framebridge_plugin.training.registration import parse_arguments, register
 from framebridge_plugin.training.run import build_specification, write_run_files
 
@@ -83,7 +83,8 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
         if missing[0]:
             job.write_captions(missing[0])
         if missing[1]:
-            job.write_clips(missing[1])
+            with explained_reading_errors():
+                job.write_clips(missing[1])
         processes.wait()
         if processes.rank == 0:
             _report(store, job.manifest, sum(map(len, missing)))

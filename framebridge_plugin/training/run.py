@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ def train(recipe: Recipe) -> None:
     """Trains what the recipe says, in this process and the others that torchrun started beside it.
 
     The run's folder gets the resolved recipe (`recipe.yaml`; a resumed run writes `recipe-resumed.yaml`), the
-    versions of the packages (`versions.json`), metrics, checkpoints, validation videos and, at the end, the model.
+    versions of the packages (`versions.json`), metrics, checkpoints, validation videos and, at the end, the model. A
+    resume that is refused leaves these as they were.
 
     Args:
         recipe: A checked recipe.
@@ -57,7 +59,21 @@ def train(recipe: Recipe) -> None:
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     _refuse_overwriting(recipe, output_dir)
-    dataset_config = write_run_files(recipe, output_dir)
+    if recipe.checkpoints.resume_from_checkpoint is None:
+        _train(recipe, output_dir, output_dir)
+    else:
+        staging = output_dir / f".resuming.{_rank()}"
+        try:
+            _train(recipe, output_dir, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    if _is_main_process():
+        _write_loss_curve(output_dir)
+
+
+def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
+    """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
+    dataset_config = write_run_files(recipe, staging)
 
     from framebridge_plugin.training.registration import parse_arguments, register
 
@@ -68,9 +84,16 @@ def train(recipe: Recipe) -> None:
 
     from framebridge_plugin.training import FrameBridgeTrainer
 
-    FrameBridgeTrainer(args, build_specification(recipe, args)).run()
-    if _is_main_process():
-        _write_loss_curve(output_dir)
+    def publish() -> None:
+        if staging == output_dir:
+            return
+        # Every rank its own, as in `write_run_files`.
+        for path in staging.iterdir():
+            path.replace(output_dir / path.name)
+        staging.rmdir()
+        args.dataset_config = str(output_dir / dataset_config.name)
+
+    FrameBridgeTrainer(args, build_specification(recipe, args), on_prepared=publish).run()
 
 
 def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
@@ -103,8 +126,12 @@ def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:
         )
 
 
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
 def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return _rank() == "0"
 
 
 def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
@@ -127,7 +154,7 @@ def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
     content = json.dumps(recipe.dataset_config(), indent=2) + "\n"
     # Every rank reads this file: each writes the same content and renames it into place.
     path = output_dir / "dataset_config.json"
-    partial = output_dir / f".dataset_config.{os.environ.get('RANK', '0')}"
+    partial = output_dir / f".dataset_config.{_rank()}"
     partial.write_text(content)
     partial.replace(path)
     return path

@@ -9,11 +9,10 @@ checkpoints are whole or not there. It averages the weights too, if asked to.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,9 @@ from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.fingerprint import run_fingerprint
 from framebridge_plugin.training.latent_store import LatentStore
+from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
+from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 
 logger = logging.get_logger()
@@ -67,6 +68,7 @@ class FrameBridgeTrainer(SFTTrainer):
     Args:
         args: finetrainers' arguments.
         model_specification: A specification with the interface of finetrainers'.
+        on_prepared: Called once nothing more can refuse the run, before its first update.
 
     Raises:
         UsageError: If the arguments ask for what does not work.
@@ -75,12 +77,13 @@ class FrameBridgeTrainer(SFTTrainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, args: Any, model_specification: Any) -> None:
+    def __init__(self, args: Any, model_specification: Any, on_prepared: Callable[[], None] = lambda: None) -> None:
         _refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
         # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
+        self._on_prepared = on_prepared
         self.average: WeightAverage | None = None
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
@@ -146,17 +149,9 @@ class FrameBridgeTrainer(SFTTrainer):
 
     def _prepare_checkpointing(self) -> None:
         is_lora = self.args.training_type == TrainingType.LORA
-        settings = {
-            "training_type": self.args.training_type,
-            "optimizer": self.args.optimizer,
-            **dataclasses.asdict(self.args.framebridge_objective),
-        }
         ours = self.args.framebridge_trainer
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
-            settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
-        if hasattr(self.model_specification, "resume_settings"):
-            settings |= self.model_specification.resume_settings()
         self.checkpointer = Checkpointer(
             Path(self.args.output_dir),
             self.transformer,
@@ -165,7 +160,7 @@ class FrameBridgeTrainer(SFTTrainer):
             export=self._export,
             trainable_only=is_lora,
             limit=self.args.checkpointing_limit,
-            settings=settings,
+            settings=run_settings(self.args, self.model_specification, self._datasets),
             average=self.average,
             network_name=getattr(self.model_specification, "network_name", "transformer"),
             is_main_process=self.state.parallel_backend.is_main_process,
@@ -175,6 +170,7 @@ class FrameBridgeTrainer(SFTTrainer):
             folder = self.checkpointer.find(self.args.resume_from_checkpoint)
             self.progress = self.checkpointer.load(folder)
             logger.info(f"Resumed from {folder}")
+        self._on_prepared()
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Writes what sampling opens: a model folder, or LoRA layers with what else was trained."""
@@ -215,6 +211,7 @@ class FrameBridgeTrainer(SFTTrainer):
             disable=not backend.is_local_main_process,
         )
         with (
+            explained_reading_errors(),
             progress_bar,
             MetricsLogger(output_dir, enabled=backend.is_main_process, first_step=progress.step) as metrics,
         ):

@@ -240,6 +240,10 @@ def broken_folder(kind: str, root: Path) -> None:
         (root / "videos.txt").write_text("a.mp4\n")
         (root / "prompts.txt").write_text("a\n")
         (root / "captions.txt").write_text("a\n")
+    elif kind == "tar files":
+        touch(root, "train/0001.tar", "train/0000.txt")
+    elif kind == "parquet files":
+        touch(root, "data/train.parquet")
     elif kind == "two videos for one text":
         touch(root, "a.mov", "a.txt")
 
@@ -260,6 +264,8 @@ def broken_folder(kind: str, root: Path) -> None:
         ("json that is no list", "must be a list"),
         ("lists of different length", "videos.txt has 2 lines but prompts.txt has 1"),
         ("two lists of captions", "none of the known layouts"),
+        ("tar files", r"tar or parquet files \(train/0001.tar\), one of finetrainers' layouts that cannot .*; unpack"),
+        ("parquet files", r"tar or parquet files \(data/train.parquet\)"),
         ("two videos for one text", "a.mp4 and a.mov; keep one"),
     ],
 )
@@ -328,3 +334,35 @@ def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch):
     assert rows[0] == (str(metadata_csv_folder / "clips/0.mp4"), CLEAN[0])
     with pytest.raises(FrameBridgeError, match=r"'someone/others' is neither a folder nor to be had from the hub"):
         index_dataset({"data_root": "someone/others"})
+
+
+def test_tar_files_named_themselves_are_refused(tmp_path):
+    touch(tmp_path, "0001.tar")
+    with pytest.raises(FrameBridgeError, match=r"tar or parquet files \(0001.tar\)"):
+        index_dataset({"data_root": "0001.tar"}, tmp_path)
+
+
+def test_tar_files_beside_a_layout_do_no_harm(tmp_path):
+    touch(tmp_path, *(f"clips/{number}.mp4" for number in range(5)), "clips.tar")
+    metadata_csv(tmp_path)
+    assert len(index_dataset({"data_root": str(tmp_path)})) == 5
+
+
+def test_a_data_set_of_tar_files_is_refused_before_it_is_downloaded(monkeypatch):
+    files = ["README.md", "train/0000.tar", "train/0001.tar"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, repo_type: files)
+    downloads = []
+
+    def download(name, repo_type):
+        downloads.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FrameBridgeError, match=r"someone/shards is a data set of tar .*\(train/0000.tar\)") as caught:
+        index_dataset({"data_root": "someone/shards"})
+    assert "\n" not in str(caught.value)
+    assert downloads == []
+    files.append("metadata.csv")
+    with pytest.raises(FrameBridgeError, match="no network"):
+        index_dataset({"data_root": "someone/shards"})
+    assert downloads == ["someone/shards"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 
 import pytest
 
-from framebridge_plugin.data import UCF101_CLASSES, index_dataset, load_ucf101
+from framebridge_plugin.data import UCF101_CLASSES, class_folders, index_dataset, load_ucf101
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 
@@ -84,6 +86,48 @@ def test_folders_of_other_classes_keep_their_own_names(tmp_path):
     assert rows.features["label"].names == ["PanLeft", "ZoomIn"]
     assert list(rows["label"]) == [0, 1]
     assert list(rows["group"]) == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    "stray", ["lost+found/", "__MACOSX/Archery/._v_Archery_g01_c01.avi", ".cache/a.avi", "notes/read_me.txt"]
+)
+def test_stray_folders_change_no_labels(corpus, stray):
+    before = list(load_ucf101(corpus))
+    (corpus / stray).parent.mkdir(parents=True, exist_ok=True)
+    (corpus / stray).mkdir() if stray.endswith("/") else (corpus / stray).touch()
+    rows = load_ucf101(corpus)
+    assert rows.features["label"].names == list(UCF101_CLASSES)
+    assert list(rows) == before
+
+
+def test_a_class_more_than_the_101_makes_it_another_data_set(corpus):
+    (corpus / "Zorbing").mkdir()
+    (corpus / "Zorbing/a.avi").touch()
+    assert load_ucf101(corpus).features["label"].names == ["Archery", "HandstandPushups", "YoYo", "Zorbing"]
+
+
+def test_stray_folders_change_no_labels_of_other_classes(tmp_path):
+    for name in ("PanLeft", "ZoomIn", "Empty", "Notes", "__MACOSX", "lost+found"):
+        (tmp_path / name).mkdir()
+    for name in ("PanLeft/a.mp4", "ZoomIn/a.mp4", "Notes/a.txt", "__MACOSX/a.mp4"):
+        (tmp_path / name).touch()
+    rows = load_ucf101(tmp_path)
+    # A class without clips keeps its number.
+    assert rows.features["label"].names == ["Empty", "PanLeft", "ZoomIn"]
+    assert list(rows["label"]) == [1, 2]
+
+
+def test_a_class_that_cannot_be_listed_is_an_error(corpus, monkeypatch):
+    listdir = os.listdir
+
+    def fail(path):
+        if str(path).endswith("YoYo"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(class_folders.os, "listdir", fail)
+    with pytest.raises(FrameBridgeError, match="YoYo cannot be listed: Permission denied; make it readable"):
+        load_ucf101(corpus)
 
 
 def test_wrong_requests_are_refused(corpus, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset, load_webvid
+from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset, load_webvid, webvid
 from framebridge_plugin.errors import FrameBridgeError
 
 HEADER = ["videoid", "contentUrl", "duration", "page_dir", "name"]
@@ -135,4 +136,59 @@ def test_wrong_sources_are_refused_in_one_line(corpus, table, videos, message):
     (corpus / "latin.csv").write_bytes("videoid,name\n7,\xe9t\xe9\n".encode("latin-1"))
     with pytest.raises(FrameBridgeError, match=message) as caught:
         load_webvid(corpus / table, corpus / videos)
+    assert "\n" not in str(caught.value)
+
+
+def failing_listdir(monkeypatch, folder: Path, number: int) -> None:
+    """A disk that answers so, and permissions, cannot be had by root, as whom these tests may run."""
+    listdir = os.listdir
+
+    def fail(path):
+        if Path(path) == folder:
+            raise OSError(number, os.strerror(number), str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(webvid.os, "listdir", fail)
+
+
+def test_what_is_in_the_way_is_left_out_and_counted(corpus, caplog, monkeypatch):
+    table, videos = corpus / "results.csv", corpus / "videos"
+    (videos / "dangling").symlink_to("nowhere")
+    (videos / "circle").symlink_to("circle")
+    (videos / "lost+found").mkdir()
+    failing_listdir(monkeypatch, videos / "lost+found", errno.EACCES)
+    for folder in (b"", b"000051_000100/", b"caf\xe9/"):
+        path = os.fsencode(videos) + b"/" + folder
+        os.makedirs(path, exist_ok=True)
+        with open(path + b"caf\xe9.mp4", "wb"):
+            pass
+    with caplog.at_level(logging.WARNING):
+        rows = load_webvid(table, videos)
+    assert list(rows["videoid"]) == ["0012", "7"]
+    (record,) = caplog.records
+    assert rows.info.description in record.getMessage()
+    assert rows.info.description == (
+        "of 4 rows, 1 have no file and 1 no caption; 2 are used"
+        f"; left out of {videos}: 3 links or folders that cannot be listed, such as "
+        "'circle': Too many levels of symbolic links"
+        f"; left out of {videos}: 3 names not in UTF-8, such as '000051_000100/caf\\udce9.mp4'"
+    )
+
+
+def test_what_is_left_out_is_said_although_every_row_has_its_file(corpus, caplog):
+    write(corpus / "one.csv", [["videoid", "name"], ["0012", "a cat"]])
+    (corpus / "videos/dangling").symlink_to("nowhere")
+    with caplog.at_level(logging.WARNING):
+        load_webvid(corpus / "one.csv", corpus / "videos")
+    assert "1 links or folders that cannot be listed, such as 'dangling': No such file or directory" in caplog.text
+    write(corpus / "none.csv", [["videoid", "name"], ["77", "a cat"]])
+    with pytest.raises(FrameBridgeError, match=r"none of its 1 rows .*such as 'dangling': No such file"):
+        load_webvid(corpus / "none.csv", corpus / "videos")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_failing_disk_is_not_taken_for_a_folder_without_videos(corpus, monkeypatch, number):
+    failing_listdir(monkeypatch, corpus / "videos/000051_000100", number)
+    with pytest.raises(FrameBridgeError, match=f"{os.strerror(number)}.*000051_000100") as caught:
+        load_webvid(corpus / "results.csv", corpus / "videos")
     assert "\n" not in str(caught.value)

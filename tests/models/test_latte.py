@@ -54,8 +54,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def build(size: str, **changes: Any) -> LatteTransformer:
-    settings = {"sample_height": 32, "sample_width": 32, "num_frames": 16, "num_classes": 101, "seed": 0}
-    return LatteTransformer.from_size(size, **{**settings, **changes})
+    seed = changes.pop("seed", 0)
+    settings = {"sample_height": 32, "sample_width": 32, "num_frames": 16, "num_classes": 101}
+    return LatteTransformer.from_scratch(LatteTransformer.config_from_size(size, **{**settings, **changes}), seed)
 
 
 # Sizes and the weights to start from
@@ -77,8 +78,8 @@ def test_the_table_of_sizes(patch_size):
         assert network.patch_embed.proj.weight.shape == (width, 4, patch_size, patch_size)
         assert [block.is_temporal for block in network.transformer_blocks] == [False, True] * (num_layers // 2)
         if name == "S":
-            from_size = build(f"S/{patch_size}").config
-            assert {key: from_size[key] for key in from_size if key[0] != "_"} == {
+            built = build(f"S/{patch_size}").config
+            assert {key: built[key] for key in built if key[0] != "_"} == {
                 key: network.config[key] for key in network.config if key[0] != "_"
             }
         counts[name] = sum(parameter.numel() for parameter in network.parameters())

@@ -11,6 +11,7 @@ from torch import nn
 
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
+from framebridge_plugin.pipelines.common import guide
 from tests.latte_reference import STAGES, reference_network
 from tests.reference_vectors import DATA, load_vectors, relative_error
 
@@ -90,9 +91,9 @@ def test_the_last_label_stands_for_no_class(networks):
 def test_guided_output(networks, stage):
     network, inputs, labels = networks[stage], VECTORS[INPUTS[stage]], VECTORS["cfg.y"]
     assert labels[2:].tolist() == [network.null_label] * 2
-    both = network(torch.cat([inputs, inputs]), VECTORS["t_frac"].repeat(2), labels).sample
-    with_class, without = both.chunk(2)
-    guided = without + 7 * (with_class - without)
+    # Theirs has the unconditional half last, ours first.
+    both = network(torch.cat([inputs, inputs]), VECTORS["t_frac"].repeat(2), labels.roll(2)).sample
+    guided = guide(both, 7.0)
     assert relative_error(torch.cat([guided, guided]), VECTORS[f"{stage}.out_cfg7"]) < TOLERANCE
 
 
@@ -125,7 +126,7 @@ def test_positions():
 @pytest.mark.parametrize("stage", STAGES)
 def test_s2_at_full_size_has_the_weights_of_the_reference(stage):
     reference = json.loads((DATA / "latte_s2_keys.json").read_text())["stages"][stage]
-    transformer = LatteTransformer.from_size(
+    config = LatteTransformer.config_from_size(
         "S/2",
         sample_height=32,
         sample_width=32,
@@ -133,8 +134,8 @@ def test_s2_at_full_size_has_the_weights_of_the_reference(stage):
         num_classes=101,
         takes_neural_prior=stage == "bridge_neural_prior",
         stage="neural_prior" if stage == "nwarp" else "bridge",
-        seed=0,
     )
+    transformer = LatteTransformer.from_scratch(config, seed=0)
     shapes: dict[str, list[int]] = {}
     for name, tensor in transformer.state_dict().items():
         theirs = their_name(name)

@@ -116,7 +116,7 @@ def test_full_size_checkpoints(tmp_path, stage):
     weights[f"{prefix}temp_embed"] = temporal_positions(shapes[f"{prefix}temp_embed"][1], 384)[None]
     checkpoint = read_reference_checkpoint(write_checkpoint(tmp_path / "checkpoint.pt", weights))
     (network,) = checkpoint.networks.values()
-    expected = LatteTransformer.from_size(
+    config = LatteTransformer.config_from_size(
         "S/2",
         sample_height=32,
         sample_width=32,
@@ -124,8 +124,8 @@ def test_full_size_checkpoints(tmp_path, stage):
         num_classes=101,
         takes_neural_prior=stage == "bridge_neural_prior",
         stage="neural_prior" if stage == "nwarp" else "bridge",
-        seed=0,
     )
+    expected = LatteTransformer.from_scratch(config, seed=0)
     assert network.config == {name: expected.config[name] for name in network.config}
     assert {name: tensor.shape for name, tensor in network.state_dict.items()} == {
         name: tensor.shape for name, tensor in expected.state_dict().items()

@@ -13,9 +13,11 @@ from peft import LoraConfig
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.saving import save_lora_folder
 from tests.pipelines.latte_calls import latents_of, open_folder, picture, seeded
-from tests.tiny_models import LATTE_KINDS, make_tiny_latte
+from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_latte
+from tests.training.latte_runs import CLIP_SHAPE, make_latte_specification
 
 
 @pytest.fixture
@@ -26,6 +28,31 @@ def pipeline(latte_folders) -> FrameBridgeLattePipeline:
 @pytest.fixture(params=LATTE_KINDS)
 def any_pipeline(request, latte_folders) -> FrameBridgeLattePipeline:
     return open_folder(latte_folders[request.param])
+
+
+# From scratch
+
+
+def test_a_specification_from_scratch_draws_its_network_once(latte_folders, monkeypatch):
+    """When it is loaded; until then the config will do. It is the network that `from_scratch` gives."""
+    size = {"sample_height": 16, "sample_width": 16, "num_frames": 4, "class_names": CLASS_NAMES}
+    expected = LatteTransformer.from_scratch(LatteTransformer.config_from_size("S/4", **size), seed=7)
+    seeds, draw = [], LatteTransformer.initialize_weights
+
+    def draw_and_count(network, seed):
+        seeds.append(seed)
+        draw(network, seed)
+
+    monkeypatch.setattr(LatteTransformer, "initialize_weights", draw_and_count)
+    settings = {"latte_size": "S/4", "class_names": CLASS_NAMES, "clip_shape": CLIP_SHAPE, "seed": 7}
+    specification = make_latte_specification("bridge", vae_id=str(latte_folders["bridge"] / "vae"), **settings)
+    assert specification.transformer_config == expected.config
+    assert seeds == []
+    network = specification.load_diffusion_models()["transformer"]
+    assert seeds == [7]
+    assert network.config == expected.config
+    weights = network.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.state_dict().items())
 
 
 # Saving and loading

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from framebridge_plugin import FrameBridgeLattePipeline
@@ -107,3 +111,17 @@ def test_an_autoencoder_of_other_latents_is_refused():
     vae.register_to_config(latent_channels=16)
     with pytest.raises(FrameBridgeError, match="the autoencoder has 16 latent channels, the network 4"):
         FrameBridgeLattePipeline(vae, make_tiny_latte_network(**SHAPE), FrameBridgeScheduler())
+
+
+def test_a_model_that_is_not_on_the_hub_is_refused_in_one_line():
+    """And diffusers' warning of an argument that huggingface_hub no longer takes does not stand before it."""
+    command = ["conformance", "--model-name", "latte_bridge", "--model", "owner/nope"]
+    process = subprocess.run(
+        [sys.executable, "-m", "framebridge_plugin", *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: cannot load AutoencoderKL from 'owner/nope'")
+    assert process.stderr.count("\n") == 1

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from framebridge_plugin.cli import main
+from framebridge_plugin.errors import UsageError
 from framebridge_plugin.recipe import load_recipe, resolve_recipe
 from tests.recipe.helpers import problems_of, write_class_folders
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte
@@ -37,6 +39,11 @@ def models(saved_models, tmp_path) -> Path:
 def change_config(path: Path, **values) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | values))
+
+
+def leave_out(path: Path, *keys: str) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in keys}))
 
 
 def use(model: Path, *overrides: str) -> list[str]:
@@ -229,6 +236,56 @@ def test_an_autoencoder_of_other_latents(latte, models, tmp_path):
     assert "is for latents of 4 channels, the autoencoder has 16: give its own" in problem
 
 
+# ------------------------------------------------------------------------------------------- dry runs
+
+
+def is_a_warning(recipe: Path, *overrides: str) -> bool:
+    """Whether a dry run only warns of what a run refuses."""
+    problems_of(recipe, *overrides)
+    return main(["train", "--recipe", str(recipe), "--dry-run", *overrides]) == 0
+
+
+def test_a_dry_run_refuses_a_model_of_another_kind(latte, models, model, capsys):
+    bridge, prior = models / "bridge", models / "neural_prior"
+    (models / "lora").mkdir()
+    (models / "lora" / "framebridge.json").write_text(json.dumps({"pipeline_class": "FrameBridgeLattePipeline"}))
+    for other in (bridge, model, models / "lora"):
+        assert main(["train", "--recipe", str(latte), "--dry-run", f"framebridge.neural_prior={other}"]) == 2
+        assert "without a neural prior" in capsys.readouterr().err
+    assert not is_a_warning(latte, *use(model))
+    assert not is_a_warning(latte, *use(prior))
+    assert not is_a_warning(latte, f"model.transformer_id={bridge / 'vae'}")
+    assert not is_a_warning(latte, f"model.vae_id={bridge / 'transformer'}")
+    change_config(bridge / "transformer", _class_name="CogVideoXTransformer3DModel")
+    assert not is_a_warning(latte, *use(bridge))
+    change_config(prior / "neural_prior", stage="bridge")
+    assert not is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    change_config(prior / "neural_prior", stage="neural_prior", _class_name="LatteTransformer2")
+    assert not is_a_warning(latte, f"framebridge.neural_prior={prior}")
+
+
+def test_a_dry_run_warns_of_a_model_that_is_missing_or_damaged(latte, models, tmp_path):
+    bridge, prior = models / "bridge", models / "neural_prior"
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    for name in ("nowhere", "run"):
+        assert is_a_warning(latte, f"framebridge.neural_prior={tmp_path / name}")
+    assert is_a_warning(latte, *use(tmp_path / "nowhere"))
+    for path in (bridge / "transformer", bridge / "vae", prior / "neural_prior"):
+        (path / "diffusion_pytorch_model.safetensors").unlink()
+    assert is_a_warning(latte, *use(bridge))
+    assert is_a_warning(latte, f"model.transformer_id={bridge / 'transformer'}")
+    assert is_a_warning(latte, f"model.vae_id={bridge / 'vae'}")
+    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    (bridge / "transformer" / "config.json").write_text("{")
+    assert is_a_warning(latte, *use(bridge))
+    (prior / "neural_prior" / "config.json").unlink()
+    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    shutil.rmtree(prior / "neural_prior")  # its model_index.json says that it should be there
+    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    (prior / "model_index.json").write_text("{")
+    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+
+
 # ------------------------------------------------------------------------------------------- the neural prior
 
 
@@ -252,7 +309,7 @@ def test_a_neural_prior_that_does_not_fit(latte, models, values, message, start)
     (problem,) = problems_of(latte, *overrides)
     assert " framebridge.neural_prior: " in problem
     assert message in problem
-    with pytest.raises(Exception, match="neural_prior"):  # no warning of the disk that --dry-run would let pass
+    with pytest.raises(UsageError, match="neural_prior"):  # no warning of the disk that --dry-run would let pass
         resolve_recipe(latte, overrides)
 
 
@@ -260,6 +317,19 @@ def test_a_neural_prior_of_another_autoencoder(latte, models):
     change_config(models / "neural_prior" / "vae", scaling_factor=1.5)
     (problem,) = problems_of(latte, f"framebridge.neural_prior={models / 'neural_prior'}")
     assert "was trained with another autoencoder: scaling_factor is 1.5 there, 0.18215 here" in problem
+    change_config(models / "neural_prior" / "vae", scaling_factor=0.18215, shift_factor=0.1)
+    (problem,) = problems_of(latte, f"framebridge.neural_prior={models / 'neural_prior'}")
+    assert "was trained with another autoencoder: shift_factor is 0.1 there, None here" in problem
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_an_autoencoder_that_leaves_its_defaults_out_is_the_same(latte, models, tmp_path, side):
+    vae = tmp_path / "vae" if side == "ours" else models / "neural_prior" / "vae"
+    prior = f"framebridge.neural_prior={models / 'neural_prior'}"
+    leave_out(vae, "scaling_factor", "shift_factor", "latent_channels")
+    load_recipe(latte, [prior])
+    change_config(vae, shift_factor=0.0)  # what None means
+    load_recipe(latte, [prior])
 
 
 def test_a_neural_prior_that_is_none(latte, models, model, tmp_path):

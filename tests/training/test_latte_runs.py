@@ -96,6 +96,18 @@ def test_a_resume_on_another_neural_prior_is_refused(train, inputs, tmp_path):
     assert "it was trained with neural_prior 'of digest " in refused.stderr.strip().splitlines()[-1]
 
 
+def test_a_resume_of_another_stage_is_refused(train, inputs):
+    resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=2")
+    assert succeeded(train(*options(inputs, "bridge"), "optimization.train_steps=1"))
+    for kind, message in (
+        ("neural_prior", "it was trained with model_name 'latte_bridge'"),
+        ("bridge_neural_prior", "it was trained without neural_prior;"),
+    ):
+        refused = train(*options(inputs, kind), *resume)
+        assert refused.returncode == 1
+        assert message in refused.stderr.strip().splitlines()[-1]
+
+
 def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):
     chosen = options(inputs, "bridge_neural_prior")
     assert succeeded(train(*chosen, output="plain"))

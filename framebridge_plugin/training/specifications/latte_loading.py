@@ -94,7 +94,7 @@ class LatteLoading(ModelSpecification):
 
     def _load_transformer_config(self) -> None:
         if self.is_from_scratch:
-            self._set_blank_network(self._new_network())
+            self._set_blank_network(blank_network(self._new_config()))
         else:
             self._set_blank_network(read_network(*self._source(self.network_name), self.stage, **self._hub_settings))
         if not self.is_from_scratch or self.clip_shape is not None:
@@ -103,8 +103,8 @@ class LatteLoading(ModelSpecification):
 
     def _set_blank_network(self, network: LatteTransformer) -> None:
         """Keeps the network's config and classes."""
-        self._blank_network = blank_network(network.config)
-        self.transformer_config = self._blank_network.config
+        self._blank_network = network
+        self.transformer_config = network.config
 
     def _check_network(self) -> None:
         """Compares what comes from different places, from the configs alone."""
@@ -132,7 +132,8 @@ class LatteLoading(ModelSpecification):
     def _vae_scale(self) -> int:
         return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
-    def _new_network(self) -> LatteTransformer:
+    def _new_config(self) -> dict[str, Any]:
+        """The config of a network from scratch."""
         num_frames, height, width = self.clip_shape or DEFAULT_CLIP_SHAPE
         *_, patch = parse_latte_size(self.latte_size)
         step = self._vae_scale * patch
@@ -141,7 +142,7 @@ class LatteLoading(ModelSpecification):
                 f"clips of {height} x {width} pixels do not fit Latte-{self.latte_size} and this autoencoder; choose "
                 f"multiples of {step}"
             )
-        return LatteTransformer.from_size(
+        return LatteTransformer.config_from_size(
             self.latte_size,
             sample_height=height // self._vae_scale,
             sample_width=width // self._vae_scale,
@@ -150,7 +151,6 @@ class LatteLoading(ModelSpecification):
             latent_channels=self.vae_config.latent_channels,
             takes_neural_prior=self._takes_neural_prior,
             stage=self.stage,
-            seed=self.seed,
         )
 
     @property
@@ -162,10 +162,9 @@ class LatteLoading(ModelSpecification):
 
     def _load_network(self) -> LatteTransformer:
         if self.is_from_scratch:
-            network = self._new_network()
-            self._set_blank_network(network)
+            self._set_blank_network(blank_network(self._new_config()))
             self._check_network()
-            return network.to(self.transformer_dtype)
+            return LatteTransformer.from_scratch(self.transformer_config, self.seed).to(self.transformer_dtype)
         source, subfolder = self._source(self.network_name)
         return load_network(source, subfolder, self.stage, self.transformer_dtype, **self._hub_settings)
 

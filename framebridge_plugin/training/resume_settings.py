@@ -1,0 +1,91 @@
+"""What a run and the checkpoint that it goes on from have in common: the settings, and the weights' names and shapes.
+
+The number of processes is not among the settings: weights are stored whole, and progress in clips of all processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from framebridge_plugin.data import ClipIndex, ClipSettings
+
+_SHOWN = 4
+"""Differences that fit into an error's line."""
+
+
+def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> dict[str, Any]:
+    """The settings of a run that a resume may not change.
+
+    Args:
+        args: finetrainers' arguments.
+        specification: The model's; what its `resume_settings` returns is added, if it has that.
+        datasets: What `load_dataset_config` returned.
+
+    Returns:
+        Values that JSON can say, by name: the model and its objective, what is trained how, the average of the weights
+        if there is one, the seed, and of each data set the number of rows and the clip settings.
+    """
+    settings = {
+        "model_name": args.model_name,
+        "training_type": args.training_type,
+        "optimizer": args.optimizer,
+        "seed": args.seed,
+        **dataclasses.asdict(args.framebridge_objective),
+    }
+    if args.training_type == "lora":
+        settings |= {name: getattr(args, name) for name in ("rank", "lora_alpha", "target_modules")}
+    ours = args.framebridge_trainer
+    if ours.ema_decay > 0.0:
+        settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
+    if hasattr(specification, "resume_settings"):
+        settings |= specification.resume_settings()
+    for number, (index, clips) in enumerate(datasets):
+        facts = {"rows": len(index), **clips.fingerprint()}
+        settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}
+    return settings
+
+
+def settings_difference(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Compares the settings of a checkpoint with those of a run; one that only one of them has is a difference.
+
+    Args:
+        stored: Those of the checkpoint.
+        settings: Those of the run, as JSON gives them back.
+
+    Returns:
+        What the checkpoint was trained with and without, in a few words; None if they are equal.
+    """
+    names = dict.fromkeys([*stored, *settings])
+    changed = [n for n in names if n not in stored or n not in settings or stored[n] != settings[n]]
+    if not changed:
+        return None
+    shown = changed[:_SHOWN]
+    present = ", ".join(f"{name} {stored[name]!r}" for name in shown if name in stored)
+    absent = ", ".join(name for name in shown if name not in stored)
+    parts = [f"{word} {part}" for word, part in (("with", present), ("without", absent)) if part]
+    more = f" ({len(changed) - _SHOWN} more settings differ)" if len(changed) > _SHOWN else ""
+    return f"it was trained {' and '.join(parts)}{more}"
+
+
+def tensors_difference(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
+    """Compares the names and shapes of stored tensors with those that a network has.
+
+    Args:
+        stored: The stored ones.
+        expected: The network's, sharded or whole.
+
+    Returns:
+        The first difference, in a few words; None if there is none.
+    """
+    for name in dict.fromkeys([*expected, *stored]):
+        if name not in stored:
+            return f"tensor {name} is missing"
+        if name not in expected:
+            return f"tensor {name} is none of this network's"
+        if stored[name].shape != expected[name].shape:
+            return f"tensor {name} has the shape {list(stored[name].shape)}, not {list(expected[name].shape)}"
+    return None
