@@ -30,18 +30,16 @@ from framebridge_plugin.pipelines.saving import (
 )
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.fingerprint import component_fingerprint
-from framebridge_plugin.training.objective import (
-    Network,
-    ObjectiveSettings,
-    build_scheduler,
-)
+from framebridge_plugin.training.objective import Network, ObjectiveSettings, build_scheduler
 from framebridge_plugin.training.registration import parsed_objective
 from framebridge_plugin.training.specifications.loading import (
     LOADING_ERRORS,
     cannot_load,
+    load_backbone,
     load_config,
     load_text_encoder,
     load_tokenizer,
+    set_switches,
 )
 from framebridge_plugin.training.specifications.samples import (
     caption_or_empty,
@@ -131,18 +129,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     def _load_scheduler(self) -> FrameBridgeScheduler | CogVideoXDDIMScheduler:
         """The scheduler of the objective, over the noise schedule of the base model."""
-        source = self.pretrained_model_name_or_path
-        try:
-            config = CogVideoXDDIMScheduler.load_config(source, subfolder="scheduler", **self._hub_settings)
-        except LOADING_ERRORS as error:
-            raise cannot_load("scheduler", source, error) from error
-        if config.get("_class_name") == FrameBridgeScheduler.__name__:
-            # A model that was fine-tuned before: its own bridge is replaced by the recipe's.
-            config = FrameBridgeScheduler.from_config(config).config.backbone
-        # 5B names the DPM scheduler; its noise schedule is the same, and this class is the one finetrainers knows.
-        backbone = CogVideoXDDIMScheduler.from_config(
-            {key: value for key, value in config.items() if key != "_class_name"}
-        )
+        backbone = load_backbone(self.pretrained_model_name_or_path, **self._hub_settings)
+        if backbone is None:
+            raise cannot_load("scheduler", self.pretrained_model_name_or_path, "its bridge has no backbone")
         return build_scheduler(backbone, self.objective)
 
     def load_condition_models(self) -> dict[str, Any]:
@@ -197,12 +186,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         pipeline = FrameBridgeCogVideoXPipeline(
             transformer=transformer, num_frames=num_frames, height=height, width=width, **components
         )
-        if kwargs.get("enable_slicing"):
-            pipeline.vae.enable_slicing()
-        if kwargs.get("enable_tiling"):
-            pipeline.vae.enable_tiling()
-        if kwargs.get("enable_model_cpu_offload"):
-            pipeline.enable_model_cpu_offload()
+        set_switches(pipeline, kwargs)
         return pipeline
 
     # From a clip to what the network sees

@@ -27,7 +27,7 @@ from framebridge_plugin.training.specifications.latte_networks import (
     load_network,
     read_network,
 )
-from framebridge_plugin.training.specifications.loading import LOADING_ERRORS, cannot_load
+from framebridge_plugin.training.specifications.loading import load_backbone
 from framebridge_plugin.training.specifications.samples import evaluate_objective
 
 _NEURAL_PRIOR = FOLDER_OF_STAGE["neural_prior"]
@@ -135,17 +135,9 @@ class LatteBridgeSpecification(LatteSpecification):
         """The scheduler of the objective, over the noise schedule that the model was saved with, or Latte's."""
         backbone = latte_backbone()
         if self.pretrained_model_name_or_path:
-            source = self.pretrained_model_name_or_path
-            try:
-                config = CogVideoXDDIMScheduler.load_config(source, subfolder="scheduler", **self._hub_settings)
-            except LOADING_ERRORS as error:
-                raise cannot_load("scheduler", source, error, "a complete Latte model (scheduler/)") from error
-            if config.get("_class_name") == FrameBridgeScheduler.__name__:
-                # A bridge that was trained before: its own settings are replaced by the recipe's.
-                config = FrameBridgeScheduler.from_config(config).config.backbone
-            if config is not None:
-                names = {key: value for key, value in config.items() if key != "_class_name"}
-                backbone = CogVideoXDDIMScheduler.from_config(names)
+            source, expected = self.pretrained_model_name_or_path, "a complete Latte model (scheduler/)"
+            saved = load_backbone(source, expected=expected, **self._hub_settings)
+            backbone = backbone if saved is None else saved
         scheduler = build_scheduler(backbone, self.objective)
         if isinstance(scheduler, FrameBridgeScheduler):
             # The reference samples Latte on this grid, where it samples CogVideoX on the trailing one.

@@ -25,6 +25,7 @@ from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import local_folder, save_lora_folder, save_model_folder
 from framebridge_plugin.training.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
+from framebridge_plugin.training.specifications.loading import set_switches
 from framebridge_plugin.training.specifications.samples import (
     caption_or_empty,
     sample_generator,
@@ -247,12 +248,7 @@ class LatteSpecification(LatteLoading):
         if vae is None:
             vae = self.load_latent_models()["vae"]
         pipeline = FrameBridgeLattePipeline(vae=vae, **components)
-        if settings.get("enable_slicing"):
-            vae.enable_slicing()
-        if settings.get("enable_tiling"):
-            vae.enable_tiling()
-        if settings.get("enable_model_cpu_offload"):
-            pipeline.enable_model_cpu_offload()
+        set_switches(pipeline, settings)
         return pipeline
 
     def validation(

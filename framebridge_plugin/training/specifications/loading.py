@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
 """What diffusers, transformers and safetensors raise for files that are missing, damaged or of another kind."""
@@ -69,6 +72,50 @@ def load_config(
     if config.get("_class_name") != name:
         raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}", expected)
     return FrozenDict(**config)
+
+
+def load_backbone(
+    source: str, *, expected: str = COGVIDEOX_FOLDER, **hub_settings: Any
+) -> CogVideoXDDIMScheduler | None:
+    """The diffusion process that a model was pretrained on.
+
+    Args:
+        source: Folder or id of a whole model.
+        expected: What the folder should be.
+        **hub_settings: `revision` and `cache_dir`.
+
+    Returns:
+        Its noise schedule; of a bridge, whose own settings are left out, the one that it was fine-tuned from. None for
+        a bridge that has none.
+
+    Raises:
+        FrameBridgeError: If the scheduler's config is missing or damaged.
+    """
+    try:
+        config = CogVideoXDDIMScheduler.load_config(source, subfolder="scheduler", **hub_settings)
+    except LOADING_ERRORS as error:
+        raise cannot_load("scheduler", source, error, expected) from error
+    if config.get("_class_name") == FrameBridgeScheduler.__name__:
+        config = FrameBridgeScheduler.from_config(config).config.backbone
+    if config is None:
+        return None
+    # CogVideoX-5B names the DPM scheduler; its noise schedule is the same, and finetrainers knows this class.
+    return CogVideoXDDIMScheduler.from_config({key: value for key, value in config.items() if key != "_class_name"})
+
+
+def set_switches(pipeline: Any, switches: Mapping[str, Any]) -> None:
+    """Applies finetrainers' switches to a pipeline.
+
+    Args:
+        pipeline: A pipeline with an autoencoder.
+        switches: `enable_slicing`, `enable_tiling` and `enable_model_cpu_offload`, where given; others are not used.
+    """
+    if switches.get("enable_slicing"):
+        pipeline.vae.enable_slicing()
+    if switches.get("enable_tiling"):
+        pipeline.vae.enable_tiling()
+    if switches.get("enable_model_cpu_offload"):
+        pipeline.enable_model_cpu_offload()
 
 
 def load_tokenizer(source: str, subfolder: str, **hub_settings: Any) -> T5Tokenizer:
