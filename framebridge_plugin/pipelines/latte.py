@@ -34,7 +34,7 @@ from framebridge_plugin.pipelines.common import (
     sample_latents,
 )
 from framebridge_plugin.pipelines.conditioning import decode_frames, encode_frames
-from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, LORA_FILE, load_extra_weights
+from framebridge_plugin.pipelines.saving import LORA_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ClassInput = int | str | list[int] | list[str]
@@ -256,7 +256,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Loads LoRA layers as diffusers does, and other trained weights where they lie beside them.
+        """Loads LoRA layers as diffusers does, for the network that they were trained on.
 
         Args:
             pretrained_model_name_or_path_or_dict: A folder that a LoRA run wrote, or anything that diffusers takes.
@@ -284,16 +284,6 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         network.load_lora_adapter(
             state_dict, prefix=name, adapter_name=adapter_name, metadata=metadata, hotswap=hotswap, _pipeline=self
         )
-        if isinstance(source, str | os.PathLike) and (Path(source) / EXTRA_WEIGHTS_FILE).is_file():
-            # Of several LoRAs the last one's weights count, and the first replaced the base model's.
-            self.__dict__.setdefault("_replaced_weights", (network, load_extra_weights(network, Path(source))))
-
-    def unload_lora_weights(self) -> None:
-        """Removes LoRA layers, and puts the base model's weights back where others lay beside them."""
-        super().unload_lora_weights()
-        network, replaced = self.__dict__.pop("_replaced_weights", (None, None))
-        if network is not None:
-            network.load_state_dict(replaced, strict=False)
 
     @property
     def _network(self) -> LatteTransformer:

@@ -117,7 +117,7 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-@pytest.mark.parametrize("specification", ["FixedCogVideoX", "FixedLatte"])
+@pytest.mark.parametrize("specification", MODELS)
 def test_in_two_processes(specifications, tmp_path, specification):
     cls = specifications[specification]
     if specification == "FixedLatte":

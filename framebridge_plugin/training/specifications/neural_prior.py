@@ -66,14 +66,7 @@ class NeuralPriorSpecification(LatteSpecification):
             The pipeline, without noise and steps: one call of the network makes the video.
         """
         network = self._load_network() if transformer is None else transformer
-        pipeline = self._build_pipeline(kwargs, transformer=None, scheduler=None, neural_prior=network)
-        if kwargs.get("training") is False:
-            # After training, finetrainers asks the pipeline for its transformer and goes on with that.
-            pipeline.transformer = network
-        return pipeline
-
-    def _place_components(self, pipeline: FrameBridgeLattePipeline) -> None:
-        pipeline.transformer = None
+        return self._build_pipeline(kwargs, transformer=None, scheduler=None, neural_prior=network)
 
     def forward(
         self,
