@@ -17,52 +17,188 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _QUALITY = 9  # of 10, imageio's scale: these files are for judging pictures
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_ROUNDING = 1e-6  # of floats that were computed
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read a picture, turned upright as its EXIF says.
+def read_image(picture: str | Path | Image.Image) -> Image.Image:
+    """Read a picture as `picture_levels` does, rounded to 8 bits.
 
     Args:
-        path: A file in any format that Pillow reads.
+        picture: As for `picture_levels`.
 
     Returns:
         The picture in RGB.
 
     Raises:
-        UsageError: If it is missing, empty, cut off or no picture; the message begins with the path.
+        UsageError: As `picture_levels`.
+        FrameBridgeError: As `picture_levels`.
     """
-    from PIL import Image, ImageOps
+    import numpy as np
+    from PIL import Image
 
-    path = Path(path)
+    return Image.fromarray((picture_levels(picture) * 255).round().astype(np.uint8))
+
+
+def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
+    """Read a picture: turned upright as its EXIF says, scaled by the range of its type, on white where transparent.
+
+    Args:
+        picture: A file in any format that Pillow reads, of which the first picture is taken; or a picture of Pillow's,
+            in any mode but 32-bit integers, whose range nobody knows. Floats are in [0, 1].
+
+    Returns:
+        RGB in [0, 1], float32 [H, W, 3].
+
+    Raises:
+        UsageError: If a file is missing, empty, cut off or no picture; the message begins with the path.
+        FrameBridgeError: If the range of the values is unknown, or one lies outside it.
+    """
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        try:
+            return _levels_of_image(picture)
+        except ValueError as error:
+            raise FrameBridgeError(f"image: {error}") from None
+    path = Path(picture)
     if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+        raise UsageError(f"{path}: {'is a folder; give a picture' if path.is_dir() else 'no such file'}")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _levels_of_image(image)
+    except FrameBridgeError as error:
+        raise UsageError(f"{path}: {error}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "is no picture" if type(error).__name__ == "UnidentifiedImageError" else f"cannot be read ({error})"
         raise UsageError(f"{path}: {reason}; give a PNG or JPEG file") from None
+
+
+def pictures_levels(pictures: Any) -> list[np.ndarray]:
+    """Read pictures in every form in which diffusers takes them.
+
+    Args:
+        pictures: A file, a picture of Pillow's, an array [H, W], [H, W, C] or [B, H, W, C], a tensor [C, H, W] or
+            [B, C, H, W], or a list of them. C is 1, 3 or 4 (alpha last); values are uint8, uint16, bool, or floats in
+            [0, 1].
+
+    Returns:
+        Of each picture RGB in [0, 1], float32 [H, W, 3].
+
+    Raises:
+        FrameBridgeError: If one is none of these, or a value is outside its range.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(pictures, list | tuple):
+        return [levels for item in pictures for levels in pictures_levels(item)]
+    if isinstance(pictures, str | Path | Image.Image):
+        return [picture_levels(pictures)]
+    is_tensor = hasattr(pictures, "detach")
+    array = _to_array(pictures)
+    dimensions = (3, 4) if is_tensor else (2, 3, 4)
+    if isinstance(array, np.ndarray) and array.ndim in dimensions and array.size:
+        pixels = np.moveaxis(array, -3, -1) if is_tensor else array[..., None] if array.ndim == 2 else array
+        if pixels.shape[-1] in (1, 3, 4):
+            try:
+                levels = array_levels(pixels)
+            except FrameBridgeError as error:
+                raise FrameBridgeError(f"image: {error}") from None
+            return list(_on_white(levels if levels.ndim == 4 else levels[None]))
+    found = type(pictures).__name__
+    if isinstance(array, np.ndarray):
+        found = f"{'a tensor' if is_tensor else 'an array'} of shape {list(array.shape)}"
+    raise FrameBridgeError(
+        "image: should be a file, a PIL image, an array [H, W, 3] or a tensor [3, H, W], or several of them, "
+        f"not {found}"
+    )
+
+
+def array_levels(array: np.ndarray) -> np.ndarray:
+    """Scale values by the range of their type.
+
+    Args:
+        array: uint8, uint16, bool, or floats in [0, 1].
+
+    Returns:
+        Float32 in [0, 1], of the same shape.
+
+    Raises:
+        FrameBridgeError: If the type is another, or a value is outside its range or not finite.
+    """
+    import numpy as np
+
+    if array.dtype == bool:
+        return array.astype(np.float32)
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    remedy = "give uint8, uint16 or floats in [0, 1]"
+    if not np.issubdtype(array.dtype, np.floating):
+        raise FrameBridgeError(f"values of type {array.dtype} have no known range; {remedy}")
+    if not np.isfinite(array).all():
+        raise FrameBridgeError(f"holds values that are not finite; {remedy}")
+    low, high = float(array.min()), float(array.max())
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise FrameBridgeError(f"floats should be in [0, 1], these go from {low:g} to {high:g}; {remedy}")
+    return array.astype(np.float32).clip(0, 1)
+
+
+def _levels_of_image(image: Image.Image) -> np.ndarray:
+    import numpy as np
+    from PIL import ImageOps
+
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow neither inverts nor scales where it is deep
+    is_inverted, bits = tags.get(_PHOTOMETRIC) == 0, tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    is_netpbm = image.format == "PPM"  # Pillow scales its deep ones to 16 bits, in 32
+    image = ImageOps.exif_transpose(image)
+    if image.mode != "F" and not image.mode.startswith("I"):
+        has_alpha, hidden = image.has_transparency_data, image.info.get("transparency")
+        if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
+            image.info["transparency"] = tuple(value >> 8 for value in hidden)  # as Pillow reads 16 bits of RGB
+        return _on_white(array_levels(np.asarray(image.convert("RGBA" if has_alpha else "RGB"))))
+    values = np.asarray(image)
+    levels = array_levels(values.astype(np.uint16) if is_netpbm and image.mode == "I" else values)
+    if image.mode.startswith("I;16"):
+        levels *= np.float32((2**16 - 1) / (2**bits - 1))
+    if is_inverted:
+        levels = 1 - levels
+    alpha = [values != image.info["transparency"]] if "transparency" in image.info else []
+    return _on_white(np.stack([levels, levels, levels, *alpha], axis=-1, dtype=np.float32))
+
+
+def _on_white(levels: np.ndarray) -> np.ndarray:
+    """RGB [..., 3] of [..., C] with C 1 (grey), 3 or 4 (alpha last), composited on white."""
+    if levels.shape[-1] == 4:
+        colours, alpha = levels[..., :3], levels[..., 3:]
+        return colours * alpha + (1 - alpha)
+    return levels.repeat(3, axis=-1) if levels.shape[-1] == 1 else levels
+
+
+def _to_array(values: Any) -> Any:
+    """Tensors as arrays, in float32 where numpy lacks the type; anything else as it is."""
+    if not hasattr(values, "detach"):
+        return values
+    values = values.detach().cpu()
+    return values.float().numpy() if values.is_floating_point() else values.numpy()
 
 
 def to_uint8(video: Any) -> np.ndarray:
     """Bring a video to bytes.
 
     Args:
-        video: Bytes of shape [T, H, W, 3], or floats of shape [T, 3, H, W] in [0, 1] (clipped); an array or a tensor
-            on any device.
+        video: Bytes of shape [T, H, W, 3], or floats of shape [T, 3, H, W] in [0, 1]; an array, a tensor on any
+            device, or a list of pictures of Pillow's in RGB.
 
     Returns:
         Bytes of shape [T, H, W, 3].
 
     Raises:
-        FrameBridgeError: If the shape is another, or a value is not finite.
+        FrameBridgeError: If the shape is another, or a value is not finite or not in [0, 1].
     """
     import numpy as np
 
-    if hasattr(video, "detach"):  # a tensor; numpy has no bfloat16
-        video = video.detach().cpu()
-        video = video.float().numpy() if video.is_floating_point() else video.numpy()
-    video = np.asarray(video)
+    video = np.asarray(_to_array(video))
     if video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3 and len(video):
         return video
     if not np.issubdtype(video.dtype, np.floating) or video.ndim != 4 or video.shape[1] != 3 or not len(video):
@@ -70,7 +206,11 @@ def to_uint8(video: Any) -> np.ndarray:
         raise FrameBridgeError(f"a video is uint8 [T, H, W, 3] or float [T, 3, H, W], with T > 0, not {shape}")
     if not np.isfinite(video).all():
         raise FrameBridgeError("the video holds values that are not finite: the model's output is broken")
-    return (video.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    try:
+        levels = array_levels(video)
+    except FrameBridgeError as error:
+        raise FrameBridgeError(f"video: {error}") from None
+    return (levels * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def write_video(video: Any, path: str | Path, fps: float = 8) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from framebridge_plugin.sizes import cover_size
 
@@ -35,16 +33,3 @@ def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tens
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cropped = pixels[..., top : top + height, left : left + width].contiguous()
     return cropped.float().div_(255.0) if is_uint8 else cropped.float().clamp(0.0, 1.0)
-
-
-def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """A PIL image as floating point pixels.
-
-    Args:
-        image: Any mode; it is turned upright as its EXIF data says, and converted to RGB.
-
-    Returns:
-        Float32 pixels [3, H, W] in [0, 1].
-    """
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    return torch.from_numpy(np.asarray(upright).copy()).permute(2, 0, 1).float() / 255.0

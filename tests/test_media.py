@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.media import contact_sheet, loss_curve, read_image, to_uint8, write_video
+from framebridge_plugin.media import contact_sheet, loss_curve, picture_levels, read_image, to_uint8, write_video
 
 
 def ramp(frames: int, height: int, width: int) -> np.ndarray:
@@ -41,10 +41,10 @@ def test_a_written_video_reads_back(tmp_path, height, width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_floats_become_bytes(dtype):
-    video = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0], dtype=dtype).reshape(5, 1, 1, 1).expand(5, 3, 2, 4)
+    video = torch.tensor([0.0, 0.5, 1.0], dtype=dtype).reshape(3, 1, 1, 1).expand(3, 3, 2, 4)
     frames = to_uint8(video)
-    assert frames.shape == (5, 2, 4, 3)
-    assert frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    assert frames.shape == (3, 2, 4, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 128, 255]
 
 
 def test_channels_stay_in_place():
@@ -67,6 +67,13 @@ def test_channels_stay_in_place():
 def test_what_is_no_video(video, tmp_path):
     with pytest.raises(FrameBridgeError, match=r"a video is uint8 \[T, H, W, 3\] or float"):
         write_video(video, tmp_path / "x.mp4")
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 255.0)])
+def test_a_video_outside_of_its_range(tmp_path, low, high):
+    video = torch.tensor([low, high]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+    with pytest.raises(FrameBridgeError, match=rf"video: floats should be in \[0, 1\], these go from {low:g} to"):
+        contact_sheet([video], tmp_path / "x.png")
 
 
 def test_a_video_that_is_not_finite(tmp_path):
@@ -117,3 +124,75 @@ def test_read_image(tmp_path):
     assert read_image(tmp_path / "turned.jpg").size == (4, 6)
     with pytest.raises(UsageError, match=r"nowhere\.png: no such file"):
         read_image(tmp_path / "nowhere.png")
+
+
+GREY = np.array([[0, 13107, 32896, 65535]], np.uint16)  # 0, .2, .502, 1
+LEVELS = [0, 51, 128, 255]
+RED_AND_HIDDEN = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 51]]], np.uint8)
+
+
+def grey_levels(path) -> list[int]:
+    pixels = np.asarray(read_image(path))
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.jp2", "<u2")])
+def test_deep_grey_pictures_are_scaled(tmp_path, name, order):
+    Image.fromarray(GREY.astype(order)).save(tmp_path / name)
+    assert grey_levels(tmp_path / name) == LEVELS
+    assert picture_levels(tmp_path / name)[0, :, 0] == pytest.approx(GREY[0] / 65535, abs=1e-6)
+
+
+def test_deep_pictures_of_other_formats_are_scaled(tmp_path):
+    (tmp_path / "grey.pgm").write_bytes(b"P5 4 1 65535\n" + GREY.astype(">u2").tobytes())
+    Image.fromarray((GREY / 65535).astype(np.float32)).save(tmp_path / "float.tif")
+    for name in ("grey.pgm", "float.tif"):
+        assert grey_levels(tmp_path / name) == LEVELS
+    Image.fromarray(GREY).save(tmp_path / "white_is_zero.tif", tiffinfo={262: 0})
+    assert grey_levels(tmp_path / "white_is_zero.tif") == [255, 204, 127, 0]
+
+
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        (np.array([[0, 255]], np.float32), r"floats should be in \[0, 1\], these go from 0 to 255"),
+        (np.array([[-1, 1]], np.float32), r"floats should be in \[0, 1\], these go from -1 to 1"),
+        (np.array([[0, np.nan]], np.float32), "not finite"),
+        (np.array([[0, 65535]], np.int32), "values of type int32 have no known range"),
+    ],
+)
+def test_a_picture_of_no_known_range_is_refused(tmp_path, pixels, message):
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with pytest.raises(UsageError, match=rf"x\.tif: .*{message}") as caught:
+        read_image(tmp_path / "x.tif")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FrameBridgeError, match=f"image: .*{message}"):
+        read_image(Image.open(tmp_path / "x.tif"))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp", "x.tif", "x.gif"])
+def test_transparent_pictures_are_put_on_white(tmp_path, name):
+    Image.fromarray(RED_AND_HIDDEN).save(tmp_path / name, lossless=True)
+    pixels = np.asarray(read_image(tmp_path / name))[0].tolist()
+    assert pixels[:2] == [[255, 0, 0], [255, 255, 255]]
+    assert pixels[2] == ([255, 0, 0] if name == "x.gif" else [255, 204, 204])  # a GIF hides wholly or not
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "P", "PA", "LA", "RGBa"])
+def test_every_mode_may_have_a_hidden_colour(tmp_path, mode):
+    if mode in ("PA", "LA", "RGBa"):
+        picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0)).convert(mode)
+    else:
+        colour = (0, 0, 0) if mode == "RGB" else 0
+        Image.new(mode, (2, 1), colour).save(tmp_path / "x.png", transparency=colour)
+        picture = Image.open(tmp_path / "x.png")
+        assert picture.mode == mode
+    assert np.asarray(read_image(picture)).min() == 255
+
+
+def test_of_an_animated_file_the_first_picture_counts(tmp_path):
+    first, second = Image.new("RGB", (4, 4), "blue"), Image.new("RGB", (4, 4), "red")
+    for name in ("a.gif", "a.png", "a.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert read_image(tmp_path / name).getpixel((0, 0)) == (0, 0, 255)

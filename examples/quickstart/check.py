@@ -22,10 +22,10 @@ import torch
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames
-from framebridge_plugin.media import contact_sheet, read_image
+from framebridge_plugin.media import contact_sheet
 from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.pipelines.common import images_to_pixels
 from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
-from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
 from framebridge_plugin.training.objective import bridge_prediction
 
 HELDOUT_SCENE = "carphone_pristine"  # the scene of which nothing at all was trained on
@@ -177,7 +177,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, 
         "motion of samples": motion(samples),
     }
 
-    image = resize_and_crop(image_to_tensor(read_image(arguments.image))[None], *samples.shape[-2:]) * 2.0 - 1.0
+    image = images_to_pixels(arguments.image, *samples.shape[-2:])
     written = read_frames(str(arguments.sample), range) / 127.5 - 1.0
     decoded_image = pipeline.decode_latents(encode_image(pipeline.vae, image)).transpose(1, 2)
     numbers["file: first frame psnr"] = psnr(written[:1], decoded_image[0])
@@ -187,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, 
     for i in range(1, len(clips.names), 3):  # every third clip is enough to look at
         for label, video in (("real", clips.video), ("VAE", reconstruction), ("sample", samples)):
             enlarged = video[i].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-            rows.append(enlarged / 2.0 + 0.5)
+            rows.append((enlarged / 2.0 + 0.5).clamp(0.0, 1.0))
             labels.append(f"{clips.names[i]}: {label}")
     contact_sheet(rows, arguments.run / "check.png", columns=samples.shape[1], labels=labels)
     return numbers, losses

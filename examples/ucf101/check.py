@@ -218,7 +218,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     for name in SHOWN:
         i = clips.names.index(f"v_{name}")
         for label, video in shown.items():
-            rows.append(video[i].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 2.0 + 0.5)
+            enlarged = video[i].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            rows.append((enlarged / 2.0 + 0.5).clamp(0.0, 1.0))
             labels.append(f"{name}: {label}")
     contact_sheet(rows, arguments.output / "check.png", columns=clips.video.shape[1], labels=labels)
     return numbers

@@ -104,8 +104,10 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         """Generates videos that start at the given images.
 
         Args:
-            image: One image for all prompts or one for each: PIL images, or pixels in [0, 1] of shape [3, H, W], also
-                stacked to [B, 3, H, W]. The shorter side is resized to fit, the centre is cropped, as in training.
+            image: One image for all prompts or one for each: files, PIL images, arrays [H, W, 3] or [B, H, W, 3],
+                tensors [3, H, W] or [B, 3, H, W]. Floats are in [0, 1] (those in [-1, 1] are refused), uint8 and
+                uint16 have their own range, transparency is put on white. The shorter side is resized to fit, the
+                centre is cropped, as in training.
             prompt: One text for all images or one for each; exclusive with `prompt_embeds`.
             negative_prompt: What to steer away from; by default the empty text.
             height: Height in pixels; by default what the model was trained on.

@@ -5,20 +5,24 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.resizing import image_to_tensor, resize_and_crop
+from framebridge_plugin.media import pictures_levels
+from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-ImageInput = Image.Image | torch.Tensor | list[Image.Image] | list[torch.Tensor]
+Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
+ImageInput = Picture | Sequence[Picture]
 Generators = torch.Generator | list[torch.Generator]
 
 
@@ -39,7 +43,7 @@ def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor
     """Resizes and crops images as training does with its clips.
 
     Args:
-        image: One image or several: PIL images, or pixels in [0, 1] of shape [3, H, W], also stacked to [B, 3, H, W].
+        image: One image or several, see `framebridge_plugin.media.pictures_levels`.
         height: Height wanted, in pixels.
         width: Width wanted, in pixels.
 
@@ -49,17 +53,10 @@ def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor
     Raises:
         FrameBridgeError: If there is no image, or one is none.
     """
-    if isinstance(image, torch.Tensor) and image.ndim == 4:
-        image = list(image)
-    images = image if isinstance(image, list) else [image]
-    if not images:
+    pixels = [torch.from_numpy(levels_HWC).permute(2, 0, 1) for levels_HWC in pictures_levels(image)]
+    if not pixels:
         raise FrameBridgeError("no image given; pass at least one")
-    pixels = [image_to_tensor(item) if isinstance(item, Image.Image) else item for item in images]
-    for item in pixels:
-        if not isinstance(item, torch.Tensor) or item.ndim != 3 or item.shape[0] != 3:
-            found = f"a tensor of shape {list(item.shape)}" if isinstance(item, torch.Tensor) else type(item).__name__
-            raise FrameBridgeError(f"image: should be a PIL image or a tensor [3, H, W], not {found}")
-    return torch.stack([resize_and_crop(item.unsqueeze(0), height, width)[0] for item in pixels]) * 2.0 - 1.0
+    return torch.cat([resize_and_crop(item.unsqueeze(0), height, width) for item in pixels]) * 2.0 - 1.0
 
 
 def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:

@@ -110,8 +110,10 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         Size and number of frames are those that the model was trained on.
 
         Args:
-            image: One image for all classes or one for each: PIL images, or pixels in [0, 1] of shape [3, H, W], also
-                stacked to [B, 3, H, W]. The shorter side is resized to fit, the centre is cropped, as in training.
+            image: One image for all classes or one for each: files, PIL images, arrays [H, W, 3] or [B, H, W, 3],
+                tensors [3, H, W] or [B, 3, H, W]. Floats are in [0, 1] (those in [-1, 1] are refused), uint8 and
+                uint16 have their own range, transparency is put on white. The shorter side is resized to fit, the
+                centre is cropped, as in training.
             class_label: One class for all images or one for each: names that the model knows, or labels; "" is no
                 class.
             num_inference_steps: Calls of the network (twice as many with guidance); 1000 as the reference. A neural

@@ -55,14 +55,30 @@ def latents_of(pipeline: FrameBridgeCogVideoXPipeline, **kwargs: Any) -> torch.T
 # What goes in
 
 
-def test_an_image_may_be_a_picture_a_list_or_a_tensor(pipeline):
+def test_an_image_may_be_anything_that_diffusers_takes(pipeline, tmp_path):
     expected = latents_of(pipeline)
     assert expected.shape == (1, 3, 4, 8, 8)
     assert expected.dtype == torch.float32
-    pixels = pixels_of(picture())
-    for image in ([picture()], pixels, pixels.unsqueeze(0), [pixels]):
+    picture().save(tmp_path / "picture.png")
+    pixels, array = pixels_of(picture()), np.asarray(picture())
+    tensors = [[picture()], pixels, pixels.unsqueeze(0), [pixels], (pixels * 255).byte()]
+    arrays = [array, array[None], [array], array / 255, array.astype(np.uint16) * 257]
+    for image in (*tensors, *arrays, tmp_path / "picture.png", str(tmp_path / "picture.png")):
         assert torch.equal(latents_of(pipeline, image=image), expected)
     assert not torch.equal(latents_of(pipeline, image=picture(1)), expected)
+
+
+def test_deep_and_transparent_pictures_reach_the_network_as_they_look(pipeline):
+    grey = np.asarray(picture().convert("L"))
+    expected = latents_of(pipeline, image=Image.fromarray(grey))
+    deep = [Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey.astype(np.float32) / 255)]
+    for image in (*deep, grey, grey[..., None]):
+        torch.testing.assert_close(latents_of(pipeline, image=image), expected, rtol=1e-5, atol=1e-5)
+    white = latents_of(pipeline, image=Image.new("RGB", (64, 64), "white"))
+    hidden = picture().convert("RGBA")
+    hidden.putalpha(0)
+    for image in (hidden, np.asarray(hidden), torch.from_numpy(np.asarray(hidden).copy()).permute(2, 0, 1)):
+        assert torch.equal(latents_of(pipeline, image=image), white)
 
 
 def test_images_and_prompts_are_paired_or_shared(pipeline):
@@ -282,8 +298,13 @@ def test_memory_saving_gives_a_video(pipeline, memory_saving):
         ({"width": 72}, "width: should be a multiple of 16"),
         ({"image": [picture(), picture()], "prompt": ["a", "b", "c"]}, "2 images but 3 prompts"),
         ({"image": []}, "no image given"),
-        ({"image": "picture.png"}, "image: should be a PIL image or a tensor \\[3, H, W\\], not str"),
+        ({"image": "picture.png"}, "picture.png: no such file"),
         ({"image": torch.zeros(64, 64)}, "image: should be .*, not a tensor of shape \\[64, 64\\]"),
+        ({"image": np.zeros((3, 64, 64))}, "image: should be .*, not an array of shape \\[3, 64, 64\\]"),
+        ({"image": np.zeros((64, 64, 3), np.int64)}, "image: values of type int64 have no known range"),
+        ({"image": np.full((64, 64, 3), 255.0)}, "image: floats should be in \\[0, 1\\], these go from 255 to 255"),
+        ({"image": torch.full((3, 64, 64), torch.nan)}, "image: holds values that are not finite"),
+        ({"image": 3}, "image: should be .*, not int"),
         ({"generator": [generator(), generator()]}, "2 generators for 1 samples"),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.errors import FrameBridgeError
@@ -35,7 +36,8 @@ def pipeline(latte_folders) -> FrameBridgeLattePipeline:
         ({"class_label": []}, "1 images but 0 classes"),
         ({"image": [picture()] * 2, "class_label": [0, 1, 2]}, "2 images but 3 classes; give one for all, or one"),
         ({"image": []}, "no image given"),
-        ({"image": "picture.png"}, "image: should be a PIL image or a tensor \\[3, H, W\\], not str"),
+        ({"image": "picture.png"}, "picture.png: no such file"),
+        ({"image": torch.rand(3, 64, 64) * 2 - 1}, "image: floats should be in \\[0, 1\\], these go from -"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 samples"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"num_inference_steps": 1001}, "at most 1000"),

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from framebridge_plugin import register
 from framebridge_plugin.errors import UsageError
@@ -30,6 +31,7 @@ register()
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel  # noqa: E402
 from diffusers.models.normalization import RMSNorm  # noqa: E402
 from finetrainers import BaseArgs, SFTTrainer, utils  # noqa: E402
+from finetrainers.data import ValidationDataset  # noqa: E402
 from finetrainers.state import TrainState  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
@@ -249,6 +251,20 @@ def test_decoding_leaves_other_values_alone():
     assert Video().decode_example(decoded) is decoded
     with pytest.raises(RuntimeError, match="decode=True"):
         Video(decode=False).decode_example("clip.mp4")
+
+
+# Pictures
+
+
+def test_pictures_of_a_validation_file_are_read_by_the_range_of_their_type(tmp_path):
+    Image.fromarray(np.array([[0, 13107], [32896, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (2, 2), (255, 0, 0, 51)).save(tmp_path / "veiled.png")
+    (tmp_path / "v.csv").write_text(
+        "caption,image_path\n" + "".join(f"a cat,{tmp_path / name}\n" for name in ("deep.png", "veiled.png"))
+    )
+    deep, veiled = (np.asarray(row["image"]) for row in ValidationDataset(str(tmp_path / "v.csv")))
+    assert deep[..., 0].tolist() == [[0, 51], [128, 255]]
+    assert veiled[0, 0].tolist() == [255, 204, 204]
 
 
 # Devices

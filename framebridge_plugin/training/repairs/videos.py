@@ -1,14 +1,16 @@
-"""How finetrainers' own data path reads videos."""
+"""How finetrainers' own data path reads videos and pictures."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import io
+import os
 from typing import Any
 
 import torch
 
+from framebridge_plugin.media import read_image
 from framebridge_plugin.training.repairs import Repair
 from framebridge_plugin.training.repairs.importing import load_torchcodec
 
@@ -74,6 +76,24 @@ def _read_decord_and_torchcodec() -> None:
     dataset._preprocess_video = preprocess_video
 
 
+def _cuts_pictures_off() -> bool:
+    from PIL import Image
+
+    dataset: Any = importlib.import_module("finetrainers.data.dataset")
+    return dataset.load_image(Image.new("I;16", (1, 1), 2**15)).getpixel((0, 0)) != (128, 128, 128)
+
+
+def _read_pictures_whole() -> None:
+    dataset: Any = importlib.import_module("finetrainers.data.dataset")
+    original = dataset.load_image
+
+    @functools.wraps(original)
+    def load_image(source: Any) -> Any:
+        return read_image(source) if os.path.isfile(source) else original(source, convert_method=read_image)
+
+    dataset.load_image = load_image
+
+
 REPAIRS = (
     Repair(
         "video decoding",
@@ -86,5 +106,11 @@ REPAIRS = (
         "reads decord's and torchcodec's videos, because from datasets 3.4 on finetrainers expects torchvision's",
         _expects_torchvision_reader,
         _read_decord_and_torchcodec,
+    ),
+    Repair(
+        "pictures",
+        "reads the pictures of a validation file by the range of their type and on white, which diffusers cuts off",
+        _cuts_pictures_off,
+        _read_pictures_whole,
     ),
 )
