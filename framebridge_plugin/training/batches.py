@@ -14,7 +14,7 @@ from finetrainers.data import initialize_preprocessor
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.loading import sample_loader
-from framebridge_plugin.training.stored_stream import StoredStream
+from framebridge_plugin.training.stored_stream import StoredStream, take_empty
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
@@ -71,7 +71,9 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
                 datasets, args.seed, **place, max_attempts=policy.max_attempts, known_files=known_files
             )
         else:
-            stream = StoredStream(store, args.seed, args.framebridge_objective.caption_dropout, **place)
+            drop_caption = getattr(specification, "drop_caption", take_empty)
+            dropout = args.framebridge_objective.caption_dropout
+            stream = StoredStream(store, args.seed, dropout, **place, drop_caption=drop_caption)
         samples = self.bad_files.watch(sample_loader(stream, args))
         self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if store is None:

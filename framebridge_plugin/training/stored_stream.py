@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypedDict
 
 import torch
@@ -14,6 +14,13 @@ from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.specifications.samples import drops_caption
+
+Conditions = Mapping[str, torch.Tensor]
+
+
+def take_empty(own: Conditions, empty: Conditions) -> Conditions:
+    """The conditions of a sample that loses its caption, where nothing of its own is kept."""
+    return empty
 
 
 class StoredSample(TypedDict):
@@ -40,10 +47,20 @@ class StoredStream(IterableDataset[StoredSample]):
         rank: This process, in [0, world_size - 1].
         world_size: Number of processes that share the data.
         start: Number of samples that this rank has already consumed.
+        drop_caption: The conditions of a sample that loses its caption, out of its own and those of the empty caption;
+            by default the latter.
     """
 
     def __init__(
-        self, store: LatentStore, seed: int, caption_dropout: float, *, rank: int, world_size: int, start: int
+        self,
+        store: LatentStore,
+        seed: int,
+        caption_dropout: float,
+        *,
+        rank: int,
+        world_size: int,
+        start: int,
+        drop_caption: Callable[[Conditions, Conditions], Conditions] = take_empty,
     ) -> None:
         super().__init__()
         self.store = store
@@ -52,6 +69,7 @@ class StoredStream(IterableDataset[StoredSample]):
         self.rank = rank
         self.world_size = world_size
         self.start = start
+        self.drop_caption = drop_caption
 
     def __iter__(self) -> Iterator[StoredSample]:
         worker = get_worker_info()
@@ -78,6 +96,7 @@ class StoredStream(IterableDataset[StoredSample]):
         latents, caption, skipped = self.store.clip(
             variant, KeyedPermutation(manifest.rows, self.seed, variant).index(row)
         )
+        conditions = self.store.caption(caption)
         if drops_caption(self.caption_dropout, derive_seed(self.seed, epoch, row)):
-            caption = manifest.empty_caption
-        return {"conditions": self.store.caption(caption), "latents": latents, "skipped": skipped}
+            conditions = dict(self.drop_caption(conditions, self.store.caption(manifest.empty_caption)))
+        return {"conditions": conditions, "latents": latents, "skipped": skipped}

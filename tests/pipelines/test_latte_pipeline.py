@@ -183,6 +183,9 @@ def test_the_neural_prior_is_called_once_and_without_guidance(latte_folders):
     latents_of(pipeline, guidance_scale=1.0)
     assert [len(inputs) for inputs in seen_by_prior] == [1, 1]
     assert [len(inputs) for inputs in seen] == [2, 2, 1, 1]
+    # Both branches of the guidance see the video of the true class.
+    video = call_latte(pipeline.neural_prior, seen_by_prior[0], None, torch.tensor([0]))
+    torch.testing.assert_close(seen[0][:, 1:, 4:], video.repeat(2, 1, 1, 1, 1))
 
 
 def test_a_neural_prior_alone_gives_its_video_in_one_call(latte_folders):

@@ -13,6 +13,7 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.specifications.samples import drops_caption
 from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_latte
 from tests.training.latte_runs import (
     CLIP_SHAPE,
@@ -103,6 +104,42 @@ def test_classes_are_dropped_at_the_given_rate_by_sample(models):
     assert [label(seed, generator=torch.Generator().manual_seed(1)) for seed in range(20)] == labels[:20]
 
 
+def test_the_neural_prior_is_told_the_true_class_where_the_bridge_is_told_none(models):
+    """Dropout is the bridge's alone: losses and gradients against the bare networks, each with its own labels."""
+    specification, transformer, scheduler = load("bridge_neural_prior", models, caption_dropout=0.5)
+    transformer.requires_grad_(True)
+    seeds = [next(seed for seed in range(99) if drops_caption(0.5, seed) == dropped) for dropped in (True, False)]
+    names = ("left", "up")
+    items = [specification.prepare_conditions(caption=n, sample_seed=s) for n, s in zip(names, seeds, strict=True)]
+    conditions = specification.collate_conditions(items)
+    true_labels = torch.tensor([CLASS_NAMES.index(name) for name in names])
+    told = torch.tensor([NULL_LABEL, true_labels[1]])
+    assert conditions == {"class_labels": told.tolist(), "true_class_labels": true_labels.tolist()}
+    # What a store of latents makes of the same drop.
+    kept = make_latte_specification("bridge_neural_prior", models / "bridge_neural_prior", caption_dropout=0.0)
+    stored = [kept.prepare_conditions(caption=caption, sample_seed=0) for caption in (*names, "")]
+    dropped = kept.drop_caption(stored[0], stored[2])
+    assert specification.collate_conditions([dropped, stored[1]]) == conditions
+
+    _, latents = make_latte_batch()
+    z_0, image, index = latents["latents"], latents["image_latents"], torch.tensor([3, 700])
+    prediction, target, _ = specification.forward(transformer=transformer, scheduler=scheduler, sigmas=index / 1000,
+                                                  condition_model_conditions=conditions,
+                                                  latent_model_conditions=latents,
+                                                  generator=torch.Generator().manual_seed(4))  # fmt: skip
+    loss = (prediction - target).square().mean()
+    gradient = torch.autograd.grad(loss, transformer.patch_embed.proj.weight)[0]
+
+    prior = specification._prior_network(image.expand_as(z_0), None, true_labels).sample
+    z_t = scheduler.add_noise(z_0, prior, draw_noise(z_0), index)
+    inputs = torch.cat([torch.cat([image, z_t], dim=1), torch.cat([image, prior], dim=1)], dim=2)
+    output = transformer(inputs, index.float(), told).sample[:, 1:]
+    sigma = scheduler.schedule.coefficients(index).sigma.float().view(-1, 1, 1, 1, 1)
+    expected = (output - (z_t - z_0) / sigma).square().mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, transformer.patch_embed.proj.weight)[0])
+
+
 def test_labels_survive_collation_and_the_precision_of_the_network(models):
     from finetrainers import utils
 
@@ -115,7 +152,8 @@ def test_labels_survive_collation_and_the_precision_of_the_network(models):
             specification.collate_conditions(items), torch.device("cpu"), torch.bfloat16
         )  # bfloat16 has no 257
     )
-    assert torch.as_tensor(collated["class_labels"]).tolist() == [0, 257, 399]
+    for name in ("class_labels", "true_class_labels"):
+        assert torch.as_tensor(collated[name]).tolist() == [0, 257, 399]
 
 
 # Latents

@@ -58,9 +58,9 @@ class LatteBridgeSpecification(LatteSpecification):
     """A FrameBridge, or its diffusion baseline, on Latte, from scratch or from a saved model.
 
     With a neural prior the bridge starts from its video instead of the repeated image, and the network sees that video
-    as further input channels. The neural prior is frozen: in evaluation mode, in float32, without gradients. It gets
-    the same label as the network, dropped or not, as in the reference. It stays whole on every process, since it is no
-    part of what finetrainers trains, shards and saves; a saved model links to its files.
+    as further input channels. The neural prior is frozen: in evaluation mode, in float32, without gradients. Its label
+    is the true one where the network's is dropped, as in the reference. It stays whole on every process, since it is
+    no part of what finetrainers trains, shards and saves; a saved model links to its files.
 
     Works with finetrainers' stock `SFTTrainer` and with `FrameBridgeTrainer`.
 
@@ -184,7 +184,8 @@ class LatteBridgeSpecification(LatteSpecification):
         Args:
             transformer: The network.
             scheduler: What `load_diffusion_models` returned.
-            condition_model_conditions: What `prepare_conditions` returned, collated.
+            condition_model_conditions: What `prepare_conditions` returned, collated; without "true_class_labels" no
+                class is taken to be dropped.
             latent_model_conditions: What `prepare_latents` returned, collated.
             sigmas: Index (bridge) or timestep (diffusion) divided by the number of training steps; any shape of B
                 elements.
@@ -198,7 +199,8 @@ class LatteBridgeSpecification(LatteSpecification):
         z_0 = latent_model_conditions["latents"].float()
         image_latents = latent_model_conditions["image_latents"].float()
         labels = torch.as_tensor(condition_model_conditions["class_labels"], device=z_0.device)
-        prior_video = self._prior_video(image_latents.expand_as(z_0), labels)
+        true_labels = torch.as_tensor(condition_model_conditions.get("true_class_labels", labels), device=z_0.device)
+        prior_video = self._prior_video(image_latents.expand_as(z_0), true_labels)
 
         def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return call_latte(transformer, latents, timestep, labels, image_latents, prior_video)

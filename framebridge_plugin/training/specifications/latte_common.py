@@ -27,7 +27,8 @@ from framebridge_plugin.training.fingerprint import component_fingerprint, short
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
 from framebridge_plugin.training.specifications.loading import set_switches
 from framebridge_plugin.training.specifications.samples import (
-    caption_or_empty,
+    drops_caption,
+    one_caption,
     sample_generator,
     validation_image,
     validation_settings,
@@ -87,7 +88,7 @@ class LatteSpecification(LatteLoading):
         sample_seed: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The label of a sample's class, or the null label for the share that `caption_dropout` says.
+        """The label of a sample's class, and what the network is told: the null label for the dropped share.
 
         Args:
             caption: Name of the class, or a list with one (as a loader of batches of one gives it).
@@ -96,10 +97,29 @@ class LatteSpecification(LatteLoading):
             **kwargs: The other parts of the sample; not used.
 
         Returns:
-            {"class_labels": int64 [1]}
+            {"class_labels": int64 [1], "true_class_labels": int64 [1]}; the two differ for the share of samples that
+            `caption_dropout` says. A frozen neural prior is given the second.
         """
-        kept = caption_or_empty(caption, self.objective.caption_dropout, sample_seed, generator)
-        return {"class_labels": torch.tensor([self.label_of(kept)])}
+        conditions = {"class_labels": torch.tensor([self.label_of(one_caption(caption))])}
+        if drops_caption(self.objective.caption_dropout, sample_seed, generator):
+            empty = {"class_labels": torch.tensor([self._blank_network.null_label])}
+            return self.drop_caption(conditions, empty)
+        return {**conditions, "true_class_labels": conditions["class_labels"]}
+
+    @staticmethod
+    def drop_caption(
+        conditions: Mapping[str, torch.Tensor], empty_conditions: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Conditions of a sample that loses its class; the true one is kept beside it.
+
+        Args:
+            conditions: Those of the sample's class.
+            empty_conditions: Those of no class.
+
+        Returns:
+            What `prepare_conditions` returns for such a sample.
+        """
+        return {"class_labels": empty_conditions["class_labels"], "true_class_labels": conditions["class_labels"]}
 
     @torch.no_grad()
     def prepare_latents(
@@ -159,10 +179,14 @@ class LatteSpecification(LatteLoading):
             data: What `prepare_conditions` returned for every sample.
 
         Returns:
-            {"class_labels": B integers}: a list, since the trainers cast tensors to the precision of the network, and
-            bfloat16 has no label 257.
+            {"class_labels": B integers, "true_class_labels": B integers}: lists, since the trainers cast tensors to
+            the precision of the network, and bfloat16 has no label 257.
         """
-        return {"class_labels": [int(item["class_labels"]) for item in data]}
+        return {
+            "class_labels": [int(item["class_labels"]) for item in data],
+            # Stores of older releases hold the one label of a class; what is dropped of them comes with both.
+            "true_class_labels": [int(item.get("true_class_labels", item["class_labels"])) for item in data],
+        }
 
     # Checks before the first step
 

@@ -49,13 +49,25 @@ def drops_caption(share: float, sample_seed: int | None, generator: torch.Genera
     return bool(torch.rand((), generator=draw, device=device) < share)
 
 
+def one_caption(caption: str | list[str]) -> str:
+    """The caption of a sample.
+
+    Args:
+        caption: The text, or a list with one text (as a loader of batches of one gives it).
+
+    Returns:
+        The text.
+    """
+    return caption if isinstance(caption, str) else caption[0]
+
+
 def caption_or_empty(
     caption: str | list[str], share: float, sample_seed: int | None, generator: torch.Generator | None
 ) -> str:
     """Drops captions.
 
     Args:
-        caption: The text, or a list with one text (as a loader of batches of one gives it).
+        caption: As for `one_caption`.
         share: As for `drops_caption`.
         sample_seed: As for `drops_caption`.
         generator: As for `drops_caption`.
@@ -63,8 +75,7 @@ def caption_or_empty(
     Returns:
         The caption, or the empty one.
     """
-    caption = caption if isinstance(caption, str) else caption[0]
-    return "" if drops_caption(share, sample_seed, generator) else caption
+    return "" if drops_caption(share, sample_seed, generator) else one_caption(caption)
 
 
 def video_of_sample(video: torch.Tensor | None) -> torch.Tensor:
