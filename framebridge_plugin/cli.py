@@ -142,6 +142,8 @@ def _sample(arguments: argparse.Namespace) -> int:
         labels=tuple(arguments.label),
         output=arguments.output,
         transformer=arguments.transformer,
+        base=arguments.base,
+        allow_other_base=arguments.allow_other_base,
         steps=arguments.steps,
         sampler=arguments.sampler,
         order=arguments.order,

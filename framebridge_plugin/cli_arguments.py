@@ -214,6 +214,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         conditions.add_argument(option, nargs="+", type=kind, default=[], metavar=metavar, help=what)
     add("--output", required=True, type=Path, metavar="OUT.mp4", help="several videos: OUT-0.mp4, OUT-1.mp4, ...")
     add("--transformer", metavar="FOLDER", help="a fine-tuned transformer to put into a CogVideoX model")
+    add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
+    add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")
     add("--steps", type=int, metavar="N", help="sampling steps, 1 to 1000 (default: 50; Latte: 1000, the reference's)")
     add("--sampler", choices=("sde", "dbim"), help="default: sde, as the reference")
     add("--order", type=int, choices=(1, 2), help="2: multistep, dbim only (default: 1)")

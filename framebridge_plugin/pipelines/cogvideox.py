@@ -22,8 +22,15 @@ from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LORA_INFO_FILE, ClipShapeRule
+from framebridge_plugin.model_folders.checks import (
+    COGVIDEOX,
+    LORA_INFO_FILE,
+    ClipShapeRule,
+    plain_problem,
+    read_json,
+)
 from framebridge_plugin.models.calling import call_transformer
+from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.common import (
     ImageInput,
     check_generator,
@@ -34,8 +41,16 @@ from framebridge_plugin.pipelines.common import (
     sample_latents,
 )
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
+from framebridge_plugin.pipelines.opening import find_model, load_components, opening, say
 from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, load_extra_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "transformer": load_bridge_transformer,
+    "vae": AutoencoderKLCogVideoX.from_pretrained,
+    "text_encoder": T5EncoderModel.from_pretrained,
+    "tokenizer": T5Tokenizer.from_pretrained,
+}
 
 
 class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
@@ -77,6 +92,66 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
                 f"{2 * transformer.config.out_channels}; train one with `finetrainers train`, or give a fine-tuned "
                 "transformer folder"
             )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        base_model: str | os.PathLike | None = None,
+        allow_other_base: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a run, a model or a LoRA.
+
+        A plain text-to-video model is widened and gets the reference's bridge, which is said on stderr: what it lacks
+        is the training, so load a LoRA or weights into it.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
+                of a model or of a LoRA, or the hub id of a model or a LoRA. A LoRA is loaded into the model that it
+                was trained on.
+            base_model: Where that is now, a folder or a hub id; by default where it was.
+            allow_other_base: Whether the LoRA may be loaded into another model than that.
+            **kwargs: As in diffusers: `dtype`, `revision`, `cache_dir`, components by their names, ...
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
+                one.
+        """
+        with opening(pretrained_model_name_or_path):
+            saved = find_model(
+                pretrained_model_name_or_path,
+                (COGVIDEOX,),
+                kwargs,
+                base_model=base_model,
+                allow_other_base=allow_other_base,
+            )
+            base = saved.base
+            assert base is not None
+            if "transformer" not in kwargs and plain_problem(base / "transformer"):
+                saved = saved._replace(components={"transformer": base / "transformer", **saved.components})
+            components = kwargs | load_components(saved, _LOADERS, kwargs)
+            index = read_json(base / "model_index.json")
+            if "scheduler" not in components and index.get("_class_name") != cls.__name__:
+                backbone = read_json(base / "scheduler" / "scheduler_config.json")
+                components["scheduler"] = FrameBridgeScheduler.from_backbone(
+                    backbone, target="v", alignment_edge="reference"
+                )
+                say(
+                    "the model has no bridge settings: the reference's are used "
+                    "(target v, SNR-aligned, beta .01 to 50)"
+                )
+            if saved.info is not None:
+                for name in ("num_frames", "height", "width"):
+                    components.setdefault(name, getattr(saved.info, name))
+            pipeline = super().from_pretrained(base, **components)
+            if saved.lora is not None:
+                pipeline.load_lora_weights(saved.lora)
+        return pipeline
 
     @torch.no_grad()
     def __call__(

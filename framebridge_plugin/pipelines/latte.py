@@ -21,6 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.model_folders.latte import class_problem, neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
@@ -34,10 +35,17 @@ from framebridge_plugin.pipelines.common import (
     sample_latents,
 )
 from framebridge_plugin.pipelines.conditioning import decode_frames, encode_frames
+from framebridge_plugin.pipelines.opening import find_model, load_components, opening
 from framebridge_plugin.pipelines.saving import LORA_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ClassInput = int | str | list[int] | list[str]
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "vae": AutoencoderKL.from_pretrained,
+    "transformer": LatteTransformer.from_pretrained,
+    "neural_prior": LatteTransformer.from_pretrained,
+}
 
 
 @dataclass
@@ -89,6 +97,50 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        base_model: str | os.PathLike | None = None,
+        allow_other_base: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a run, a model or a LoRA.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
+                of a model or of a LoRA, or the hub id of a model or a LoRA. A LoRA is loaded into the model that it
+                was trained on.
+            base_model: Where that is now, a folder or a hub id; by default where it was.
+            allow_other_base: Whether the LoRA may be loaded into another model than that.
+            **kwargs: As in diffusers: `dtype`, `revision`, `cache_dir`, components by their names, ...
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
+                one.
+        """
+        with opening(pretrained_model_name_or_path):
+            saved = find_model(
+                pretrained_model_name_or_path,
+                (LATTE_BRIDGE, LATTE_NEURAL_PRIOR),
+                kwargs,
+                base_model=base_model,
+                allow_other_base=allow_other_base,
+            )
+            components = kwargs | load_components(saved, _LOADERS, kwargs)
+            if saved.base is None:
+                names = (*_LOADERS, "scheduler")
+                pipeline = cls(**{name: components[name] for name in names if name in components})
+            else:
+                pipeline = super().from_pretrained(saved.base, **components)
+            if saved.lora is not None:
+                pipeline.load_lora_weights(saved.lora)
+        return pipeline
 
     @torch.no_grad()
     def __call__(

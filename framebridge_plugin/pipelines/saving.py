@@ -16,17 +16,15 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LORA_INFO_FILE
-from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint
+from framebridge_plugin.model_folders.lora import LoraInfo
 
 COGVIDEOX_COMPONENTS = {
     "tokenizer": ("transformers", "T5Tokenizer"),
@@ -39,16 +37,13 @@ EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def local_folder(
-    name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None, patterns: list[str] | None = None
-) -> Path:
+def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
     """The folder of a model: a path as it is, a hub id downloaded (or found in the cache).
 
     Args:
         name_or_path: A folder or a hub id.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Cache of the hub's files.
         patterns: Files wanted, as glob patterns; by default all.
+        **hub_settings: As for huggingface_hub's `snapshot_download`: `revision`, `cache_dir`, ...
 
     Returns:
         An existing folder.
@@ -59,11 +54,7 @@ def local_folder(
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, **hub_settings))
     except (OSError, HFValidationError, ValueError) as error:
         raise FrameBridgeError(
             f"model {name_or_path!r} is neither a folder nor to be had from the hub ({_first_line(error)}); "
@@ -117,37 +108,28 @@ def save_model_folder(
 def save_lora_folder(
     directory: str | os.PathLike,
     *,
-    pipeline_class: str,
-    network_name: str,
+    info: LoraInfo,
     lora_state_dict: Mapping[str, torch.Tensor],
     adapter_metadata: Mapping[str, Any],
     extra_state_dict: Mapping[str, torch.Tensor],
     scheduler: SchedulerMixin | None,
-    base_model: str,
-    replaced_components: Mapping[str, str] | None = None,
-    clip_shape: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes a LoRA file that diffusers loads, other trained weights beside it, the scheduler, and where it came from.
 
     Args:
         directory: Where to write; made if needed.
-        pipeline_class: Name of the pipeline that the base model and the LoRA make together.
-        network_name: The trained network's name in it, "transformer" or "neural_prior"; the names in the LoRA file
-            begin with it.
+        info: What the LoRA was trained on; the names in the LoRA file begin with its `network_name`.
         lora_state_dict: LoRA weights with the names that peft gives them.
         adapter_metadata: Rank, alpha and target modules; they go into the file's header.
         extra_state_dict: Trained weights that are no LoRA layers, such as a widened input projection, under the
             network's own names; may be empty.
         scheduler: The scheduler that it was trained with; None for a network that has none.
-        base_model: Folder or hub id of the model that was fine-tuned.
-        replaced_components: Folders or hub ids of the components that did not come from it, by name.
-        clip_shape: (frames, height, width) that it was trained on.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {f"{network_name}.{key}": value for key, value in adapter_metadata.items()}
+    header = {f"{info.network_name}.{key}": value for key, value in adapter_metadata.items()}
     save_file(
-        {f"{network_name}.{name}": tensor.contiguous() for name, tensor in lora_state_dict.items()},
+        {f"{info.network_name}.{name}": tensor.contiguous() for name, tensor in lora_state_dict.items()},
         folder / LORA_FILE,
         metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=2, sort_keys=True)},
     )
@@ -156,64 +138,32 @@ def save_lora_folder(
         save_file(extra, folder / EXTRA_WEIGHTS_FILE)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
-    num_frames, height, width = clip_shape or (None, None, None)
-    info = {
-        "pipeline_class": pipeline_class,
-        "network_name": network_name,
+    info.write(folder)
+
+
+def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
+    """What a LoRA remembers of the model that it is trained on.
+
+    Args:
+        base_model: Its folder or hub id.
+        components: Of each component the folder or hub id that it comes from, and its own folder on this machine.
+
+    Returns:
+        `base_model`, `revision`, `replaced_components`, `replaced_revisions` and `fingerprint` of a `LoraInfo`, with
+        the whole paths of folders and the commits of hub ids that were loaded.
+
+    Raises:
+        FrameBridgeError: If a file cannot be read.
+    """
+    commits = {name: _commit(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
+    replaced = {name: source for name, (source, _) in components.items() if source != base_model}
+    return {
         "base_model": _absolute(base_model),
-        "replaced_components": {name: _absolute(source) for name, source in (replaced_components or {}).items()},
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
+        "revision": next((commit for name, commit in commits.items() if name not in replaced), None),
+        "replaced_components": {name: _absolute(source) for name, source in replaced.items()},
+        "replaced_revisions": {name: commits[name] for name in replaced if name in commits},
+        "fingerprint": {name: component_fingerprint(folder) for name, (_, folder) in components.items()},
     }
-    (folder / LORA_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-
-
-def load_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Loads what a LoRA was trained on and its base model lacks: the widened transformer, and replaced components.
-
-    Args:
-        info: Content of the `framebridge.json` that `save_lora_folder` wrote.
-        torch_dtype: Precision of the weights; float32 by default.
-
-    Returns:
-        Components by name, for the `from_pretrained` of the pipeline.
-    """
-    sources = dict(info["replaced_components"])
-    dtype = torch_dtype or torch.float32
-    if "transformer" in sources:
-        transformer = load_bridge_transformer(sources["transformer"], dtype=dtype)
-    else:
-        transformer = load_bridge_transformer(info["base_model"], subfolder="transformer", dtype=dtype)
-    components = {"transformer": transformer}
-    if "vae" in sources:
-        components["vae"] = AutoencoderKLCogVideoX.from_pretrained(sources["vae"], dtype=dtype)
-    if "text_encoder" in sources:
-        components["text_encoder"] = T5EncoderModel.from_pretrained(sources["text_encoder"], dtype=dtype)
-    if "tokenizer" in sources:
-        components["tokenizer"] = T5Tokenizer.from_pretrained(sources["tokenizer"])
-    return components
-
-
-def load_latte_lora_base(info: Mapping[str, Any], torch_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Loads what a Latte LoRA was trained on in place of its base model's own components.
-
-    Args:
-        info: Content of the `framebridge.json` that `save_lora_folder` wrote.
-        torch_dtype: Precision of the weights; float32 by default.
-
-    Returns:
-        Components by name, for the `from_pretrained` of the pipeline.
-    """
-    components = {}
-    for name, source in info["replaced_components"].items():
-        component_class: Any = AutoencoderKL if name == "vae" else LatteTransformer
-        # A neural prior on the hub is a model's id, its folder is the network's.
-        subfolder = "neural_prior" if name == "neural_prior" and not os.path.isdir(source) else None
-        components[name] = component_class.from_pretrained(
-            source, subfolder=subfolder, dtype=torch_dtype or torch.float32
-        )
-    return components
 
 
 def load_extra_weights(network: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
@@ -262,6 +212,12 @@ def link_or_copy_tree(source: Path, destination: Path) -> None:
                 os.link(origin, copy)
             except OSError:
                 shutil.copyfile(origin, copy)
+
+
+def _commit(folder: Path) -> str:
+    """The commit of a folder in the hub's cache: <cache>/models--owner--name/snapshots/<commit>/..."""
+    parts = folder.absolute().parts
+    return parts[len(parts) - parts[::-1].index("snapshots")]
 
 
 def _absolute(source: str) -> str:

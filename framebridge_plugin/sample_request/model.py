@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
@@ -27,6 +28,7 @@ from framebridge_plugin.model_folders.latte import (
     latte_parts_problem,
     read_latte_facts,
 )
+from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, other_base_error, read_lora_info
 
 
 class SampleModel(NamedTuple):
@@ -48,12 +50,16 @@ class SampleModel(NamedTuple):
         return self.rule if isinstance(self.rule, LatteFacts) else None
 
 
-def examine_model(model: str, transformer: str | None) -> tuple[SampleModel | None, list[str]]:
+def examine_model(
+    model: str, transformer: str | None, base: str | None = None, allow_other_base: bool = False
+) -> tuple[SampleModel | None, list[str]]:
     """Examine the folders of a model.
 
     Args:
         model: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or an id on the Hugging Face Hub.
         transformer: Folder or id of a fine-tuned transformer to put into a CogVideoX model.
+        base: Folder or id of the model that a LoRA was trained on, if it is not where it was.
+        allow_other_base: Whether that may be another model.
 
     Returns:
         The model, or None for an id and for a folder that cannot be told; and a line for each error, which begins
@@ -71,8 +77,9 @@ def examine_model(model: str, transformer: str | None) -> tuple[SampleModel | No
     kind = model_kind(folder)
     if kind is None:
         return None, [f"--model {_unknown_kind(folder)}"]
-    if (folder / LORA_INFO_FILE).is_file():
-        parts, problems = _lora_parts(folder, kind)
+    is_lora = (folder / LORA_INFO_FILE).is_file()
+    if is_lora:
+        parts, problems = _lora_parts(folder, kind, base, allow_other_base)
         if transformer is not None and kind is COGVIDEOX:
             problems.append(f"--transformer: {folder} is a LoRA, for its own base model's transformer; leave it out")
     elif kind is COGVIDEOX:
@@ -81,6 +88,10 @@ def examine_model(model: str, transformer: str | None) -> tuple[SampleModel | No
         problem = latte_folder_problem(folder, kind)
         parts = {part: folder / part for part in ("vae", "transformer", "neural_prior")}
         problems = [f"--model {problem}"] if problem else []
+    if not is_lora:
+        given = {"--base": base is not None, "--allow-other-base": allow_other_base}
+        wrong = [option for option, is_given in given.items() if is_given]
+        problems += [f"{option}: {folder} is a whole model, not a LoRA; leave it out" for option in wrong]
     if kind is COGVIDEOX:
         return SampleModel(folder, kind, clip_shape_rule(parts["vae"], parts["transformer"])), problems
     if problems:
@@ -126,27 +137,36 @@ def _cogvideox_parts(folder: Path, transformer: str | None) -> tuple[dict[str, P
     return {"vae": folder / "vae", "transformer": own or folder / "transformer"}, problems
 
 
-def _lora_parts(folder: Path, kind: ModelKind) -> tuple[dict[str, Path | None], list[str]]:
+def _lora_parts(
+    folder: Path, kind: ModelKind, base: str | None, allow_other_base: bool
+) -> tuple[dict[str, Path | None], list[str]]:
     """The folders of the models that a LoRA names (None for an id), and what is wrong with them."""
     parts: dict[str, Path | None] = dict.fromkeys(("vae", "transformer", "neural_prior"))
     try:
-        info: dict[str, Any] = read_json(folder / LORA_INFO_FILE)
-        base, replaced = local_path(info["base_model"]), info.get("replaced_components", {})
-        parts |= {part: None if base is None else base / part for part in parts}
-        parts |= {part: local_path(source) for part, source in replaced.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        info = read_lora_info(folder)
+        path, replaced = local_path(info.base_model if base is None else base), info.replaced_components
+        if base is not None and path is not None:
+            path = find_saved_model(path) or path
+        components = {part: None if path is None else path / part for part in (*parts, *info.fingerprint)}
+        components |= {part: local_path(source) for part, source in replaced.items()}
+    except (FrameBridgeError, TypeError):
         return parts, [f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
     problems = []
-    remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
     check_whole = folder_problem if kind is COGVIDEOX else latte_folder_problem
-    if base is not None and (problem := check_whole(base, kind)):
-        problems.append(f"--model {folder}: its base model: {problem}; {remedy}")
+    if path is not None and (info.base_model or base) and (problem := check_whole(path, kind)):
+        if base is not None:
+            problems.append(f"--base {problem}")
+        else:
+            problems.append(f"--model {folder}: its base model: {problem}; say where it is now ({HOW_TO_SAY_BASE})")
     for part in replaced:
         part_kind = LATTE_NEURAL_PRIOR if part == "neural_prior" else kind
-        if (source := parts[part]) is not None and (problem := part_problem(source, part, part_kind)):
+        if (source := components[part]) is not None and (problem := part_problem(source, part, part_kind)):
+            remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
             problems.append(f"--model {folder}: its {part}: {problem}; {remedy}")
-    if kind is not COGVIDEOX and base is not None and replaced and not problems:
-        present = {part: source if source is not None and source.exists() else None for part, source in parts.items()}
-        if problem := latte_parts_problem(present["vae"], present["transformer"], present["neural_prior"]):
-            problems.append(f"--model {folder}: {problem}")
-    return parts, problems
+    present = {part: source for part, source in components.items() if source is not None and source.exists()}
+    if kind is not COGVIDEOX and path is not None and replaced and not problems:
+        found = latte_parts_problem(*(present.get(part) for part in parts))
+        problems += [f"--model {folder}: {found}"] if found else []
+    if not problems and not allow_other_base and (difference := info.other_base_problem(present)):
+        problems.append(f"--model {other_base_error(folder, str(path), difference)}")
+    return {part: components[part] for part in parts}, problems

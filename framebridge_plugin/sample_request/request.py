@@ -68,6 +68,8 @@ class SampleRequest:
         class_names: For Latte: one for all images, or one per image.
         labels: For Latte, in place of `class_names`: the classes' numbers.
         transformer: Folder (or id) of a fine-tuned transformer to put into a CogVideoX `model`.
+        base: Where the model that a LoRA was trained on is now, a folder or an id; None takes what the LoRA says.
+        allow_other_base: Whether that may be another model than the one it was trained on.
         steps: See `SamplerSettings`; None, here and below, takes the default of the model's kind.
         sampler: See `SamplerSettings`.
         order: See `SamplerSettings`.
@@ -94,6 +96,8 @@ class SampleRequest:
     class_names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     transformer: str | None = None
+    base: str | None = None
+    allow_other_base: bool = False
     steps: int | None = None
     sampler: Sampler | None = None
     order: Literal[1, 2] | None = None
@@ -125,7 +129,7 @@ class SampleRequest:
         Returns:
             The facts; None for an id on the hub.
         """
-        return examine_model(self.model, self.transformer)[0]
+        return examine_model(self.model, self.transformer, self.base, self.allow_other_base)[0]
 
     def condition_of(self, image: int) -> str | int | None:
         """The prompt, the class's name or its label that belongs to an image.
@@ -199,7 +203,7 @@ class SampleRequest:
             raise UsageError("\n".join(problems))
 
     def _model_problems(self, name: str) -> list[str]:
-        model, problems = examine_model(name, self.transformer)
+        model, problems = examine_model(name, self.transformer, self.base, self.allow_other_base)
         if model is not None:
             problems += self._kind_problems(model.kind, model.facts)
             found = model.rule.problems(self.num_frames, self.height, self.width)

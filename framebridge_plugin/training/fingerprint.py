@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.model_folders.fingerprint import digest_of
 
 _SAMPLED_FILES = 64
-_BLOCKS, _BLOCK_BYTES = 1024, 4096
 
 
 def run_fingerprint(
@@ -76,101 +75,9 @@ def data_fingerprint(index: ClipIndex, settings: ClipSettings) -> dict[str, Any]
         "rows": count,
         "files": files.hexdigest(),
         "captions": captions.hexdigest(),
-        "file_sizes": _digest(json.dumps(sizes).encode()),
+        "file_sizes": digest_of(json.dumps(sizes).encode()),
         "clip": settings.fingerprint(),
     }
-
-
-def component_fingerprint(folder: Path) -> dict[str, str]:
-    """The fingerprint of a model's component.
-
-    Args:
-        folder: The component's folder in diffusers' or transformers' format.
-
-    Returns:
-        A digest for each file of settings, vocabulary or weights, by name. Of a settings file it leaves out what says
-        who wrote it. Of a file of weights it is that of its size and of 1024 evenly spread blocks of 4 KiB, the first
-        with the file's header: a network that was trained on is another one, without gigabytes to be read.
-
-    Raises:
-        FrameBridgeError: If a file cannot be read.
-    """
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in _DIGEST_OF_SUFFIX)
-        return {path.name: _DIGEST_OF_SUFFIX[path.suffix](path) for path in files}
-    except (OSError, ValueError) as error:
-        raise FrameBridgeError(f"cannot read {folder}: {error}; check that it is a whole model") from error
-
-
-def short_digest(value: Any) -> str:
-    """A digest that fits into an error's line.
-
-    Args:
-        value: What JSON can say.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return _digest(json.dumps(value, sort_keys=True).encode())[:16]
-
-
-def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Compares two fingerprints.
-
-    Args:
-        there: That of the stored values.
-        here: That of the run.
-
-    Returns:
-        Where they differ first, and the two values; None if they are equal.
-    """
-    theirs, ours = dict(_leaves(there)), dict(_leaves(here))
-    for name in [*ours, *theirs]:
-        value, other = theirs.get(name, _ABSENT), ours.get(name, _ABSENT)
-        if value != other:
-            return f"{name} is {_short(value)} there and {_short(other)} here"
-    return None
-
-
-_ABSENT = "not given"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _settings_digest(path: Path) -> str:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-        content = {key: value for key, value in content.items() if not key.startswith("_") and key not in _WRITERS}
-    return _digest(json.dumps(content, sort_keys=True).encode())
-
-
-_WRITERS = ("transformers_version", "dtype", "torch_dtype")
-"""Keys of a settings file that say who wrote it, or which precision it is loaded in, which the run says itself."""
-
-
-def _weights_digest(path: Path) -> str:
-    size = path.stat().st_size
-    starts = sorted({number * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1) for number in range(_BLOCKS)})
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()
-
-
-_DIGEST_OF_SUFFIX = {".json": _settings_digest, ".model": _weights_digest, ".safetensors": _weights_digest}
 
 
 def _size(path: str) -> int | None:
@@ -178,7 +85,3 @@ def _size(path: str) -> int | None:
         return os.path.getsize(path)
     except OSError:
         return None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.training.fingerprint import first_difference
+from framebridge_plugin.model_folders.fingerprint import first_difference
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.lora import LoraInfo
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.saving import save_lora_folder
 from tests.pipelines.latte_calls import latents_of, open_folder, picture, seeded
@@ -114,13 +115,11 @@ def write_lora(folder: Path, pipeline: FrameBridgeLattePipeline, name: str) -> P
     network.unload_lora()
     save_lora_folder(
         folder,
-        pipeline_class="FrameBridgeLattePipeline",
-        network_name=name,
+        info=LoraInfo("unused", pipeline_class="FrameBridgeLattePipeline", network_name=name),
         lora_state_dict=state,
         adapter_metadata={"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
         extra_state_dict={},
         scheduler=pipeline.scheduler,
-        base_model="unused",
     )
     return folder
 

@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +19,20 @@ from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embedd
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint
+from framebridge_plugin.model_folders.lora import LoraInfo
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer, train_input_projection
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.pipelines.saving import (
     COGVIDEOX_COMPONENTS,
+    describe_base,
     local_folder,
     save_lora_folder,
     save_model_folder,
 )
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.training.fingerprint import component_fingerprint
 from framebridge_plugin.training.objective import Network, ObjectiveSettings, build_scheduler
 from framebridge_plugin.training.registration import parsed_objective
 from framebridge_plugin.training.specifications.loading import (
@@ -454,21 +457,31 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             # The stock trainer hands over the LoRA layers alone.
             assert self._trained_projection is not None
             extra_state_dict = self._whole_projection or self._trained_projection.state_dict(prefix=_PROJECTION)
-        replaced = {name: getattr(self, f"{name}_id") for name in (*COGVIDEOX_COMPONENTS, "transformer")}
         save_lora_folder(
             directory,
-            pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
-            network_name="transformer",
+            info=self._lora_info,
             lora_state_dict=transformer_state_dict,
             adapter_metadata=json.loads(metadata["lora_config"]),
             extra_state_dict=extra_state_dict,
             scheduler=scheduler,
-            base_model=self.pretrained_model_name_or_path,
-            replaced_components={name: source for name, source in replaced.items() if source is not None},
-            clip_shape=self.clip_shape,
+        )
+
+    @functools.cached_property
+    def _lora_info(self) -> LoraInfo:
+        """What a LoRA remembers of its base, as it was when it was loaded."""
+        names = (*COGVIDEOX_COMPONENTS, "transformer")
+        components = {name: (self._source(name)[0], self._component_folder(name)) for name in names}
+        num_frames, height, width = self.clip_shape or (None, None, None)
+        return LoraInfo(
+            pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
+            network_name="transformer",
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            **describe_base(self.pretrained_model_name_or_path, components),
         )
 
     def _component_folder(self, name: str) -> Path:
         source, subfolder = self._source(name)
-        patterns = [f"{component}/*" for component in COGVIDEOX_COMPONENTS] if subfolder else None
+        patterns = [f"{subfolder}/*"] if subfolder else None
         return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder

@@ -12,12 +12,12 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.model_folders.latte import neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.training.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.training.objective import ObjectiveSettings, build_scheduler
 from framebridge_plugin.training.registration import parsed_arguments
 from framebridge_plugin.training.specifications.latte_common import LatteSpecification
@@ -247,11 +247,9 @@ class LatteBridgeSpecification(LatteSpecification):
             components[_NEURAL_PRIOR] = (LatteTransformer.__module__, LatteTransformer.__name__, folder)
         return components
 
-    def _replaced_components(self) -> dict[str, str]:
-        replaced = super()._replaced_components()
-        if self.neural_prior is not None:
-            replaced[_NEURAL_PRIOR] = self._prior_source()[0]
-        return replaced
+    def _component_sources(self) -> dict[str, tuple[str, str]]:
+        sources = super()._component_sources()
+        return sources | {_NEURAL_PRIOR: self._prior_source()} if self._blank_network.takes_neural_prior else sources
 
 
 def _check_objective(objective: ObjectiveSettings) -> None:

@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, C channels, H and W height and width, h and w 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from PIL import Image
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.model_folders.latte import LatteFacts
+from framebridge_plugin.model_folders.lora import LoraInfo
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
-from framebridge_plugin.pipelines.saving import local_folder, save_lora_folder, save_model_folder
-from framebridge_plugin.training.fingerprint import component_fingerprint, short_digest
+from framebridge_plugin.pipelines.saving import describe_base, local_folder, save_lora_folder, save_model_folder
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
 from framebridge_plugin.training.specifications.loading import set_switches
 from framebridge_plugin.training.specifications.samples import (
@@ -257,6 +259,7 @@ class LatteSpecification(LatteLoading):
 
         Raises:
             UsageError: If a network from scratch is to be trained by LoRA layers alone.
+            FrameBridgeError: If a file of the base model of LoRA layers cannot be read.
         """
         if training_type == "lora" and self.is_from_scratch:
             raise UsageError(
@@ -320,10 +323,9 @@ class LatteSpecification(LatteLoading):
         patterns = [str(files / "config.json"), str(files / "*.safetensors*")]
         return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder
 
-    def _replaced_components(self) -> dict[str, str]:
-        """The components that do not come from the base model, as folders or hub ids."""
-        replaced = {"vae": self.vae_id, self.network_name: self.transformer_id}
-        return {name: source for name, source in replaced.items() if source is not None}
+    def _component_sources(self) -> dict[str, tuple[str, str]]:
+        """Where each component comes from: folder or hub id, and its subfolder in it ("" for a component alone)."""
+        return {name: self._source(name) for name in ("vae", self.network_name)}
 
     def _save_model(
         self,
@@ -356,13 +358,26 @@ class LatteSpecification(LatteLoading):
         assert metadata is not None
         save_lora_folder(
             directory,
-            pipeline_class=FrameBridgeLattePipeline.__name__,
-            network_name=self.network_name,
+            info=self._lora_info,
             lora_state_dict=transformer_state_dict,
             adapter_metadata=json.loads(metadata["lora_config"]),
             extra_state_dict=extra_state_dict or {},
             scheduler=scheduler if self.saves_scheduler else None,
-            base_model=self.pretrained_model_name_or_path,
-            replaced_components=self._replaced_components(),
-            clip_shape=self.clip_shape,
+        )
+
+    @functools.cached_property
+    def _lora_info(self) -> LoraInfo:
+        """What a LoRA remembers of its base, as it was when it was loaded."""
+        components = {
+            name: (source, self._component_folder(source, subfolder))
+            for name, (source, subfolder) in self._component_sources().items()
+        }
+        num_frames, height, width = self.clip_shape or (None, None, None)
+        return LoraInfo(
+            pipeline_class=FrameBridgeLattePipeline.__name__,
+            network_name=self.network_name,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            **describe_base(self.pretrained_model_name_or_path, components),
         )

@@ -1,0 +1,111 @@
+"""What a LoRA folder says about the model that it was trained on, and whether a model on the disk is that one.
+
+Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import LORA_INFO_FILE, read_json
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint, first_difference
+
+HOW_TO_SAY_BASE = "--base, in Python base_model"
+HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """What stands in a LoRA folder beside its layers.
+
+    Attributes:
+        pipeline_class: Name of the pipeline that the base model and the LoRA make together.
+        network_name: The network that the layers are for, "transformer" or "neural_prior".
+        base_model: Folder or hub id of the model that was fine-tuned.
+        revision: Its commit on the hub; None for a folder.
+        replaced_components: Folder or hub id of each component that did not come from it.
+        replaced_revisions: The commits of those on the hub.
+        fingerprint: That of each component's files, by its name; empty if it is not known.
+        num_frames: Frames of the clips that it was trained on.
+        height: Their height in pixels.
+        width: Their width in pixels.
+    """
+
+    base_model: str
+    pipeline_class: str = "FrameBridgeCogVideoXPipeline"
+    network_name: str = "transformer"
+    revision: str | None = None
+    replaced_components: Mapping[str, str] = field(default_factory=dict)
+    replaced_revisions: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write it into a LoRA folder.
+
+        Args:
+            folder: The folder.
+        """
+        (folder / LORA_INFO_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def other_base_problem(self, folders: Mapping[str, Path]) -> str | None:
+        """Compare components on the disk with those that the LoRA was trained on.
+
+        Args:
+            folders: Folders of the components to compare, by name.
+
+        Returns:
+            The first difference, or None; None also where the LoRA does not know its base's fingerprint.
+
+        Raises:
+            FrameBridgeError: If a file cannot be read.
+        """
+        known = {part: files for part, files in self.fingerprint.items() if part in folders}
+        return first_difference(known, {part: component_fingerprint(folders[part]) for part in known})
+
+
+def read_lora_info(folder: Path) -> LoraInfo:
+    """Read what a LoRA folder says.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What it says.
+
+    Raises:
+        FrameBridgeError: If it is not as it was written.
+    """
+    path = folder / LORA_INFO_FILE
+    try:
+        content = read_json(path)
+        info = LoraInfo(**{name: content[name] for name in LoraInfo.__dataclass_fields__ if name in content})
+        mappings = (info.replaced_components, info.replaced_revisions, info.fingerprint, *info.fingerprint.values())
+        if not isinstance(info.base_model, str) or not all(isinstance(value, dict) for value in mappings):
+            raise TypeError
+    except (ValueError, TypeError, AttributeError):
+        raise FrameBridgeError(f"{path}: is not as it was written; copy the folder again") from None
+    return info
+
+
+def other_base_error(folder: Path, base: str, difference: str) -> str:
+    """The line for a LoRA that is to be opened with another base model than its own.
+
+    Args:
+        folder: The LoRA's folder.
+        base: What was found in its base model's place.
+        difference: What `other_base_problem` returned.
+
+    Returns:
+        What is wrong and what to do.
+    """
+    return (
+        f"{base} is not the model that the LoRA {folder} was trained on: {difference}; say where that is "
+        f"({HOW_TO_SAY_BASE}), or take this one all the same ({HOW_TO_ALLOW_BASE})"
+    )
