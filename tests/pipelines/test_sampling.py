@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.cli import main
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.pipelines.conftest import make_trained_folder
-from tests.training.bridge_runs import SIZE, make_inputs, run_trainer
+from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
+from tests.training.bridge_runs import SIZE, make_inputs, make_specification, run_trainer
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,39 @@ def test_a_transformer_of_a_run_brings_its_settings(sample, inputs):
     assert len(result.videos()) == 1
     assert "bridge settings" not in result.said
     assert open_pipeline(str(inputs / "model"), transformer=str(transformer)).scheduler.config.beta_max == 40.0
+
+
+@pytest.mark.parametrize("model", ["full", "full/checkpoints/step_000002", "lora", "lora/lora"])
+def test_python_opens_what_the_command_opens(inputs, model):
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / model, dtype=torch.bfloat16)
+    assert pipeline.scheduler.config.beta_max == 40.0
+    assert (pipeline.config.num_frames, pipeline.config.height, pipeline.config.width) == (9, SIZE, SIZE)
+    assert pipeline.vae.dtype == torch.bfloat16
+    assert bool(pipeline.get_active_adapters()) == ("lora" in model)
+
+
+def test_python_widens_a_plain_model_and_says_whose_bridge_it_takes(inputs, capsys):
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / "model")
+    assert "the model has no bridge settings: the reference's are used" in capsys.readouterr().err
+    config = pipeline.scheduler.config
+    assert (config.target, config.alignment_edge, config.beta_max) == ("v", "reference", 50.0)
+    assert pipeline.transformer.config.in_channels == 8
+    assert not pipeline.transformer.patch_embed.proj.weight[:, 4:].any()
+    # The rest of the way by hand: a LoRA's layers and its scheduler.
+    pipeline.load_lora_weights(inputs / "lora/lora")
+    expected = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / "lora").transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.transformer.state_dict().items())
+    # What is given is taken, without a word.
+    scheduler = FrameBridgeScheduler(target="data")
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / "model", scheduler=scheduler)
+    assert pipeline.scheduler is scheduler
+    assert "bridge settings" not in capsys.readouterr().err
+
+
+def test_python_refuses_a_model_of_another_kind(tmp_path):
+    latte = make_tiny_latte(tmp_path / "latte")
+    with pytest.raises(FrameBridgeError, match="is for a FrameBridgeLattePipeline, not for this pipeline"):
+        FrameBridgeCogVideoXPipeline.from_pretrained(latte)
 
 
 def test_a_diffusion_baseline_is_sampled_with_its_own_scheduler(sample):
@@ -280,14 +317,74 @@ def test_a_damaged_file_is_said_in_one_line(sample, inputs, tmp_path, file, how)
     assert "--debug shows the traceback" not in result.errors[0]  # an error that nobody foresaw
 
 
-def test_a_lora_whose_base_model_is_gone_says_so(sample, inputs, tmp_path):
-    copy_of(inputs / "lora/lora", tmp_path / "run/lora")
-    info = tmp_path / "run/lora/framebridge.json"
-    info.write_text(json.dumps({**json.loads(info.read_text()), "base_model": str(tmp_path / "gone")}))
-    result = sample(tmp_path / "run")
+# The base model of a LoRA
+
+
+def lora_on(inputs: Path, target: Path, **info: object) -> Path:
+    """A copy of the LoRA run that says something else of its base model."""
+    copy_of(inputs / "lora/lora", target / "lora")
+    file = target / "lora/framebridge.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **info}))
+    return target
+
+
+def test_a_base_model_that_was_moved_is_taken_from_where_it_is_now(sample, inputs, tmp_path):
+    run = lora_on(inputs, tmp_path / "run", base_model=str(tmp_path / "gone"))
+    result = sample(run)
     assert result.code == 2
-    assert len(result.errors) == 1
-    assert str(tmp_path / "gone") in result.errors[0]
+    (error,) = result.errors
+    assert str(tmp_path / "gone") in error
+    assert "--base" in error
+    with pytest.raises(FrameBridgeError, match="is gone from .*gone; say where it is now .*base_model"):
+        FrameBridgeCogVideoXPipeline.from_pretrained(run)
+    moved = copy_of(inputs / "model", tmp_path / "moved")
+    assert len(sample(run, "--base", str(moved)).videos()) == 1
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(run, base_model=moved)
+    assert pipeline.get_active_adapters()
+    assert sample("full", "--base", str(moved)).errors == [
+        f"error: --base: {inputs / 'full/model'} is a whole model, not a LoRA; leave it out"
+    ]
+
+
+def test_another_base_model_is_refused_unless_asked_for(sample, inputs, tmp_path):
+    """It has the same configs and headers, as another fine-tune would."""
+    other = make_tiny_cogvideox(tmp_path / "other", seed=5, sample_size=SIZE)
+    in_place = lora_on(inputs, tmp_path / "run", base_model=str(other))
+    for run, given in ((in_place, []), (inputs / "lora", ["--base", str(other)])):
+        result = sample(run, *given)
+        assert result.code == 2
+        (error,) = result.errors
+        assert f"{other} is not the model that the LoRA {run / 'lora'} was trained on" in error
+        assert "transformer.diffusion_pytorch_model.safetensors is" in error
+        assert "--allow-other-base" in error
+        assert len(sample(run, *given, "--allow-other-base").videos()) == 1
+    with pytest.raises(FrameBridgeError, match="is not the model that the LoRA"):
+        FrameBridgeCogVideoXPipeline.from_pretrained(in_place)
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / "lora", base_model=other, allow_other_base=True)
+    expected = load_file(other / "vae/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.vae.state_dict().items())
+
+
+def test_a_base_model_on_the_hub_is_remembered_by_its_commit(inputs, tmp_path):
+    """`main` moves on; the LoRA opens with what it was trained on, whichever cache that is in."""
+    repository, cache = tmp_path / "hub/models--owner--tiny", str(tmp_path / "hub")
+    commits = ["1" * 40, "2" * 40]
+    copy_of(inputs / "model", repository / "snapshots" / commits[0])
+    make_tiny_cogvideox(repository / "snapshots" / commits[1], seed=5, sample_size=SIZE)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commits[0])
+    specification = make_specification("owner/tiny", cache_dir=cache)
+    specification._lora_info.write(copy_of(inputs / "lora/lora", tmp_path / "lora"))
+    told = (tmp_path / "lora/framebridge.json").read_text()
+    assert (json.loads(told)["base_model"], json.loads(told)["revision"]) == ("owner/tiny", commits[0])
+    assert str(tmp_path) not in told
+
+    (repository / "refs/main").write_text(commits[1])
+    pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(tmp_path / "lora", cache_dir=cache)
+    expected = load_file(inputs / "model/vae/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.vae.state_dict().items())
+    plain = FrameBridgeCogVideoXPipeline.from_pretrained("owner/tiny", cache_dir=cache, revision=commits[0])
+    assert plain.transformer.config.in_channels == 8
 
 
 def test_settings_of_the_sampler_do_not_come_from_the_model(sample, bridge_folder, plain_folder, tmp_path):

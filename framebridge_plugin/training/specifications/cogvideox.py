@@ -469,7 +469,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     @functools.cached_property
     def _lora_info(self) -> LoraInfo:
         """What a LoRA remembers of its base, as it was when it was loaded."""
-        names = (*COGVIDEOX_COMPONENTS, "transformer")
+        names = ("transformer", *COGVIDEOX_COMPONENTS)
         components = {name: (self._source(name)[0], self._component_folder(name)) for name in names}
         num_frames, height, width = self.clip_shape or (None, None, None)
         return LoraInfo(

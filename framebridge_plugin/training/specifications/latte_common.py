@@ -325,7 +325,7 @@ class LatteSpecification(LatteLoading):
 
     def _component_sources(self) -> dict[str, tuple[str, str]]:
         """Where each component comes from: folder or hub id, and its subfolder in it ("" for a component alone)."""
-        return {name: self._source(name) for name in ("vae", self.network_name)}
+        return {name: self._source(name) for name in (self.network_name, "vae")}
 
     def _save_model(
         self,
