@@ -373,6 +373,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             training_type: "lora" or "full-finetune".
         """
         if training_type == "lora":
+            _ = self._lora_info  # taken now: the base's files may change while the run lasts
             train_input_projection(transformer)
             self._trained_projection = transformer.patch_embed.proj
 

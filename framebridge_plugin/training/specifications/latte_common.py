@@ -266,6 +266,8 @@ class LatteSpecification(LatteLoading):
                 "LoRA layers need a trained network; give a model as pretrained_model_name_or_path, or train from "
                 "scratch with training_type full-finetune"
             )
+        if training_type == "lora":
+            _ = self._lora_info  # taken now: the base's files may change while the run lasts
 
     # Validation and saving
 
