@@ -17,6 +17,7 @@ from pathlib import Path
 
 from framebridge_plugin.cli_arguments import parse
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.model_folders.lora import TWO_FILE_LORA
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -170,6 +171,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.format == TWO_FILE_LORA:
+        return _convert_two_file_lora(arguments)
     if not arguments.checkpoint.is_file():
         raise UsageError(f"{arguments.checkpoint}: no such file")
 
@@ -186,6 +189,21 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.checkpoint}: {converted.describe()}")
     print(f"model: {arguments.to}")
+    return 0
+
+
+def _convert_two_file_lora(arguments: argparse.Namespace) -> int:
+    if not arguments.checkpoint.is_dir():
+        raise UsageError(f"{arguments.checkpoint}: no such folder")
+    for option in ("vae", "neural_prior", "heads"):
+        if getattr(arguments, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} is not for --from {TWO_FILE_LORA}; leave it out")
+
+    from framebridge_plugin.pipelines.conversion import convert_two_file_lora
+
+    found = convert_two_file_lora(arguments.checkpoint, arguments.to)
+    print(f"{found}: its input projection is now a layer of the LoRA file")
+    print(f"LoRA: {arguments.to}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line of `finetrainers`: subcommands, their options and help. It imports nothing else."""
+"""The command line of `finetrainers`: subcommands, their options and help. It needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from framebridge_plugin import __version__
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.model_folders.lora import TWO_FILE_LORA
 
 _TRAIN_HELP = """\
 Train from a recipe: a YAML file that is a whole run.
@@ -56,7 +57,11 @@ prior; the file says which). Says which keys were missing or left over; a file t
 
   finetrainers convert --from reference ucf.pt --to models/ucf101
   finetrainers convert --from reference prior.pt --to models/prior
-  finetrainers convert --from reference ucf_prior.pt --to models/ucf101_prior --neural-prior models/prior"""
+  finetrainers convert --from reference ucf_prior.pt --to models/ucf101_prior --neural-prior models/prior
+
+Or make one LoRA file of a LoRA of version 0.1.0, whose input projection lies in a second file:
+
+  finetrainers convert --from two-file-lora runs/old/lora --to runs/old/lora-converted"""
 
 
 _CONFORMANCE_HELP = """\
@@ -233,8 +238,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--from", required=True, dest="format", choices=("reference",), help="whose checkpoint it is: the authors'")
-    add("checkpoint", type=Path, metavar="CKPT.pt", help="the file; only weights are read from it, never code")
+    add("--from", required=True, dest="format", choices=("reference", TWO_FILE_LORA), help="what it is")
+    add("checkpoint", type=Path, metavar="CKPT.pt", help="the file (only weights are read, never code), or the folder")
     add("--to", required=True, type=Path, metavar="FOLDER", help="the model folder to make")
     add("--vae", metavar="FOLDER_OR_ID", help="the per-frame autoencoder (default: stabilityai/sd-vae-ft-ema)")
     add("--neural-prior", metavar="FOLDER", help="for a bridge on a neural prior: the converted neural prior")

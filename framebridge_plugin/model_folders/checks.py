@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 LORA_INFO_FILE = "framebridge.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
+"""Beside the LoRA file of version 0.1.0: the trained input projection."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PARTS_WITHOUT_WEIGHTS = ("tokenizer", "scheduler")
 
@@ -180,7 +183,7 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
     weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
     if not weights:
         return f"{path} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
-    return next((problem for file in weights if (problem := _weights_problem(file)) is not None), None)
+    return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)
 
 
 def find_saved_model(folder: Path) -> Path | None:
@@ -302,23 +305,46 @@ def _not_a_folder(path: Path) -> str | None:
     return None
 
 
-def _weights_problem(path: Path) -> str | None:
+def safetensors_header(path: Path) -> dict[str, Any] | None:
+    """Read what a safetensors file says of its tensors.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        Type, shape and place of every tensor by name, and `__metadata__` if there is any; None if the file is of
+        another kind, or cut off in its header.
+    """
+    # 8 bytes with the header's length, the header in JSON, and the tensors' bytes.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 8 + length <= path.stat().st_size else None
+        except ValueError:
+            header = None
+    return header if isinstance(header, dict) else None
+
+
+def weights_problem(path: Path) -> str | None:
+    """Examine a file of weights.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        What is wrong and what to do, or None.
+    """
     size = path.stat().st_size
     if size == 0:
         return f"{path} is empty; download it again"
     if path.suffix != ".safetensors":
         return None
-    # A safetensors file is 8 bytes with the header's length, the header in JSON, and the tensors' bytes.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
+    header = safetensors_header(path)
+    if header is None:
         return f"{path} is no safetensors file, or cut off in its header; download it again"
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
+    with path.open("rb") as file:
+        expected = 8 + int.from_bytes(file.read(8), "little") + max(ends, default=0)
     if size != expected:
         return f"{path} has {size} bytes, its header announces {expected}; download it again"
     return None

@@ -1,4 +1,4 @@
-"""What a LoRA folder says about the model that it was trained on, and whether a model on the disk is that one.
+"""A LoRA folder: is its file whole, what does it say of the model that it was trained on, and is that this one.
 
 Needs the standard library alone.
 """
@@ -6,16 +6,31 @@ Needs the standard library alone.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LORA_INFO_FILE, read_json
+from framebridge_plugin.model_folders.checks import (
+    COGVIDEOX,
+    EXTRA_WEIGHTS_FILE,
+    LORA_FILE,
+    LORA_INFO_FILE,
+    model_kind,
+    read_json,
+    safetensors_header,
+    weights_problem,
+)
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint, first_difference
 
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
+TWO_FILE_LORA = "two-file-lora"
+"""Name of the format of LoRA folders up to version 0.1.0, for `finetrainers convert --from`."""
+INPUT_PROJECTION = "patch_embed.proj"
+"""The layer of a CogVideoX transformer that sees the image, and that a LoRA therefore has to hold."""
 
 
 @dataclass(frozen=True)
@@ -109,3 +124,44 @@ def other_base_error(folder: Path, base: str, difference: str) -> str:
         f"{base} is not the model that the LoRA {folder} was trained on: {difference}; say where that is "
         f"({HOW_TO_SAY_BASE}), or take this one all the same ({HOW_TO_ALLOW_BASE})"
     )
+
+
+def lora_problem(folder: Path) -> str | None:
+    """Examine the LoRA file of a folder that our trainer saved.
+
+    Args:
+        folder: The folder of the LoRA; it holds `framebridge.json`.
+
+    Returns:
+        What is wrong and what to do, or None.
+    """
+    if (problem := two_file_problem(folder)) is not None:
+        return problem
+    file = folder / LORA_FILE
+    if not file.is_file():
+        return f"{file} is missing; copy the folder again"
+    if (problem := weights_problem(file)) is not None:
+        return problem
+    names = safetensors_header(file) or {}
+    if model_kind(folder) is COGVIDEOX and f"transformer.{INPUT_PROJECTION}.lora_B.weight" not in names:
+        return (
+            f"{file} lacks the layer of {INPUT_PROJECTION}, without which the network cannot see the image; take the "
+            "folder as it was written"
+        )
+    return None
+
+
+def two_file_problem(folder: Path) -> str | None:
+    """Tell a LoRA folder of version 0.1.0, whose input projection lies in a file of its own.
+
+    Args:
+        folder: The folder of the LoRA.
+
+    Returns:
+        The command that converts it, in a line; None for any other folder.
+    """
+    if not (folder / EXTRA_WEIGHTS_FILE).is_file():
+        return None
+    source = os.path.abspath(folder)
+    command = shlex.join(["finetrainers", "convert", "--from", TWO_FILE_LORA, source, "--to", f"{source}-converted"])
+    return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"

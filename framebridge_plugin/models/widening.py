@@ -83,29 +83,3 @@ def load_bridge_transformer(
         pretrained_model_name_or_path, subfolder=subfolder, **kwargs
     )
     return widen_input_channels(transformer)
-
-
-def train_input_projection(transformer: CogVideoXTransformer3DModel) -> None:
-    """Makes `patch_embed.proj` trainable as a whole, as LoRA needs it: new channels cannot be learned by old layers.
-
-    Its weights get the precision of the other trained ones: LoRA layers train in float32 inside a bfloat16 network,
-    whose own precision would lose small updates. Its input is cast to its weights' precision and its output back.
-
-    Args:
-        transformer: The network, with or without LoRA layers.
-    """
-    proj = transformer.patch_embed.proj
-    trained = next((parameter for parameter in transformer.parameters() if parameter.requires_grad), proj.weight)
-    proj.to(trained.dtype).requires_grad_(True)
-    proj.register_forward_pre_hook(_cast_input_to_weight)
-    proj.register_forward_hook(_cast_output_to_input)
-
-
-def _cast_input_to_weight(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    (hidden_states,) = args
-    module._activation_dtype = hidden_states.dtype
-    return (hidden_states.to(module.weight.dtype),)
-
-
-def _cast_output_to_input(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.to(module._activation_dtype)

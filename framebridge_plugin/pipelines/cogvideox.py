@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from transformers import T5EncoderModel, T5Tokenizer
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
-    LORA_INFO_FILE,
     ClipShapeRule,
     plain_problem,
     read_json,
@@ -42,7 +40,6 @@ from framebridge_plugin.pipelines.common import (
 )
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
 from framebridge_plugin.pipelines.opening import find_model, load_components, opening, say
-from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, load_extra_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 _LOADERS: dict[str, Callable[..., Any]] = {
@@ -358,34 +355,3 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         """
         latents_BCTHW = latents.transpose(1, 2) / latent_scale(self.vae)
         return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Loads LoRA layers as diffusers does, and the trained input projection where one lies beside them.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: A folder that a LoRA run wrote, or anything that diffusers takes.
-            *args: As in diffusers: `adapter_name`, ...
-            **kwargs: As in diffusers.
-
-        Raises:
-            FrameBridgeError: If the projection is damaged, or missing in a folder that a LoRA run wrote.
-        """
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
-        if isinstance(pretrained_model_name_or_path_or_dict, str | os.PathLike):
-            folder = Path(pretrained_model_name_or_path_or_dict)
-            if (folder / EXTRA_WEIGHTS_FILE).is_file() or (folder / LORA_INFO_FILE).is_file():
-                replaced = load_extra_weights(self.transformer, folder)
-                # Of several LoRAs the last one's projection counts, and the first replaced the base model's.
-                self.__dict__.setdefault("_base_projection", replaced)
-
-    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Removes LoRA layers, and puts the base model's input projection back.
-
-        Args:
-            *args: As in diffusers.
-            **kwargs: As in diffusers.
-        """
-        super().unload_lora_weights(*args, **kwargs)
-        base = self.__dict__.pop("_base_projection", None)
-        if base is not None:
-            self.transformer.load_state_dict(base, strict=False)

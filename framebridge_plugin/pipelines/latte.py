@@ -21,7 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, LORA_FILE
 from framebridge_plugin.model_folders.latte import class_problem, neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
@@ -36,7 +36,6 @@ from framebridge_plugin.pipelines.common import (
 )
 from framebridge_plugin.pipelines.conditioning import decode_frames, encode_frames
 from framebridge_plugin.pipelines.opening import find_model, load_components, opening
-from framebridge_plugin.pipelines.saving import LORA_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ClassInput = int | str | list[int] | list[str]

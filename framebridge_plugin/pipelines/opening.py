@@ -23,7 +23,13 @@ from framebridge_plugin.model_folders.checks import (
     model_kind,
     read_json,
 )
-from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, LoraInfo, other_base_error, read_lora_info
+from framebridge_plugin.model_folders.lora import (
+    HOW_TO_SAY_BASE,
+    LoraInfo,
+    lora_problem,
+    other_base_error,
+    read_lora_info,
+)
 from framebridge_plugin.pipelines.saving import local_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -80,6 +86,8 @@ def find_model(
         if base_model is not None or allow_other_base:
             raise FrameBridgeError(f"{found} is a whole model, not a LoRA: it has no base model; leave that out")
         return SavedModel(found)
+    if (problem := lora_problem(found)) is not None:
+        raise FrameBridgeError(problem)
     hub.pop("revision", None)  # that of the LoRA
     return _find_base(found, info, settings, hub, base_model, allow_other_base)
 

@@ -19,10 +19,10 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import LORA_FILE
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint
 from framebridge_plugin.model_folders.lora import LoraInfo
 
@@ -32,9 +32,6 @@ COGVIDEOX_COMPONENTS = {
     "vae": ("diffusers", "AutoencoderKLCogVideoX"),
 }
 """What training of a CogVideoX leaves as it is: library and class of each component."""
-
-EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
@@ -111,34 +108,48 @@ def save_lora_folder(
     info: LoraInfo,
     lora_state_dict: Mapping[str, torch.Tensor],
     adapter_metadata: Mapping[str, Any],
-    extra_state_dict: Mapping[str, torch.Tensor],
     scheduler: SchedulerMixin | None,
 ) -> None:
-    """Writes a LoRA file that diffusers loads, other trained weights beside it, the scheduler, and where it came from.
+    """Writes a LoRA file that diffusers loads, the scheduler, and where the LoRA came from.
 
     Args:
         directory: Where to write; made if needed.
         info: What the LoRA was trained on; the names in the LoRA file begin with its `network_name`.
         lora_state_dict: LoRA weights with the names that peft gives them.
-        adapter_metadata: Rank, alpha and target modules; they go into the file's header.
-        extra_state_dict: Trained weights that are no LoRA layers, such as a widened input projection, under the
-            network's own names; may be empty.
+        adapter_metadata: Settings of their `LoraConfig`: rank, alpha, target modules, patterns of rank and alpha.
         scheduler: The scheduler that it was trained with; None for a network that has none.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {f"{info.network_name}.{key}": value for key, value in adapter_metadata.items()}
-    save_file(
-        {f"{info.network_name}.{name}": tensor.contiguous() for name, tensor in lora_state_dict.items()},
-        folder / LORA_FILE,
-        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=2, sort_keys=True)},
-    )
-    if extra_state_dict:
-        extra = {name: tensor.contiguous() for name, tensor in extra_state_dict.items()}
-        save_file(extra, folder / EXTRA_WEIGHTS_FILE)
+    save_lora_file(folder / LORA_FILE, info.network_name, lora_state_dict, adapter_metadata)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
     info.write(folder)
+
+
+def save_lora_file(
+    file: Path, network_name: str, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Writes LoRA layers as diffusers does, with the settings of their `LoraConfig` in the header.
+
+    Where alpha is not the rank the header says so in words too, for readers that do not know where diffusers looks.
+
+    Args:
+        file: The file.
+        network_name: Name of their network in its pipeline.
+        state_dict: The layers with the names that peft gives them.
+        settings: Rank, alpha, target modules, and patterns of rank and alpha.
+    """
+    prefixed = {f"{network_name}.{key}": value for key, value in settings.items()}
+    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
+    if settings["lora_alpha"] != settings["r"]:
+        exceptions = "".join(f", except {name}: by 1" for name in settings.get("rank_pattern", {}))
+        header["scale"] = (
+            f"multiply B A by lora_alpha / r = {settings['lora_alpha']} / {settings['r']}{exceptions}; a reader that "
+            f"ignores {LORA_ADAPTER_METADATA_KEY} loads another network"
+        )
+    tensors = {f"{network_name}.{name}": tensor.contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, file, metadata=header)
 
 
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
@@ -164,33 +175,6 @@ def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -
         "replaced_revisions": {name: commits[name] for name in replaced if name in commits},
         "fingerprint": {name: component_fingerprint(folder) for name, (_, folder) in components.items()},
     }
-
-
-def load_extra_weights(network: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Puts the trained weights that lie beside a LoRA file into the network that it is for.
-
-    Args:
-        network: The network; changed in place.
-        folder: The folder of the LoRA file.
-
-    Returns:
-        The weights that were replaced, by name.
-
-    Raises:
-        FrameBridgeError: If the file is missing, damaged or of another model.
-    """
-    file = folder / EXTRA_WEIGHTS_FILE
-    try:
-        extra = load_file(file)
-        state = network.state_dict()
-        replaced = {name: state[name].detach().clone() for name in extra}
-        network.load_state_dict(extra, strict=False)
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FrameBridgeError(
-            f"{file}: cannot load the weights trained beside the LoRA layers ({_first_line(error)}); "
-            "take the folder as it was written, with the base model that it names"
-        ) from error
-    return replaced
 
 
 def link_or_copy_tree(source: Path, destination: Path) -> None:

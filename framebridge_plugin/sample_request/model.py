@@ -28,7 +28,7 @@ from framebridge_plugin.model_folders.latte import (
     latte_parts_problem,
     read_latte_facts,
 )
-from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, other_base_error, read_lora_info
+from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, other_base_error, read_lora_info, two_file_problem
 
 
 class SampleModel(NamedTuple):
@@ -151,7 +151,8 @@ def _lora_parts(
         components |= {part: local_path(source) for part, source in replaced.items()}
     except (FrameBridgeError, TypeError):
         return parts, [f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
-    problems = []
+    own_problem = two_file_problem(folder)
+    problems = [] if own_problem is None else [f"--model {own_problem}"]
     check_whole = folder_problem if kind is COGVIDEOX else latte_folder_problem
     if path is not None and (info.base_model or base) and (problem := check_whole(path, kind)):
         if base is not None:

@@ -12,13 +12,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from framebridge_plugin.model_folders.checks import LORA_FILE
 from framebridge_plugin.testing.checks import differing_tensors
 from framebridge_plugin.testing.outcome import Check, fail, require
 from framebridge_plugin.testing.subject import SEED, Subject
+from framebridge_plugin.training.registration import add_lora_layers
 
 RANK = 4
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name that diffusers, and finetrainers with it, gives to every LoRA file."""
 
 
 def network_name(specification: Any) -> str:
@@ -147,7 +147,7 @@ def _check_export(subject: Subject, alpha: int) -> None:
     network, scheduler = models["transformer"], models["scheduler"]
     settings = {"r": RANK, "lora_alpha": alpha, "init_lora_weights": True, "target_modules": subject.target_modules}
     network.requires_grad_(False)
-    network.add_adapter(LoraConfig(**settings))
+    add_lora_layers(specification, network, LoraConfig(**settings))
     if hasattr(specification, "prepare_trainable_parameters"):
         specification.prepare_trainable_parameters(network, "lora")
     generator = torch.Generator().manual_seed(SEED)

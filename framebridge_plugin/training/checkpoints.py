@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.lora import two_file_problem
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
 
@@ -201,6 +202,8 @@ class Checkpointer:
         Raises:
             FrameBridgeError: If a file is missing, damaged or of another model.
         """
+        if (problem := two_file_problem(folder / "lora")) is not None:
+            raise FrameBridgeError(f"cannot resume from {folder}: {problem}")
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
             difference = settings_difference(content["settings"], self.settings)

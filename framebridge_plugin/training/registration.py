@@ -57,7 +57,6 @@ def register() -> None:
         _register_scheduler()
         _register_trainable_parameters()
         _register_network_name()
-        _register_whole_weights()
 
 
 # --- Model names and arguments ---
@@ -293,16 +292,38 @@ def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callabl
 # --- Trainable parameters ---
 
 
+def add_lora_layers(specification: Any, network: Any, config: Any) -> None:
+    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does.
+
+    Args:
+        specification: finetrainers' specification of the model.
+        network: The network, a diffusers model.
+        config: peft's `LoraConfig`.
+
+    Raises:
+        ValueError: If the layers that it names are not there.
+    """
+    complete = getattr(specification, "complete_lora_config", None)
+    if complete is not None:
+        complete(network, config)
+    type(network).add_adapter(network, config)
+
+
 def _register_trainable_parameters() -> None:
-    """Asks a specification what it trains besides LoRA layers; finetrainers has no hook for that."""
+    """Asks a specification what it trains besides the LoRA layers named; finetrainers has no hook for that."""
     from finetrainers.trainer import SFTTrainer
 
     original = SFTTrainer._prepare_trainable_parameters
 
     @functools.wraps(original)
     def prepare(self: SFTTrainer) -> None:
-        original(self)
-        choose = getattr(self.model_specification, "prepare_trainable_parameters", None)
+        specification = self.model_specification
+        self.transformer.add_adapter = functools.partial(add_lora_layers, specification, self.transformer)
+        try:
+            original(self)
+        finally:
+            del self.transformer.add_adapter
+        choose = getattr(specification, "prepare_trainable_parameters", None)
         if choose is not None:
             choose(self.transformer, self.args.training_type)
 
@@ -324,29 +345,3 @@ def _register_network_name() -> None:
         return pipeline
 
     SFTTrainer._init_pipeline = init_pipeline
-
-
-def _register_whole_weights() -> None:
-    """Shows a specification the whole weights before it saves; the stock trainer hands over the LoRA layers alone.
-
-    With sharding a process has only its part of what else is trained, such as a widened input projection.
-    """
-    from finetrainers.trainer import SFTTrainer
-
-    original = SFTTrainer._prepare_checkpointing
-
-    @functools.wraps(original)
-    def prepare(self: SFTTrainer) -> None:
-        original(self)
-        remember = getattr(self.model_specification, "remember_weights", None)
-        if remember is None or self.args.parallel_backend != "ptd":
-            return
-        save = self.checkpointer._callback_fn
-
-        def remember_and_save(state_dict: dict[str, torch.Tensor]) -> None:
-            remember(state_dict)
-            save(state_dict)
-
-        self.checkpointer._callback_fn = remember_and_save
-
-    SFTTrainer._prepare_checkpointing = prepare

@@ -58,9 +58,9 @@ class FrameBridgeTrainer(SFTTrainer):
     - `network_name`: folder of the trained network in the model's folder; "transformer" by default;
     - `check_datasets(datasets)` and `check_validation_samples(rows)`: refuse data that the model is not for, given
       what `load_dataset_config` and `read_validation_file` returned, before anything is trained;
-    - `prepare_trainable_parameters(transformer, training_type)`: chooses what is trained besides LoRA layers;
-    - `_save_lora_weights(..., extra_state_dict=...)`: also takes the trained weights that are no LoRA layers, under
-      the network's own names;
+    - `prepare_trainable_parameters(transformer, training_type)`: chooses what is trained;
+    - `complete_lora_config(transformer, config)`: adds to what a LoRA trains, before its layers are made; its
+      `_save_lora_weights` gets the trained layers alone, and adds the frozen ones and the settings;
     - `precomputation_facts()`: what its latents and embeddings depend on, without which none can be precomputed;
     - `resume_settings()`: what a resumed run must have in common with the stored one, by name, besides the objective;
     - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
@@ -173,7 +173,7 @@ class FrameBridgeTrainer(SFTTrainer):
         self._on_prepared()
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Writes what sampling opens: a model folder, or LoRA layers with what else was trained."""
+        """Writes what sampling opens: a model folder, or LoRA layers."""
         if self.args.training_type != TrainingType.LORA:
             self.model_specification._save_model(
                 str(folder / self._export_name), self.transformer, dict(state_dict), self.scheduler
@@ -190,7 +190,6 @@ class FrameBridgeTrainer(SFTTrainer):
             get_peft_model_state_dict(self.transformer, dict(state_dict)),
             self.scheduler,
             {"lora_config": json.dumps(metadata)},
-            {name: tensor for name, tensor in state_dict.items() if "lora_" not in name},
         )
 
     # Training

@@ -294,7 +294,6 @@ DAMAGED = [
     "model/scheduler/scheduler_config.json",
     "model/model_index.json",
     "lora/pytorch_lora_weights.safetensors",
-    "lora/extra_weights.safetensors",
     "lora/framebridge.json",
     "lora/scheduler/scheduler_config.json",
 ]

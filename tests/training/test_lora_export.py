@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LORA_INFO_FILE
+from framebridge_plugin.model_folders.checks import LORA_FILE, LORA_INFO_FILE
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.sampling import open_pipeline
-from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, LORA_FILE
 from framebridge_plugin.training import FrameBridgeTrainer
+from framebridge_plugin.training.registration import add_lora_layers
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
-from tests.training.bridge_runs import SIZE, make_inputs, run_trainer
+from tests.training.bridge_runs import SIZE, make_inputs, make_specification, run_trainer
 
 
 @pytest.fixture(scope="module")
@@ -68,56 +69,128 @@ def base_transformer(inputs: Path) -> Any:
 
 def test_the_reloaded_pipeline_is_the_trainers(trainer, inputs, reloaded):
     live = output(trainer.transformer)
-    torch.testing.assert_close(output(reloaded.transformer), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(reloaded.transformer), live, rtol=0, atol=1e-6)
     base = output(base_transformer(inputs))
     assert (base - live).abs().max() > 0.05 * live.abs().max()
 
     specification = trainer.model_specification
     pipeline = specification.load_pipeline(transformer=trainer.transformer, scheduler=trainer.scheduler)
-    torch.testing.assert_close(sampled(reloaded), sampled(pipeline), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampled(reloaded), sampled(pipeline), rtol=0, atol=1e-6)
     assert (reloaded.config.num_frames, reloaded.config.height, reloaded.config.width) == (9, SIZE, SIZE)
     assert settings_of(reloaded.scheduler) == settings_of(trainer.scheduler)
 
 
-def test_both_the_layers_and_the_projection_matter(trainer, inputs):
-    live = output(trainer.transformer)
-    only_layers = base_transformer(inputs)
-    only_layers.load_lora_adapter(load_file(inputs / "run/lora" / LORA_FILE), prefix="transformer")
-    only_projection = base_transformer(inputs)
-    only_projection.load_state_dict(load_file(inputs / "run/lora" / EXTRA_WEIGHTS_FILE), strict=False)
-    for part in (only_layers, only_projection):
-        assert (output(part) - live).abs().max() > 1e-3
+def plain_pipeline(inputs: Path) -> CogVideoXPipeline:
+    return CogVideoXPipeline.from_pretrained(inputs / "model", transformer=base_transformer(inputs))
 
 
-def test_plain_diffusers_loads_the_lora_file(trainer, inputs):
-    """Into a widened transformer, with alpha; the projection is one more load_state_dict."""
-    lora = inputs / "run/lora"
-    plain = CogVideoXPipeline.from_pretrained(inputs / "model", transformer=base_transformer(inputs))
-    plain.load_lora_weights(lora)
-    (config,) = plain.transformer.peft_config.values()
-    assert (config.r, config.lora_alpha) == (4, 8)
-    plain.transformer.load_state_dict(load_file(lora / EXTRA_WEIGHTS_FILE), strict=False)
-    torch.testing.assert_close(output(plain.transformer), output(trainer.transformer), rtol=0, atol=1e-5)
+def assert_is(transformer: Any, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(output(transformer), expected, rtol=0, atol=1e-6)
+
+
+WAYS_TO_LOAD = {
+    "folder": lambda pipeline, run: pipeline.load_lora_weights(run / "lora"),
+    "folder and name": lambda pipeline, run: pipeline.load_lora_weights(run / "lora", weight_name=LORA_FILE),
+    "subfolder": lambda pipeline, run: pipeline.load_lora_weights(run, subfolder="lora"),
+    "file": lambda pipeline, run: pipeline.load_lora_weights(run / "lora" / LORA_FILE),
+    "network": lambda pipeline, run: pipeline.transformer.load_lora_adapter(run / "lora", weight_name=LORA_FILE),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_LOAD)
+def test_plain_diffusers_loads_the_lora_file(trainer, inputs, way):
+    """Into a widened transformer, without any code of ours."""
+    plain = plain_pipeline(inputs)
+    WAYS_TO_LOAD[way](plain, inputs / "run")
+    assert_is(plain.transformer, output(trainer.transformer))
+
+
+def test_plain_diffusers_scales_removes_and_fuses_it(trainer, inputs):
+    plain = plain_pipeline(inputs)
+    base, live = output(plain.transformer), output(trainer.transformer)
+    plain.load_lora_weights(inputs / "run/lora", adapter_name="a")
+    for change, undo in (
+        (lambda: plain.set_adapters("a", 0.0), lambda: plain.set_adapters("a", 1.0)),
+        (plain.disable_lora, plain.enable_lora),
+        (lambda: plain.delete_adapters("a"), lambda: plain.load_lora_weights(inputs / "run/lora", adapter_name="a")),
+        (plain.unload_lora_weights, lambda: plain.load_lora_weights(inputs / "run/lora", adapter_name="a")),
+        (lambda: (plain.fuse_lora(), plain.unfuse_lora(), plain.disable_lora()), plain.enable_lora),
+    ):
+        change()
+        assert_is(plain.transformer, base)
+        undo()
+        assert_is(plain.transformer, live)
+    plain.fuse_lora()
+    plain.unload_lora_weights()
+    assert_is(plain.transformer, live)
+
+
+def test_two_loras_do_not_overwrite_each_other(trainer, inputs, tmp_path):
+    # Another one: that of the run with B the other way round.
+    other = load_file(inputs / "run/lora" / LORA_FILE)
+    other = {name: -tensor if ".lora_B." in name else tensor for name, tensor in other.items()}
+    with safe_open(inputs / "run/lora" / LORA_FILE, framework="pt") as file:
+        save_file(other, tmp_path / LORA_FILE, metadata=file.metadata())
+    plain = plain_pipeline(inputs)
+    base, live = output(plain.transformer), output(trainer.transformer)
+    plain.load_lora_weights(inputs / "run/lora", adapter_name="run")
+    plain.load_lora_weights(tmp_path, adapter_name="other")
+    plain.set_adapters(["run", "other"], [1.0, 1.0])
+    assert_is(plain.transformer, base)
+    plain.set_adapters(["run", "other"], [1.0, 0.0])
+    assert_is(plain.transformer, live)
+    plain.delete_adapters("other")
+    assert_is(plain.transformer, live)
 
 
 def test_the_lora_file_has_its_settings_in_its_header(trainer, inputs):
     with safe_open(inputs / "run/lora" / LORA_FILE, framework="pt") as file:
-        settings = json.loads(file.metadata()["lora_adapter_metadata"])
-        names = list(file.keys())
+        header = file.metadata()
+    settings = json.loads(header["lora_adapter_metadata"])
+    layers = load_file(inputs / "run/lora" / LORA_FILE)
+    # 8 channels times a kernel of 2 x 2.
+    projection = {"patch_embed.proj": 32}
     assert settings["transformer.r"] == 4
     assert settings["transformer.lora_alpha"] == 8
-    assert all(name.startswith("transformer.") and "lora" in name for name in names)
+    assert settings["transformer.rank_pattern"] == settings["transformer.alpha_pattern"] == projection
+    assert "8 / 4" in header["scale"]
+    assert all(name.startswith("transformer.") and "lora" in name for name in layers)
+    assert torch.equal(layers["transformer.patch_embed.proj.lora_A.weight"].flatten(1), torch.eye(32))
+    assert sorted(path.name for path in (inputs / "run/lora").iterdir()) == [LORA_INFO_FILE, LORA_FILE, "scheduler"]
 
 
-def test_unloading_gives_the_base_model_back(inputs, reloaded):
-    expected = output(base_transformer(inputs))
-    reloaded.unload_lora_weights()
-    torch.testing.assert_close(output(reloaded.transformer), expected, rtol=0, atol=1e-6)
-    # And loading again, twice, does not lose it.
-    for name in ("first", "second"):
-        reloaded.load_lora_weights(inputs / "run/lora", adapter_name=name)
-    reloaded.unload_lora_weights()
-    torch.testing.assert_close(output(reloaded.transformer), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("targets", ["(transformer_blocks).*(to_q|to_k)", ["to_v", "patch_embed.proj"]])
+def test_a_file_without_metadata_is_exact_where_alpha_is_the_rank(inputs, tmp_path, targets):
+    specification = make_specification(inputs / "model")
+    models = specification.load_diffusion_models()
+    network = models["transformer"].requires_grad_(False)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": targets}
+    add_lora_layers(specification, network, LoraConfig(**settings))
+    specification.prepare_trainable_parameters(network, "lora")
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert "patch_embed.proj.lora_B.default.weight" in trained
+    assert not any("base_layer" in name or "proj.lora_A" in name for name in trained)
+    for parameter in trained.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    layers = get_peft_model_state_dict(network, {name: parameter.detach() for name, parameter in trained.items()})
+    metadata = {"lora_config": json.dumps(settings)}
+    specification._save_lora_weights(str(tmp_path), layers, models["scheduler"], metadata)
+    with safe_open(tmp_path / LORA_FILE, framework="pt") as file:
+        assert "scale" not in file.metadata()
+
+    save_file(load_file(tmp_path / LORA_FILE), tmp_path / "bare.safetensors")
+    plain = plain_pipeline(inputs)
+    for file in (tmp_path / LORA_FILE, tmp_path / "bare.safetensors"):
+        plain.load_lora_weights(file)
+        assert_is(plain.transformer, output(network))
+        plain.unload_lora_weights()
+
+
+def test_layers_that_are_not_there_are_refused_although_the_projection_is(inputs):
+    specification = make_specification(inputs / "model")
+    network = specification.load_diffusion_models()["transformer"]
+    with pytest.raises(ValueError, match="nonsense"):
+        add_lora_layers(specification, network, LoraConfig(target_modules=["nonsense"]))
 
 
 def test_the_run_can_be_opened_from_another_working_folder(trainer, inputs, tmp_path, monkeypatch):
@@ -133,22 +206,22 @@ def test_a_lora_on_another_transformer_and_autoencoder_finds_them_again(trainer,
     trainer = run_trainer(FrameBridgeTrainer, inputs, tmp_path / "run", "lora", "--parallel_backend=ptd", *options)
     reloaded = open_pipeline(str(tmp_path / "run"))
     live = output(trainer.transformer.eval())
-    torch.testing.assert_close(output(reloaded.transformer), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(reloaded.transformer), live, rtol=0, atol=1e-6)
     expected = load_file(other / "vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.vae.state_dict().items())
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "of another model"])
-def test_a_projection_that_does_not_fit_is_refused_in_one_line(trainer, inputs, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "without the projection"])
+def test_a_damaged_lora_file_is_refused_in_one_line(trainer, inputs, tmp_path, damage):
     shutil.copytree(inputs / "run/lora", tmp_path / "lora")
-    file = tmp_path / "lora" / EXTRA_WEIGHTS_FILE
+    file = tmp_path / "lora" / LORA_FILE
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-10])
     else:
-        save_file({"patch_embed.proj.weight": torch.zeros(8, 8, 2, 2)}, file)
-    with pytest.raises(FrameBridgeError, match="cannot load the weights trained beside the LoRA layers") as error:
+        save_file({name: tensor for name, tensor in load_file(file).items() if "patch_embed" not in name}, file)
+    with pytest.raises(FrameBridgeError, match=LORA_FILE) as error:
         open_pipeline(str(tmp_path / "lora"))
     assert "\n" not in str(error.value)
 
@@ -158,10 +231,9 @@ def test_a_network_in_half_precision_trains_and_saves_in_float32(inputs):
     options = ("--parallel_backend=ptd", *validation)
     trainer = run_trainer(FrameBridgeTrainer, inputs, inputs / "half", "lora", *options, transformer_dtype="bf16")
     trained = {parameter.dtype for parameter in trainer.transformer.parameters() if parameter.requires_grad}
-    frozen = {parameter.dtype for parameter in trainer.transformer.parameters() if not parameter.requires_grad}
+    frozen = {p.dtype for name, p in trainer.transformer.named_parameters() if "lora_" not in name}
     assert (trained, frozen) == ({torch.float32}, {torch.bfloat16})
-    for name in (LORA_FILE, EXTRA_WEIGHTS_FILE):
-        assert {tensor.dtype for tensor in load_file(inputs / "half/lora" / name).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(inputs / "half/lora" / LORA_FILE).values()} == {torch.float32}
     assert len(list((inputs / "half/validation").glob("*.mp4"))) == 2
     live = output(trainer.transformer.eval())
     reloaded = output(open_pipeline(str(inputs / "half"), torch_dtype=torch.bfloat16).transformer)

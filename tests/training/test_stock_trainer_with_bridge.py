@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framebridge_plugin.model_folders.checks import LORA_FILE
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.sampling import open_pipeline
-from framebridge_plugin.pipelines.saving import EXTRA_WEIGHTS_FILE, LORA_FILE
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import CogVideoXBridgeSpecification
 from tests.tiny_models import LATENT_CHANNELS
@@ -83,20 +83,22 @@ def test_a_full_fine_tune_saves_a_folder_that_the_pipeline_opens(trainers, input
     assert trained["patch_embed.proj.weight"][:, LATENT_CHANNELS:].abs().sum() > 0
 
 
-def test_lora_trains_the_projection_and_saves_it_beside(trainers, inputs, base_weights):
+def test_lora_trains_the_projection_as_one_of_its_layers(trainers, inputs, base_weights):
     folder = inputs / LORA_RUN / "lora_weights/000002"
-    layers, projection = load_file(folder / LORA_FILE), load_file(folder / EXTRA_WEIGHTS_FILE)
-    assert layers
+    layers = load_file(folder / LORA_FILE)
     assert all("lora" in key for key in layers)
     assert all(tensor.abs().sum() > 0 for tensor in layers.values())
-    assert not torch.equal(
-        projection["patch_embed.proj.weight"][:, :LATENT_CHANNELS], base_weights["patch_embed.proj.weight"]
-    )
-    assert projection["patch_embed.proj.weight"][:, LATENT_CHANNELS:].abs().sum() > 0
-    assert not torch.equal(projection["patch_embed.proj.bias"], base_weights["patch_embed.proj.bias"])
+    change = layers["transformer.patch_embed.proj.lora_B.weight"].reshape(-1, 2 * LATENT_CHANNELS, 4)
+    assert (change[:, :LATENT_CHANNELS].abs().sum(), change[:, LATENT_CHANNELS:].abs().sum()) > (0, 0)
 
     pipeline = open_pipeline(str(folder))
-    assert torch.equal(pipeline.transformer.patch_embed.proj.weight, projection["patch_embed.proj.weight"])
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    projection = pipeline.transformer.patch_embed.proj
+    expected = change.reshape(projection.weight.shape)
+    expected[:, :LATENT_CHANNELS] += base_weights["patch_embed.proj.weight"]
+    torch.testing.assert_close(projection.weight, expected, rtol=0, atol=1e-7)
+    assert torch.equal(projection.bias, base_weights["patch_embed.proj.bias"])
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
 
 

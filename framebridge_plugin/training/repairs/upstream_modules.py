@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-_LORA_FILE = "pytorch_lora_weights.safetensors"
+from framebridge_plugin.model_folders.checks import LORA_FILE
 
 
 def load_lora_weights(pipeline: Any, path: str | Path, adapter_name: str | None = None) -> None:
@@ -33,7 +33,7 @@ def load_lora_weights(pipeline: Any, path: str | Path, adapter_name: str | None 
     """
     from safetensors import safe_open
 
-    file = Path(path) / _LORA_FILE if Path(path).is_dir() else Path(path)
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
     with safe_open(file, framework="pt") as weights:
         header = weights.metadata() or {}
         state_dict = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)

@@ -16,13 +16,20 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXT
 from finetrainers.data import VideoArtifact
 from finetrainers.models.cogvideox import CogVideoXModelSpecification
 from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embeddings
+from peft import LoraConfig
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint
-from framebridge_plugin.model_folders.lora import LoraInfo
+from framebridge_plugin.model_folders.lora import INPUT_PROJECTION, LoraInfo
 from framebridge_plugin.models.calling import call_transformer
-from framebridge_plugin.models.widening import load_bridge_transformer, train_input_projection
+from framebridge_plugin.models.projection_adapter import (
+    add_projection,
+    freeze_identity,
+    full_rank_settings,
+    with_identity,
+)
+from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.pipelines.saving import (
@@ -53,8 +60,6 @@ from framebridge_plugin.training.specifications.samples import (
     video_of_sample,
 )
 
-_PROJECTION = "patch_embed.proj."
-
 
 class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     """A FrameBridge, or its diffusion baseline, on a CogVideoX text-to-video checkpoint (2B, or 5B with rotary).
@@ -84,8 +89,6 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         self.objective = objective or parsed_objective(self.default_objective)
         self.clip_shape: tuple[int, int, int] | None = None
         """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
-        self._trained_projection: torch.nn.Module | None = None
-        self._whole_projection: dict[str, torch.Tensor] = {}
 
     # Loading
 
@@ -365,8 +368,17 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     # What is trained, validated and saved
 
+    def complete_lora_config(self, transformer: CogVideoXTransformer3DModel, config: LoraConfig) -> None:
+        """Adds the widened input projection to what a LoRA trains: low-rank layers alone never see the image.
+
+        Args:
+            transformer: The network, before its LoRA layers are added.
+            config: finetrainers' configuration of them; changed in place.
+        """
+        add_projection(config, transformer)
+
     def prepare_trainable_parameters(self, transformer: CogVideoXTransformer3DModel, training_type: str) -> None:
-        """Trains the widened input projection too when LoRA freezes everything else.
+        """Trains the input projection as itself when LoRA freezes everything else.
 
         Args:
             transformer: The network after finetrainers chose its trainable parameters.
@@ -374,16 +386,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         """
         if training_type == "lora":
             _ = self._lora_info  # taken now: the base's files may change while the run lasts
-            train_input_projection(transformer)
-            self._trained_projection = transformer.patch_embed.proj
-
-    def remember_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the whole input projection, which the stock trainer does not hand over when a LoRA is saved.
-
-        Args:
-            state_dict: The whole network, as a checkpoint has gathered it; empty on all processes but the first.
-        """
-        self._whole_projection = {k: tensor for k, tensor in state_dict.items() if k.startswith(_PROJECTION)}
+            freeze_identity(transformer)
 
     def validation(
         self,
@@ -450,20 +453,18 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
         scheduler: Any = None,
         metadata: Mapping[str, str] | None = None,
-        extra_state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         assert transformer_state_dict is not None
         assert metadata is not None
-        if extra_state_dict is None:
-            # The stock trainer hands over the LoRA layers alone.
-            assert self._trained_projection is not None
-            extra_state_dict = self._whole_projection or self._trained_projection.state_dict(prefix=_PROJECTION)
+        patch_size = self.transformer_config.patch_size
+        layers = with_identity(transformer_state_dict, (patch_size, patch_size))
+        settings = json.loads(metadata["lora_config"])
+        rank = len(layers[f"{INPUT_PROJECTION}.lora_A.weight"])
         save_lora_folder(
             directory,
             info=self._lora_info,
-            lora_state_dict=transformer_state_dict,
-            adapter_metadata=json.loads(metadata["lora_config"]),
-            extra_state_dict=extra_state_dict,
+            lora_state_dict=layers,
+            adapter_metadata=settings | full_rank_settings(rank, settings["target_modules"]),
             scheduler=scheduler,
         )
 

@@ -354,7 +354,6 @@ class LatteSpecification(LatteLoading):
         transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
         scheduler: Any = None,
         metadata: Mapping[str, str] | None = None,
-        extra_state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         assert transformer_state_dict is not None
         assert metadata is not None
@@ -363,7 +362,6 @@ class LatteSpecification(LatteLoading):
             info=self._lora_info,
             lora_state_dict=transformer_state_dict,
             adapter_metadata=json.loads(metadata["lora_config"]),
-            extra_state_dict=extra_state_dict or {},
             scheduler=scheduler if self.saves_scheduler else None,
         )
 

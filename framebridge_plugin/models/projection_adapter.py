@@ -1,0 +1,96 @@
+"""The LoRA layer of full rank by which the widened input projection is trained.
+
+Low-rank layers elsewhere cannot teach a network to read channels that are new to it: the projection has to be trained
+as a whole. As an adapter it is W x + B A x, where A is the identity over the projection's inputs (channels times
+kernel) and stays frozen, and B, zero at the start, is what the projection has learned: B gets the projection's own
+gradient. So a LoRA is one file of ordinary layers, which whoever knows peft's layers can load, scale and remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.lora import INPUT_PROJECTION
+
+
+def full_rank_settings(rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
+    """The settings that add the projection's adapter, of scale 1, to those of a LoRA.
+
+    Args:
+        rank: The projection's number of inputs: channels times kernel.
+        target_modules: The other layers to adapt, as in peft: a regular expression, or names.
+
+    Returns:
+        `target_modules`, `rank_pattern` and `alpha_pattern` of a `LoraConfig`, in values that JSON can say.
+    """
+    is_pattern = isinstance(target_modules, str)
+    targets = f"{target_modules}|{INPUT_PROJECTION}" if is_pattern else sorted({*target_modules, INPUT_PROJECTION})
+    return {
+        "target_modules": targets,
+        "rank_pattern": {INPUT_PROJECTION: rank},
+        "alpha_pattern": {INPUT_PROJECTION: rank},
+    }
+
+
+def add_projection(config: LoraConfig, network: nn.Module) -> None:
+    """Adds the projection's adapter to the configuration of a LoRA, in place.
+
+    Args:
+        config: What the LoRA is to be made with.
+        network: The network, before the LoRA's layers are added.
+
+    Raises:
+        ValueError: If none of the layers that the configuration names is there.
+    """
+    if not any(check_target_module_exists(config, name) for name, _ in network.named_modules()):
+        # peft would say it, were it not for the projection.
+        raise ValueError(f"Target modules {config.target_modules} not found in the base model")
+    projection: Any = network.get_submodule(INPUT_PROJECTION)
+    rank = projection.weight[0].numel()
+    for name, value in full_rank_settings(rank, config.target_modules or ()).items():
+        setattr(config, name, value)
+
+
+def freeze_identity(network: nn.Module) -> None:
+    """Sets A of the projection's adapters to the identity, and trains B alone.
+
+    Args:
+        network: The network with its LoRA layers.
+
+    Raises:
+        FrameBridgeError: If the projection is not among the layers that were adapted.
+    """
+    projection = network.get_submodule(INPUT_PROJECTION)
+    if not isinstance(projection, LoraLayer):
+        raise FrameBridgeError(
+            f"the LoRA leaves out {INPUT_PROJECTION}, without which the network cannot see the image; add its layers "
+            "by framebridge_plugin.training.registration.add_lora_layers"
+        )
+    for lora_A in projection.lora_A.values():
+        weight = lora_A.weight
+        with torch.no_grad():
+            weight.copy_(torch.eye(len(weight)).reshape(weight.shape))
+        weight.requires_grad_(False)
+
+
+def with_identity(state_dict: Mapping[str, torch.Tensor], kernel_size: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Completes the layers of a LoRA by the projection's A, which is not among what is trained.
+
+    Args:
+        state_dict: LoRA layers by the names that peft gives them, the projection's B [out, rank, 1, ...] among them.
+        kernel_size: The projection's.
+
+    Returns:
+        The layers with the projection's A [rank, in, *kernel_size].
+    """
+    B = state_dict[f"{INPUT_PROJECTION}.lora_B.weight"]
+    A = torch.eye(B.shape[1], dtype=B.dtype).reshape(B.shape[1], -1, *kernel_size)
+    return {**state_dict, f"{INPUT_PROJECTION}.lora_A.weight": A}
