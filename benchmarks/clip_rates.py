@@ -35,7 +35,6 @@ READ_CLIP: dict[str, dict[str, Any]] = {
     "pyav, resize: decoder": {"resize": "decoder"},
     "pyav, strict": {"strict": True},
     "decord": {"decoder": "decord"},
-    "torchcodec": {"decoder": "torchcodec"},
 }
 
 

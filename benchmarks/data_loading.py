@@ -38,7 +38,7 @@ GOAL_CASE = "640x360, key frame every 12"
 WHOLE_VIDEO_GOAL, LIMIT_GOAL = 5, 0.7
 LOADER_CASES = (GOAL_CASE, "WebVid-like, key frame every 250", "UCF-like, one key frame")
 PARTS = ("clips", "loader", "start")
-PACKAGES = ("framebridge-plugin", "torch", "av", "decord", "torchcodec", "numpy", "datasets", "pyarrow")
+PACKAGES = ("framebridge-plugin", "torch", "av", "decord", "numpy", "datasets", "pyarrow")
 
 
 def made_cases(frames: int) -> dict[str, tuple[VideoForm, ClipSettings]]:

@@ -111,15 +111,6 @@ def _report_decoders(problems: Problems) -> None:
             )
         else:
             print(f"  {name} {module.__version__} ({purpose})")
-    try:
-        importlib.import_module("torchcodec.decoders")
-    except ImportError:
-        print("  torchcodec is not installed (not needed)")
-    except Exception:
-        # It loads ffmpeg and CUDA libraries when it is imported, and raises RuntimeError without them.
-        print("  torchcodec does not load (not needed)")
-    else:
-        print("  torchcodec loads (not needed)")
 
 
 def _report_repairs(problems: Problems) -> None:

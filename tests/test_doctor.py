@@ -19,7 +19,7 @@ def test_a_healthy_installation_is_reported_whole(capsys):
     report = capsys.readouterr().out
     for title in ("Versions", "Devices", "Decoders", "Repairs of finetrainers"):
         assert title in report
-    for line in ("finetrainers 0.2.0", "cpu with", "av ", "decord ", "torchcodec "):
+    for line in ("finetrainers 0.2.0", "cpu with", "av ", "decord "):
         assert f"\n  {line}" in report
     assert "active      missing modules: supplies" in report
     assert "prevent training" not in report

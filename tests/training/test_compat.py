@@ -17,7 +17,7 @@ from PIL import Image
 from framebridge_plugin import register
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.compat import repair_status
-from framebridge_plugin.training.repairs import defaults, devices, importing, saving
+from framebridge_plugin.training.repairs import defaults, devices, saving
 from framebridge_plugin.training.repairs.upstream_modules import (
     MISSING_MODULES,
     control_channel_concat,
@@ -243,7 +243,6 @@ def test_a_video_column_is_decoded_and_read_whole(clips_folder, source):
     assert np.abs(actual_FHWC - expected_FHWC).mean() < 2
 
 
-@pytest.mark.skipif(importing.load_torchcodec() is not None, reason="torchcodec decodes here")
 def test_decoding_leaves_other_values_alone():
     from datasets import Video
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -69,24 +67,9 @@ def _supply_video_reader() -> None:
     reader: Any = types.ModuleType(
         "torchvision.io.video_reader", "Stand-in for a module that torchvision has removed."
     )
-    # finetrainers only asks whether a video is an instance of this class before it reads it. Where datasets decodes
-    # with torchcodec, that is the class to recognise.
-    codec = load_torchcodec()
-    reader.VideoReader = codec.VideoDecoder if codec else type("VideoReader", (), {})
+    # finetrainers only asks whether a video is an instance of this class before it reads it.
+    reader.VideoReader = type("VideoReader", (), {})
     io.video_reader = sys.modules[reader.__name__] = reader
-
-
-@functools.cache
-def load_torchcodec() -> Any:
-    """Imports torchcodec's decoders.
-
-    Returns:
-        The module `torchcodec.decoders`, or None where torchcodec is absent or does not load.
-    """
-    # A torchcodec that does not fit torch or ffmpeg raises RuntimeError or OSError, not ImportError.
-    with contextlib.suppress(Exception):
-        return importlib.import_module("torchcodec.decoders")
-    return None
 
 
 REPAIRS = (

@@ -12,7 +12,6 @@ import torch
 
 from framebridge_plugin.media import read_image
 from framebridge_plugin.training.repairs import Repair
-from framebridge_plugin.training.repairs.importing import load_torchcodec
 
 
 def _datasets_version() -> tuple[int, int]:
@@ -22,8 +21,8 @@ def _datasets_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _datasets_cannot_decode() -> bool:
-    return _datasets_version() >= (4, 0) and load_torchcodec() is None
+def _datasets_has_left_decord() -> bool:
+    return _datasets_version() >= (4, 0)
 
 
 def _decode_with_decord() -> None:
@@ -53,7 +52,7 @@ def _expects_torchvision_reader() -> bool:
     return _datasets_version() >= (3, 4)
 
 
-def _read_decord_and_torchcodec() -> None:
+def _read_decord() -> None:
     dataset: Any = importlib.import_module("finetrainers.data.dataset")
     original = dataset._preprocess_video
 
@@ -61,17 +60,12 @@ def _read_decord_and_torchcodec() -> None:
     def preprocess_video(video: Any) -> torch.Tensor:
         import decord
 
-        codec = load_torchcodec()
-        if isinstance(video, decord.VideoReader):
-            # finetrainers sets decord's torch bridge when it is imported, but decord keeps it for one thread only.
-            frames = video.get_batch(range(len(video)))
-            frames = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(frames.asnumpy())
-            video_FCHW = frames.permute(0, 3, 1, 2)
-        elif codec is not None and isinstance(video, codec.VideoDecoder):
-            video_FCHW = video[:]
-        else:
+        if not isinstance(video, decord.VideoReader):
             return original(video)
-        return video_FCHW.contiguous().float() / 127.5 - 1.0
+        # finetrainers sets decord's torch bridge when it is imported, but decord keeps it for one thread only.
+        frames = video.get_batch(range(len(video)))
+        frames = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(frames.asnumpy())
+        return frames.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
     dataset._preprocess_video = preprocess_video
 
@@ -97,15 +91,15 @@ def _read_pictures_whole() -> None:
 REPAIRS = (
     Repair(
         "video decoding",
-        "lets datasets decode with decord, because from version 4 on it needs torchcodec, which does not load here",
-        _datasets_cannot_decode,
+        "lets datasets decode with decord, which finetrainers reads and datasets has left in version 4",
+        _datasets_has_left_decord,
         _decode_with_decord,
     ),
     Repair(
         "video reading",
-        "reads decord's and torchcodec's videos, because from datasets 3.4 on finetrainers expects torchvision's",
+        "reads decord's videos, because from datasets 3.4 on finetrainers expects torchvision's",
         _expects_torchvision_reader,
-        _read_decord_and_torchcodec,
+        _read_decord,
     ),
     Repair(
         "pictures",
