@@ -22,14 +22,16 @@ ClipErrorKind = Literal[
     "corrupt",
     "size_change",
     "rotation",
+    "pixel_aspect",
     "wrong_container",
     "timeout",
     "crashed",
 ]
 """What is wrong with a file, in one word.
 
-"wrong_container" is a sound file of a kind that the chosen decoder reads wrongly; "rotation" one that is to be shown
-turned by an angle that is no multiple of 90 degrees; "timeout" and "crashed" come from isolated decoding only.
+"wrong_container" is a sound file of a kind that the chosen decoder reads wrongly or not at all; "rotation" one that is
+to be shown turned by an angle that is no multiple of 90 degrees; "pixel_aspect" one whose sample aspect ratio cannot
+be; "timeout" and "crashed" come from isolated decoding only.
 """
 
 

@@ -35,8 +35,8 @@ class ClipSettings:
         window_frames: Length of the window for "linspace", at least `num_frames`; None for "stride".
         window: Where the clip starts: "random" draws the start, "start" takes the first frame of the file.
         horizontal_flip: Whether every other clip, by chance, is mirrored left to right.
-        decoder: "pyav" reads every file exactly. "decord" and "torchcodec" are refused for files that they are not
-            known to read rightly.
+        decoder: "pyav" reads every file exactly. "decord" is refused for files that it is not known to read
+            rightly.
         strict: Whether damage in the stream is an error. Else FFmpeg hides what it can. With "pyav" only.
         resize: "torch" resizes with antialiasing; "decoder" has FFmpeg do it while it converts the pictures, which
             gives other pixels, needs less memory, and is faster for large pictures (about 720 rows and more). The
@@ -91,9 +91,11 @@ class ClipSettings:
         """What decides about the pixels of a clip, besides the file and the random draws.
 
         Returns:
-            All settings but `isolated`, by name; values as JSON has them.
+            All settings but `isolated`, by name; values as JSON has them. And that pictures are stretched to square
+            pixels, which earlier releases did not do.
         """
-        return {name: value for name, value in asdict(self).items() if name != "isolated"}
+        settings = {name: value for name, value in asdict(self).items() if name != "isolated"}
+        return settings | {"pixels": "square"}
 
 
 _CHOICES = {"frame_sampling": FrameSampling, "window": Window, "decoder": Decoder, "resize": Resize}

@@ -1,19 +1,21 @@
 """Reading with another decoder than PyAV, where that is known to give the same frames.
 
-decord and torchcodec can be faster, but both seek on their own, and in some files to the wrong frames, without a word.
-They are therefore only used for files of which the packets prove that frame k is what they take for it; any other file
-is refused, with the reason and the remedy.
+decord can be faster, but it seeks on its own, and to the wrong frames, without a word. It only reads those
+whose packets prove that frame k is what it takes for it; others are refused, with the reason and the remedy.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Literal
 
 import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.decoding import (
@@ -21,15 +23,16 @@ from framebridge_plugin.data.decoding import (
     checked,
     damage_as_clip_error,
     opened,
+    pixel_aspect,
     read_pictures,
+    resized,
     turn_of,
 )
-from framebridge_plugin.data.packet_index import DamagedPacketError, NotIndexedError, packet_index
+from framebridge_plugin.data.packet_index import DamagedPacketError, NotIndexedError, PacketIndex, packet_index
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.sizes import square_pixel_size
 
-Decoder = Literal["pyav", "decord", "torchcodec"]
-
-_MODULES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec.decoders"}
+Decoder = Literal["pyav", "decord"]
 
 
 def load_decoder(name: Decoder) -> ModuleType:
@@ -45,12 +48,10 @@ def load_decoder(name: Decoder) -> ModuleType:
         UsageError: It is not installed, or does not load.
     """
     try:
-        return importlib.import_module(_MODULES[name])
-    # torchcodec raises RuntimeError where FFmpeg's shared libraries are missing or of the wrong version.
+        return importlib.import_module("av" if name == "pyav" else name)
     except (ImportError, OSError, RuntimeError) as error:
         raise UsageError(
-            f"decoder {name} does not load here ({_first_line(error)}); install {name} in a version that fits this "
-            "torch and FFmpeg, or use decoder: pyav"
+            f"decoder {name} does not load here ({_first_line(error)}); install {name} anew, or use decoder: pyav"
         ) from error
 
 
@@ -72,7 +73,7 @@ def read_video(
         cover: Size that the decoder resizes the pictures to cover; "pyav" only.
 
     Returns:
-        uint8 RGB array of shape [F, H, W, 3], in one piece, turned upright.
+        uint8 RGB array of shape [F, H, W, 3], in one piece, as it is to be shown.
 
     Raises:
         ClipError: The file is broken, or (kind "wrong_container") this decoder is not known to read it rightly.
@@ -80,43 +81,82 @@ def read_video(
     """
     if decoder == "pyav":
         return read_pictures(path, choose, strict=strict, cover=cover)
-    module = load_decoder(decoder)
-    numbers = choose(_length_for(decoder, path))
-    read = {"decord": _read_with_decord, "torchcodec": _read_with_torchcodec}[decoder]
-    return read(module, path, numbers)
-
-
-def _length_for(decoder: Decoder, path: str) -> int:
-    """Number of frames in a file that this decoder reads rightly."""
-
-    def refused(reason: str) -> ClipError:
-        return ClipError(
-            path, f"{decoder} does not read it rightly, because {reason}; use decoder: pyav", "wrong_container"
-        )
-
+    decord = load_decoder(decoder)
     check_regular_file(path)
     with damage_as_clip_error(path):
-        with opened(path) as (container, stream):
-            try:
-                index = packet_index(container, stream)
-            except DamagedPacketError as error:
-                raise ClipError(path, str(error), "corrupt") from error
-            except NotIndexedError as error:
-                raise refused(str(error)) from error
-            codec = stream.codec_context.codec.canonical_name
-        with opened(path) as (container, stream):
-            first = next(checked(path, container.decode(stream)), None)
-    if first is None:
-        raise ClipError(path, "no frame of it can be decoded", "no_frames")
+        index = _trusted_index(path)
+        numbers = choose(index.length)
+        shown_size = _checked_size(path, index, numbers)
+    pictures = _read_with_decord(decord, path, numbers)
+    return pictures if pictures.shape[1:3] == shown_size else resized(pictures, *shown_size)
+
+
+def _refused(path: str, reason: str) -> ClipError:
+    reason = f"decord does not read it rightly, because {reason}; use decoder: pyav"
+    return ClipError(path, reason, "wrong_container")
+
+
+def _trusted_index(path: str) -> PacketIndex:
+    """The frames of a file whose packets prove that decord reads it rightly."""
+    with opened(path) as (container, stream):
+        try:
+            index = packet_index(container, stream)
+        except DamagedPacketError as error:
+            raise ClipError(path, str(error), "corrupt") from error
+        except NotIndexedError as error:
+            raise _refused(path, str(error)) from error
+        codec = stream.codec_context.codec.canonical_name
     if index.hides_frames:
-        raise refused("an edit list hides some of its frames")
-    if decoder == "decord" and codec == "av1":
-        raise refused("its codec is av1")
-    if decoder == "decord" and index.has_open_groups:
-        raise refused("frames before a key frame depend on it (open groups of pictures)")
-    if turn_of(path, first).is_reflection:
-        raise refused("it is shown mirrored")
-    return len(index.shown_pts)
+        raise _refused(path, "an edit list hides some of its frames")
+    if codec == "av1":
+        raise _refused(path, "its codec is av1")
+    if index.has_open_groups:
+        raise _refused(path, "frames before a key frame depend on it (open groups of pictures)")
+    if (
+        codec == "h264"
+        and len(index.key_pts) < index.length
+        and _first_delay(path, {}) != _first_delay(path, {"strict": "1"})
+    ):
+        raise _refused(path, "it does not say how far its pictures are reordered")
+    return index
+
+
+def _first_delay(path: str, options: dict[str, str]) -> int | None:
+    """How many packets a decoder takes before its first frame; None if there is no frame."""
+    with opened(path) as (container, stream):
+        stream.codec_context.options = options
+        return next((n for n, packet in enumerate(container.demux(stream)) if stream.decode(packet)), None)
+
+
+def _key_frames(container: InputContainer, stream: VideoStream, last_pts: int) -> Iterator[VideoFrame]:
+    for packet in container.demux(stream):
+        if packet.pts is None or packet.pts > last_pts:
+            break
+        if packet.is_keyframe:
+            yield from stream.decode(packet)
+    yield from stream.decode(None)
+
+
+def _checked_size(path: str, index: PacketIndex, numbers: Sequence[int]) -> tuple[int, int]:
+    """Height and width at which the wanted frames are to be shown, of a file whose first frame is of their size."""
+    with opened(path) as (container, stream):
+        aspect = pixel_aspect(path, stream)
+        first = next(checked(path, container.decode(stream)), None)
+        if first is None:
+            raise ClipError(path, "no frame of it can be decoded", "no_frames")
+        start, end = index.last_key(numbers[0]), index.shown_pts[numbers[-1]]
+        container.seek(start, stream=stream, backward=True)
+        entered = []
+        for key in _key_frames(container, stream, end):
+            if (key.height, key.width) != (first.height, first.width):
+                raise _refused(path, "its picture size changes")
+            entered.append(key.pts)
+        if entered != [pts for pts in index.key_pts if start <= pts <= end]:
+            raise _refused(path, "decoding cannot begin at its key frames")
+    turn = turn_of(path, first)
+    if turn.is_reflection:
+        raise _refused(path, "it is shown mirrored")
+    return turn.size(square_pixel_size(first.height, first.width, aspect))
 
 
 def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> np.ndarray:
@@ -125,21 +165,14 @@ def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> 
         reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
         pictures = reader.get_batch(list(numbers))
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
-        raise _damaged(path, "decord", error) from error
+        reason = f"decord cannot decode it ({_first_line(error)})"
+        try:
+            read_pictures(path, lambda length: numbers, strict=True)
+        except ClipError:
+            raise ClipError(path, reason, "corrupt") from error
+        raise ClipError(path, f"{reason}, but it is sound; use decoder: pyav", "wrong_container") from error
     # Its type depends on a setting of decord's that other code of the process may have changed.
     return pictures.asnumpy() if isinstance(pictures, decord.nd.NDArray) else np.asarray(pictures)
-
-
-def _read_with_torchcodec(torchcodec: ModuleType, path: str, numbers: Sequence[int]) -> np.ndarray:
-    try:
-        reader = torchcodec.VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
-        return reader.get_frames_at(list(numbers)).data.contiguous().numpy()
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise _damaged(path, "torchcodec", error) from error
-
-
-def _damaged(path: str, decoder: str, error: Exception) -> ClipError:
-    return ClipError(path, f"{decoder} cannot decode it ({_first_line(error)})", "corrupt")
 
 
 def _first_line(error: Exception) -> str:

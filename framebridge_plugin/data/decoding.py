@@ -5,11 +5,14 @@ provably the same:
 
 1. mp4, mov, mkv and webm of a codec that stores one frame per packet, whose packets all carry a decoding and a unique
    presentation time: the sorted presentation times of the packets that are shown are the index; decoding starts at
-   the last key packet at or before the first wanted frame, and the decoded times must say that it did and that from
-   the first wanted frame to the last every frame of the index came, and no other.
+   the last key packet at or before the first wanted frame, and the decoded times must say that from there to the last
+   wanted frame every frame of the index came, in its order, and no other.
 2. AVI files of MPEG-4 Part 2 (XviD, DivX) without B-frames, whose packets are one coded picture each: frame k is
    packet k, and its packets go to the decoder from the last intra picture on (see `mpeg4_packets`).
 3. Anything else, and any failure of 1 or 2: decode from the start and count.
+
+What an index says about a file holds for every window of it: where decoding all gives fewer frames than the index has,
+the frames keep the numbers of their times, and what did not come cannot be read.
 
 Only wanted frames are converted to RGB, which is where most of the time goes otherwise.
 """
@@ -17,8 +20,10 @@ Only wanted frames are converted to RGB, which is where most of the time goes ot
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
@@ -29,15 +34,18 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
-from framebridge_plugin.data.mpeg4_packets import is_mpeg4_avi, picture_packets
-from framebridge_plugin.data.packet_index import NotIndexedError, packet_index
-from framebridge_plugin.sizes import cover_size
+from framebridge_plugin.data.mpeg4_packets import PicturePackets, is_mpeg4_avi, picture_packets
+from framebridge_plugin.data.packet_index import NotIndexedError, PacketIndex, packet_index
+from framebridge_plugin.sizes import cover_size, square_pixel_size
 
 if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 7680 * 4320
 """Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
+
+MAX_PIXEL_ASPECT = 16
+"""Pixels this many times wider than high, or higher than wide, are what a broken header says."""
 
 # While the frames of a file are counted by decoding it, those that may be wanted are kept, up to this many bytes, so
 # that most files are decoded once: a window is drawn only when the length is known.
@@ -60,7 +68,8 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
             out to be wrong, and may raise `ClipError`.
 
     Returns:
-        uint8 RGB tensor of shape [F, 3, H, W], turned upright as the file's display matrix says.
+        uint8 RGB tensor of shape [F, 3, H, W], as it is to be shown: turned upright as the file's display matrix says,
+        and stretched to square pixels where its sample aspect ratio says that they are not.
 
     Raises:
         ClipError: The file is missing, no regular file, empty, not a video, damaged where it matters, larger than
@@ -81,19 +90,19 @@ def read_pictures(
         choose: As for `read_frames`.
         strict: Whether damage in what is decoded is an error. Else FFmpeg hides what it can, so that damaged pictures
             come back without a word.
-        cover: Height and width that the upright pictures are resized to cover, by FFmpeg's bilinear filter while it
+        cover: Height and width that the pictures as shown are resized to cover, by FFmpeg's bilinear filter while it
             converts them; None leaves their size.
 
     Returns:
-        uint8 RGB array of shape [F, H, W, 3], in one piece, turned upright.
+        uint8 RGB array of shape [F, H, W, 3], in one piece, as it is to be shown.
 
     Raises:
         ClipError: As `read_frames`.
     """
     check_regular_file(path)
     with damage_as_clip_error(path):
-        pictures = _read_by_index(path, choose, strict, cover)
-        return _read_from_start(path, choose, strict, cover) if pictures is None else pictures
+        pictures, index = _read_by_index(path, choose, strict, cover)
+        return _read_from_start(path, choose, strict, cover, index) if pictures is None else pictures
 
 
 @contextmanager
@@ -146,9 +155,33 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
         _check_size(path, stream.codec_context.width, stream.codec_context.height)
         # FFmpeg's own threads can deadlock on an early stop, and loader workers already fill the cores.
         stream.codec_context.thread_count = 1
-        if strict:
-            stream.codec_context.options = {"err_detect": "explode"}
+        options = {"err_detect": "explode"} if strict else {}
+        if stream.codec_context.codec.canonical_name == "h264":
+            # Without it, FFmpeg learns how far pictures are reordered by leaving one out, if the stream does not say.
+            options["strict"] = "1"
+        stream.codec_context.options = options
         yield container, stream
+
+
+def pixel_aspect(path: str, stream: VideoStream) -> Fraction:
+    """How wide the pixels of a file are.
+
+    Args:
+        path: The file.
+        stream: Its video stream.
+
+    Returns:
+        Width of a stored pixel as it is shown, over its height: what the container says, else what the codec says,
+        else 1.
+
+    Raises:
+        ClipError: It is no sensible number.
+    """
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        reason = f"its sample aspect ratio is {aspect.numerator}:{aspect.denominator}, which no picture has"
+        raise ClipError(path, reason, "pixel_aspect")
+    return aspect
 
 
 def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> Iterator[VideoFrame]:
@@ -231,47 +264,53 @@ class _SeekFailedError(Exception):
 
 def _read_by_index(
     path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
-) -> np.ndarray | None:
-    """Read by rule 1 or 2; None where neither applies, or it failed."""
+) -> tuple[np.ndarray | None, PacketIndex | PicturePackets | None]:
+    """Read by rule 1 or 2; no pictures where neither applies, or it failed. With the index, if there is one."""
+    index: PacketIndex | PicturePackets | None = None
     try:
         with opened(path, strict) as (container, stream):
-            span_of = _span_of_packets if is_mpeg4_avi(container, stream) else _span_after_seek
-            numbers, frames = span_of(path, container, stream, choose, strict)
-            return _to_rgb(path, frames, len(numbers), cover)
+            aspect = pixel_aspect(path, stream)
+            if is_mpeg4_avi(container, stream):
+                index = picture_packets(container, stream)
+                numbers = choose(index.length)
+                frames = _frames_of_packets(path, stream, index, numbers, strict)
+            else:
+                index = packet_index(container, stream)
+                if not index.has_decoding_times:
+                    return None, index
+                numbers = choose(index.length)
+                frames = _frames_after_seek(path, container, stream, index, numbers, strict)
+            return _to_rgb(path, frames, len(numbers), cover, aspect), index
     except (av.FFmpegError, NotIndexedError, _SeekFailedError):
-        return None
+        return None, index
     except ClipError as error:
         # In a file with open groups, a seek can make damage of what is whole.
         if error.kind == "corrupt":
-            return None
+            return None, index
         raise
 
 
-def _span_of_packets(
-    path: str, container: InputContainer, stream: VideoStream, choose: Choose, strict: bool
-) -> tuple[Sequence[int], Iterator[VideoFrame]]:
-    pictures = picture_packets(container, stream)
-    numbers = choose(len(pictures.packets))
-    start = pictures.last_intra(numbers[0])
-    frames = checked(path, pictures.decoded(stream, start, numbers[-1]), strict)
-    return numbers, _numbered(frames, numbers, start)
+def _frames_of_packets(
+    path: str, stream: VideoStream, index: PicturePackets, numbers: Sequence[int], strict: bool
+) -> Iterator[VideoFrame]:
+    start = index.last_intra(numbers[0])
+    return _numbered(checked(path, index.decoded(stream, start, numbers[-1]), strict), numbers, start)
 
 
-def _span_after_seek(
-    path: str, container: InputContainer, stream: VideoStream, choose: Choose, strict: bool
-) -> tuple[Sequence[int], Iterator[VideoFrame]]:
-    index = packet_index(container, stream)
-    if not index.has_decoding_times:
-        raise NotIndexedError("a packet of it carries no decoding time")
-    numbers = choose(len(index.shown_pts))
-    first, last = numbers[0], numbers[-1]
-    keys = [pts for pts in index.key_pts if pts <= index.shown_pts[first]]
-    if not keys:
-        raise NotIndexedError("no key frame comes before the clip")
+def _frames_after_seek(
+    path: str,
+    container: InputContainer,
+    stream: VideoStream,
+    index: PacketIndex,
+    numbers: Sequence[int],
+    strict: bool,
+) -> Iterator[VideoFrame]:
     # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
-    container.seek(max(keys), stream=stream, backward=True)
-    span = _span(checked(path, container.decode(stream), strict), index.shown_pts[first : last + 1])
-    return numbers, _numbered(span, numbers, first)
+    key = index.last_key(numbers[0])
+    container.seek(key, stream=stream, backward=True)
+    start = bisect_left(index.shown_pts, key)
+    span = _span(checked(path, container.decode(stream), strict), index.shown_pts[start : numbers[-1] + 1])
+    return _numbered(span, numbers, start)
 
 
 def _span(frames: Iterable[VideoFrame], expected_pts: Sequence[int]) -> Iterator[VideoFrame]:
@@ -297,27 +336,51 @@ def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) 
     return (frame for number, frame in enumerate(frames, start=first) if number in wanted)
 
 
-def _read_from_start(path: str, choose: Choose, strict: bool, cover: tuple[int, int] | None) -> np.ndarray:
+def _read_from_start(
+    path: str,
+    choose: Choose,
+    strict: bool,
+    cover: tuple[int, int] | None,
+    index: PacketIndex | PicturePackets | None = None,
+) -> np.ndarray:
     """Read by rule 3."""
     held: dict[int, VideoFrame] = {}
-    held_bytes = length = 0
+    held_bytes = 0
+    times: list[int | None] = []
     with opened(path, strict) as (container, stream):
-        expected = _chosen_of_announced(choose, stream.frames)
+        aspect = pixel_aspect(path, stream)
+        expected = _chosen_of_announced(choose, stream.frames if index is None else index.length)
         for frame in checked(path, container.decode(stream), strict):
             _check_size(path, frame.width, frame.height)
-            if (expected is None or length in expected) and held_bytes <= HELD_BYTES:
+            if (expected is None or len(times) in expected) and held_bytes <= HELD_BYTES:
                 held_bytes += sum(plane.buffer_size for plane in frame.planes)
-                held[length] = frame
-            length += 1
-    if length == 0:
+                held[len(times)] = frame
+            times.append(frame.pts)
+    if not times:
         raise ClipError(path, "no frame of it can be decoded", "no_frames")
-    numbers = choose(length)
-    if all(number in held for number in numbers):
-        return _to_rgb(path, (held[number] for number in numbers), len(numbers), cover)
+    places = _places(path, choose(len(times) if index is None else index.length), times, index)
+    if all(place in held for place in places):
+        return _to_rgb(path, (held[place] for place in places), len(places), cover, aspect)
     held.clear()
     with opened(path, strict) as (container, stream):
-        wanted = _numbered(checked(path, container.decode(stream), strict), numbers, 0)
-        return _to_rgb(path, wanted, len(numbers), cover)
+        wanted = _numbered(checked(path, container.decode(stream), strict), places, 0)
+        return _to_rgb(path, wanted, len(places), cover, aspect)
+
+
+def _places(
+    path: str, numbers: Sequence[int], times: Sequence[int | None], index: PacketIndex | PicturePackets | None
+) -> Sequence[int]:
+    """Where the wanted frames stand among all that were decoded, at these times."""
+    if index is None or len(times) == index.length:
+        return numbers
+    known = [time for time in times if time is not None]
+    if isinstance(index, PacketIndex) and known == sorted(set(known)) and len(known) == len(times):
+        place_of = {time: place for place, time in enumerate(known)}
+        places = [place_of.get(index.shown_pts[number]) for number in numbers]
+        if None not in places:
+            return [place for place in places if place is not None]
+    reason = f"its decoder gives {len(times)} of its {index.length} frames, and not all that are wanted"
+    raise ClipError(path, reason, "corrupt")
 
 
 def _chosen_of_announced(choose: Choose, length: int) -> set[int] | None:
@@ -329,7 +392,9 @@ def _chosen_of_announced(choose: Choose, length: int) -> set[int] | None:
         return None
 
 
-def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None) -> np.ndarray:
+def _to_rgb(
+    path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None, aspect: Fraction
+) -> np.ndarray:
     pictures: list[np.ndarray] = []
     turn = Turn()
     size = target = (0, 0)
@@ -338,9 +403,11 @@ def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[in
         _check_size(path, frame.width, frame.height)
         if not pictures:
             turn = turn_of(path, frame)
-            size = target = (frame.height, frame.width)
+            size = (frame.height, frame.width)
+            target = square_pixel_size(*size, aspect)
             if cover is not None:
-                target = turn.size(cover_size(*turn.size(size), *cover))
+                target = turn.size(cover_size(*turn.size(target), *cover))
+            _check_size(path, target[1], target[0])
         if (frame.height, frame.width) != size:
             change = f"from {size[1]}x{size[0]} to {frame.width}x{frame.height}"
             raise ClipError(path, f"its picture size changes {change} within the clip", "size_change")
@@ -351,6 +418,24 @@ def _to_rgb(path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[in
     if len(pictures) != count:
         raise ClipError(path, "decoding it twice gave different numbers of frames", "corrupt")
     return np.ascontiguousarray(turn.applied(np.stack(pictures)))
+
+
+def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize pictures by the filter that stretches pixels to squares.
+
+    Args:
+        pictures_FHWC: uint8 RGB pictures [F, H, W, 3].
+        height: Height wanted, in pixels.
+        width: Width wanted, in pixels.
+
+    Returns:
+        uint8 RGB pictures [F, height, width, 3].
+    """
+    reformatter = VideoReformatter()
+    frames = (VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures_FHWC)
+    return np.stack(
+        [reformatter.reformat(f, width, height, interpolation=INTERPOLATION, threads=1).to_ndarray() for f in frames]
+    )
 
 
 def _check_size(path: str, width: int, height: int) -> None:

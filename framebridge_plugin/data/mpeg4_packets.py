@@ -41,6 +41,11 @@ class PicturePackets:
     packets: list[Packet]
     intra: list[int]
 
+    @property
+    def length(self) -> int:
+        """Number of frames."""
+        return len(self.packets)
+
     def last_intra(self, number: int) -> int:
         """Where decoding may begin.
 

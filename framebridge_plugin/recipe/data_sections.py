@@ -57,8 +57,8 @@ class DataSection(Section):
     )
     window: Literal["random", "start"] = Field(default="random", description="where in the file the clip begins")
     horizontal_flip: bool = Field(default=False, description="mirror every other clip, at random")
-    decoder: Literal["pyav", "decord", "torchcodec"] = Field(
-        default="pyav", description="what reads the videos; the others refuse files that they read wrongly"
+    decoder: Literal["pyav", "decord"] = Field(
+        default="pyav", description="what reads the videos; decord refuses files that it is not known to read rightly"
     )
     strict: bool = Field(default=False, description="damaged pictures are errors; pyav only")
     resize: Literal["torch", "decoder"] = Field(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from framebridge_plugin.data import ClipError, ClipSettings, read_clip
+from framebridge_plugin.data import ClipError, ClipSettings, read_clip, read_frames
 from framebridge_plugin.data.clips import frame_window
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
-from tests.data_layer.video_kinds import write_turned
+from tests.data_layer.video_kinds import DATA, ffmpeg, write_turned
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -107,6 +107,61 @@ def test_the_picture_is_resized_to_cover_and_its_centre_kept(tmp_path, height, w
         assert line.mean().abs() < 0.03, "the crop is not centred"
         step = (line[-3] - line[2]) / (size - 5)
         assert step.item() == pytest.approx(2 / (full * scale), rel=0.05), "the picture is squeezed"
+
+
+SHAPES = {
+    # Arguments of ffmpeg, and width over height of the disc in `sar_16_9.mp4`; as stored it is 9/16.
+    "by the container": ([], 1.0),
+    "otherwise by the codec": (["-bsf:v", "h264_metadata=sample_aspect_ratio=4/3"], 1.0),
+    "by the codec alone": (["-f", "h264"], 1.0),
+    "square by the container": (["-aspect", "4:3"], 9 / 16),
+    "twice as wide by the container": (["-aspect", "8:3"], 9 / 8),
+    "higher than wide": (["-aspect", "2:3"], 9 / 32),
+}
+
+
+def disc_shape(picture_CHW: torch.Tensor) -> float:
+    """Width over height of the bright disc."""
+    disc = picture_CHW.float().mean(0)
+    disc = disc > (disc.max() + disc.min()) / 2
+    return float(disc.any(0).sum() / disc.any(1).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pictures_are_cut_as_they_are_shown(tmp_path, shape):
+    arguments, expected = SHAPES[shape]
+    path = tmp_path / ("a.h264" if "h264" in arguments else "a.mp4")
+    ffmpeg("-i", DATA / "sar_16_9.mp4", "-c", "copy", *arguments, path)
+    frames = read_frames(str(path), lambda length: [11])
+    assert disc_shape(frames[0]) == pytest.approx(expected, rel=0.03)
+    assert frames.shape[2] >= 120, "the picture was made smaller"
+    assert frames.shape[3] >= 160
+    for settings in ({}, {"resize": "decoder"}, {"isolated": True}, {"decoder": "decord"}):
+        if settings.get("decoder") == "decord" and path.suffix == ".h264":
+            continue
+        clip = read_clip(str(path), ClipSettings(12, 64, 64, **settings), generator())
+        assert clip.shape == (12, 3, 64, 64)
+        assert disc_shape(clip[11]) == pytest.approx(expected, rel=0.08), settings
+
+
+@pytest.mark.parametrize("rotation", ["90", "180"])
+def test_pixels_are_stretched_before_the_picture_is_turned(tmp_path, rotation):
+    path = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", rotation, "-i", DATA / "sar_16_9.mp4", "-c", "copy", path)
+    assert read_frames(str(path), lambda length: [0]).shape[2:] == ((284, 120) if rotation == "90" else (120, 284))
+    for settings in ({}, {"resize": "decoder"}, {"decoder": "decord"}):
+        clip = read_clip(str(path), ClipSettings(12, 64, 64, **settings), generator())
+        assert disc_shape(clip[11]) == pytest.approx(1.0, rel=0.08), settings
+
+
+@pytest.mark.parametrize("aspect", ["1:255", "60000:1"])
+def test_a_senseless_pixel_aspect_is_refused(tmp_path, aspect):
+    path = tmp_path / "a.mp4"
+    ffmpeg("-i", DATA / "sar_16_9.mp4", "-c", "copy", "-aspect", aspect, path)
+    for settings in ({}, {"resize": "decoder"}, {"decoder": "decord"}):
+        with pytest.raises(ClipError, match="sample aspect ratio is .*, which no picture has") as caught:
+            read_clip(str(path), ClipSettings(3, 64, 64, **settings), generator())
+        assert caught.value.kind == "pixel_aspect"
 
 
 def blobs(number: int, rows: int, columns: int) -> np.ndarray:
@@ -231,7 +286,7 @@ def test_linspace_spreads_the_frames_over_a_window_as_numpy_does(length):
         ({"frame_sampling": "linspace", "window_frames": 9, "frame_stride": 3}, "frame_stride is for"),
         ({"frame_sampling": "random"}, "frame_sampling is 'random'"),
         ({"decoder": "decord", "strict": True}, "strict does not go with decoder decord; use decoder: pyav"),
-        ({"decoder": "torchcodec", "resize": "decoder"}, "resize: decoder does not go with decoder torchcodec"),
+        ({"decoder": "decord", "resize": "decoder"}, "resize: decoder does not go with decoder decord"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -250,7 +305,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
         ("horizontal_flip", 1),
         ("strict", "yes"),
         ("isolated", 1),
-        ("decoder", "opencv"),
+        ("decoder", "torchcodec"),
         ("resize", "antialias"),
     ],
 )

@@ -14,11 +14,13 @@ from framebridge_plugin.data import ClipError, decoding, read_frames
 from framebridge_plugin.data.decoding import read_pictures
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import (
+    DATA,
     FRAMES,
     KINDS,
     MATRICES,
     OPEN_GOP,
     WINDOWS,
+    X265,
     announce,
     ffmpeg,
     last_five_of,
@@ -47,9 +49,13 @@ def decoded_numbers(path: Path) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_wanted_frames_come_back(tmp_path, kind, strict):
     path = KINDS[kind].write(tmp_path)
-    for wanted in WINDOWS:
+    whole = decoding._read_from_start(str(path), range, strict, None)
+    random = np.random.default_rng(0)
+    for wanted in [*WINDOWS, *(sorted(random.choice(FRAMES, 3, replace=False).tolist()) for _ in range(6))]:
         assert read_numbers(path, wanted, strict) == list(wanted)
-    by_index = decoding._read_by_index(str(path), lambda length: range(30, 33))
+        pictures = read_pictures(str(path), lambda length, wanted=wanted: wanted, strict=strict)
+        assert np.array_equal(pictures, whole[list(wanted)])
+    by_index, _ = decoding._read_by_index(str(path), lambda length: range(30, 33))
     assert (by_index is not None) == KINDS[kind].seeking
 
 
@@ -92,7 +98,7 @@ def test_a_hidden_vp8_picture_is_not_counted(tmp_path):
     assert numbers_in(read_frames(str(path), lambda length: range(20, 30))) == expected[20:30]
 
 
-def test_a_hidden_vp9_picture_within_the_clip_is_noticed(tmp_path):
+def test_a_hidden_vp9_picture_is_noticed_by_every_clip(tmp_path):
     whole = KINDS["vp9"].write(tmp_path)
 
     def hide_twelve(number: int, content: bytes) -> bytes:
@@ -102,6 +108,39 @@ def test_a_hidden_vp9_picture_within_the_clip_is_noticed(tmp_path):
     expected = decoded_numbers(path)
     assert expected == [number for number in range(FRAMES) if number != 12]
     assert numbers_in(read_frames(str(path), lambda length: [10, 14, 15])) == [expected[k] for k in (10, 14, 15)]
+    assert numbers_in(read_frames(str(path), lambda length: range(30, length))) == expected[30:]
+
+
+def numbers_in_case(pictures_FHWC: np.ndarray) -> list[int]:
+    """The numbers in the pictures of `h264_no_reorder_info.mp4`: a column of 6 pixels for each bit."""
+    bits = pictures_FHWC[:, 2:6].mean(axis=(1, 3)).reshape(-1, 8, 12)[:, :, 3:9].mean(axis=2) > 128
+    return (bits @ (1 << np.arange(8))).tolist()
+
+
+def test_h264_without_reorder_information_keeps_every_picture():
+    path = str(DATA / "h264_no_reorder_info.mp4")
+    with av.open(path) as container:
+        assert len(list(container.decode(video=0))) == 109, "FFmpeg leaves none out any more"
+    assert numbers_in_case(read_pictures(path, range)) == list(range(110))
+    assert numbers_in_case(decoding._read_from_start(path, range, False, None)) == list(range(110))
+    random = np.random.default_rng(0)
+    for first in (0, 109, *random.integers(110, size=20).tolist()):
+        wanted = range(first, min(first + 17, 110), 3)
+        assert numbers_in_case(read_pictures(path, lambda length, wanted=wanted: wanted)) == list(wanted)
+
+
+def test_a_picture_that_the_decoder_leaves_out_costs_no_other_its_number(tmp_path):
+    options = {"x265-params": f"{X265}:open-gop=0:bframes=1:b-adapt=0:scenecut=0"}
+    whole = write_video(tmp_path / "whole.mp4", "libx265", frames=FRAMES, options=options)
+    # Of the first B-frame, which no other frame needs, only a delimiter is left.
+    path = rewrite(whole, tmp_path / "a.mp4", lambda n, content: b"\0\0\0\3\x46\x01\x50" if n == 2 else content)
+    (missing,) = set(range(FRAMES)) - set(decoded_numbers(path))
+    for wanted in (range(3 + missing), [0, missing]):
+        with pytest.raises(ClipError, match="gives 39 of its 40 frames") as caught:
+            read_pictures(str(path), lambda length, wanted=wanted: wanted)
+        assert caught.value.kind == "corrupt"
+    for wanted in ([0], [missing + 1], [0, missing + 1, 11, 30], range(20, FRAMES)):
+        assert read_numbers(path, wanted) == list(wanted)
 
 
 def left_out(content: bytes) -> bytes:
@@ -134,7 +173,7 @@ def test_mpeg4_packets_are_only_counted_where_each_is_one_picture(tmp_path, edit
     change, is_still_so = MPEG4_EDITS[edit]
     whole = write_video(tmp_path / "whole.avi", "mpeg4", frames=FRAMES, options={"g": "12"})
     path = rewrite(whole, tmp_path / "edited.avi", change)
-    by_index = decoding._read_by_index(str(path), lambda length: range(20, 30))
+    by_index, _ = decoding._read_by_index(str(path), lambda length: range(20, 30))
     assert (by_index is not None) == is_still_so
     if edit != "no settings":
         expected = decoding._read_from_start(str(path), lambda length: range(20, 30), False, None)
@@ -149,14 +188,11 @@ def test_frames_of_xvid_are_those_that_decoding_gives(tmp_path, b_frames):
     expected = decoded_numbers(path)
     for first in range(0, len(expected) - 8, 3):
         assert numbers_in(read_frames(str(path), lambda length, k=first: range(k, k + 8))) == expected[first:][:8]
-    assert (decoding._read_by_index(str(path), lambda length: range(20, 30)) is not None) == (b_frames == "0")
+    assert (decoding._read_by_index(str(path), lambda length: range(20, 30))[0] is not None) == (b_frames == "0")
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "b_frames"), [("a.mp4", "libx264", "0"), ("a.mp4", "libx264", "2"), ("a.avi", "mpeg4", "0")]
-)
-def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch, name, codec, b_frames):
-    path = write_video(tmp_path / name, codec, frames=FRAMES, options={"g": "8", "bf": b_frames})
+def count_decoded(monkeypatch) -> list[int]:
+    """Grows by the time of each frame that is decoded from now on."""
     decoded = []
     checked = decoding.checked
 
@@ -166,8 +202,19 @@ def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monke
             yield frame
 
     monkeypatch.setattr(decoding, "checked", counting)
-    assert read_numbers(path, range(26, 30)) == [26, 27, 28, 29]
-    assert len(decoded) == 6, "from the key frame 24 to the last wanted frame"
+    return decoded
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "b_frames"), [("a.mp4", "libx264", "0"), ("a.mp4", "libx264", "2"), ("a.avi", "mpeg4", "0")]
+)
+def test_seeking_decodes_no_more_than_the_groups_that_are_wanted(tmp_path, monkeypatch, name, codec, b_frames):
+    path = write_video(tmp_path / name, codec, frames=FRAMES, options={"g": "8", "bf": b_frames})
+    decoded = count_decoded(monkeypatch)
+    for first, key in ((0, 0), (24, 24), (26, 24), (31, 24)):
+        decoded.clear()
+        assert read_numbers(path, range(first, 32)) == list(range(first, 32))
+        assert len(decoded) == 32 - key, "from the last key frame to the last wanted frame"
 
 
 def test_a_cut_mp4_is_refused_even_where_its_start_is_whole(tmp_path):
@@ -208,9 +255,12 @@ def test_strict_reading_refuses_what_flipped_bytes_have_damaged(tmp_path):
 
 def test_a_file_too_large_to_be_held_is_decoded_twice(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.avi", "mpeg4", frames=FRAMES, options={"bf": "2"})
-    monkeypatch.setattr(decoding, "HELD_BYTES", 50_000)
-    for wanted in WINDOWS:
-        assert read_numbers(path, wanted) == list(wanted)
+    decoded = count_decoded(monkeypatch)
+    for bound, times in ((50_000, 2), (decoding.HELD_BYTES, 1)):
+        monkeypatch.setattr(decoding, "HELD_BYTES", bound)
+        decoded.clear()
+        assert read_numbers(path, range(FRAMES)) == list(range(FRAMES))
+        assert len(decoded) == times * FRAMES
 
 
 @pytest.mark.parametrize("announced", [3, FRAMES - 1, FRAMES, FRAMES + 1, 100_000])

@@ -125,11 +125,11 @@ def test_a_header_that_announces_too_few_frames_does_not_end_the_search(tmp_path
 
 
 def test_a_decoder_that_does_not_load_is_a_usage_error(tmp_path, monkeypatch):
-    (tmp_path / "torchcodec").mkdir()
-    (tmp_path / "torchcodec/__init__.py").write_text("raise ImportError('not here')")
+    (tmp_path / "decord").mkdir()
+    (tmp_path / "decord/__init__.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=r"decoder torchcodec does not load here \(not here\)"):
-        read_video_isolated("a.mp4", range, decoder="torchcodec")
+    with pytest.raises(UsageError, match=r"decoder decord does not load here \(not here\)"):
+        read_video_isolated("a.mp4", range, decoder="decord")
 
 
 def test_a_hang_costs_one_clip(tmp_path, monkeypatch):

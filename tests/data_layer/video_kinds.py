@@ -15,6 +15,7 @@ import imageio_ffmpeg
 from framebridge_plugin.data import ClipError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, write_video
 
+DATA = Path(__file__).parents[1] / "data"
 FRAMES = 40
 WINDOWS = [range(FRAMES), range(1), range(11, 28, 4), range(12, 13), range(23, 40), range(37, 40), [0, 5, 6, 30, 39]]
 
@@ -32,12 +33,16 @@ class Kind:
     arguments: dict[str, Any] = field(default_factory=dict)
     seeking: bool = True
     decord: bool = True
-    torchcodec: bool = True
     # In a process of its own: SVT-AV1 gives the whole process that encodes with it real-time priority when it may,
     # and whatever that process starts later starves the machine.
     encoded_again: tuple[str, ...] = ()
+    # As some writers do that know no other times.
+    shown_when_decoded: bool = False
 
     def write(self, folder: Path) -> Path:
+        if self.shown_when_decoded:
+            whole = write_video(folder / "first.mp4", frames=FRAMES, **self.arguments)
+            return rewrite(whole, folder / self.file_name, lambda number, content: content, shown_when_decoded=True)
         if self.encoded_again:
             whole = write_video(folder / "first.mp4", frames=FRAMES, options={"qp": "0"})
             ffmpeg("-i", whole, "-pix_fmt", "yuv420p", *self.encoded_again, folder / self.file_name)
@@ -48,18 +53,19 @@ class Kind:
 
 
 def _x264(name: str = "a.mp4", g: int = 12, bf: int = 2, **others: Any) -> Kind:
-    flags = {key: others.pop(key) for key in ("seeking", "decord", "torchcodec") if key in others}
-    return Kind(name, {"options": {"g": str(g), "bf": str(bf)}, **others}, **flags)
+    options = {"g": str(g), "bf": str(bf), **{key: others.pop(key) for key in ("x264-params",) if key in others}}
+    flags = {key: others.pop(key) for key in ("seeking", "decord", "shown_when_decoded") if key in others}
+    return Kind(name, {"options": options, **others}, **flags)
 
 
 def _other(name: str, codec: str, options: dict[str, str], *exact: str, **others: Any) -> Kind:
-    flags = {flag: flag in exact for flag in ("seeking", "decord", "torchcodec")}
+    flags = {flag: flag in exact for flag in ("seeking", "decord")}
     return Kind(name, {"codec": codec, "options": options, **others}, **flags)
 
 
-ALL = ("seeking", "decord", "torchcodec")
+ALL = ("seeking", "decord")
 NOTHING = dict.fromkeys(ALL, False)
-XVID = {"seeking": True, "decord": False, "torchcodec": False}
+XVID = {"seeking": True, "decord": False}
 X265 = "keyint=12:log-level=none:pools=1"
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
 
@@ -69,6 +75,9 @@ KINDS: dict[str, Kind] = {
     "h264, one key frame": _x264(g=250, bf=3),
     "h264, every frame a key frame": _x264(g=1),
     "h264, open groups": Kind("a.mp4", {"options": {"x264-params": OPEN_GOP}}, decord=False),
+    "h264, interlaced": _x264(**NOTHING, **{"x264-params": "interlaced=1"}),
+    "h264, intra refresh": _x264(bf=0, **NOTHING, **{"x264-params": "intra-refresh=1"}),
+    "h264, shown when decoded": _x264(**NOTHING, shown_when_decoded=True),
     "h264 mov": _x264("a.mov"),
     "h264 with sound": _x264(audio=True),
     "h264 fragmented": _x264(container_options=FRAGMENTED),
@@ -78,7 +87,7 @@ KINDS: dict[str, Kind] = {
     "h264 mkv with B-frames": _x264("a.mkv", seeking=False),
     "h264 avi with B-frames": _x264("a.avi", **NOTHING),
     "h264 transport stream": _x264("a.ts", **NOTHING),
-    "hevc, open groups": _other("a.mp4", "libx265", {"x265-params": X265}, "seeking", "torchcodec"),
+    "hevc, open groups": _other("a.mp4", "libx265", {"x265-params": X265}, "seeking"),
     "hevc, closed groups": _other("a.mp4", "libx265", {"x265-params": f"{X265}:open-gop=0"}, *ALL),
     "vp9": _other("a.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, *ALL),
     "vp9, uneven times": _other("a.webm", "libvpx-vp9", {"g": "12", "cpu-used": "8"}, *ALL, pts=UNEVEN_TIMES),
@@ -110,7 +119,13 @@ def write_cut(path: Path, cut_at: str) -> int:
     return shown
 
 
-def rewrite(source_path: Path, target_path: Path, edit: Callable[[int, bytes], bytes | None]) -> Path:
+def rewrite(
+    source_path: Path,
+    target_path: Path,
+    edit: Callable[[int, bytes], bytes | None],
+    *,
+    shown_when_decoded: bool = False,
+) -> Path:
     """Copy a video; `edit` gets the number and content of each packet and returns the new one, or None to drop it."""
     with av.open(str(source_path)) as source, av.open(str(target_path), "w", options=NO_EDIT_LIST) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -118,7 +133,8 @@ def rewrite(source_path: Path, target_path: Path, edit: Callable[[int, bytes], b
             content = edit(number, bytes(packet)) if packet.size else None
             if content is not None:
                 copy = av.Packet(content)
-                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.dts, copy.time_base = packet.dts, packet.time_base
+                copy.pts = packet.dts if shown_when_decoded else packet.pts
                 copy.is_keyframe, copy.stream = packet.is_keyframe, stream
                 target.mux(copy)
     return target_path

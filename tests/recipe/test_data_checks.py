@@ -109,8 +109,8 @@ def test_decoders(minimal):
     assert [problem.split(": ")[1] for problem in problems] == [f"{section}.resize", f"{section}.strict"]
     assert all("does not go with decoder decord" in problem for problem in problems)
     load_recipe(minimal, [f"{section}.decoder=decord", f"{section}.isolated=true"])
-    (problem,) = problems_of(minimal, f"{section}.decoder=ffmpeg")
-    assert "should be 'pyav', 'decord' or 'torchcodec', not 'ffmpeg'" in problem
+    (problem,) = problems_of(minimal, f"{section}.decoder=torchcodec")
+    assert "should be 'pyav' or 'decord', not 'torchcodec'" in problem
 
 
 def test_bad_files(minimal, tmp_path, monkeypatch):
