@@ -16,6 +16,7 @@ from framebridge_plugin.model_folders.checks import (
     model_kind,
     part_problem,
 )
+from framebridge_plugin.model_folders.latte import is_another_part, is_of_another_kind
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import write_latte_folder
 
@@ -89,6 +90,47 @@ def damage(model: Path, kind: str) -> None:
 def test_damaged_folders(model, kind, message):
     damage(model, kind)
     assert message in folder_problem(model)
+
+
+FOREIGN_SCHEDULERS = [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is for a FlowMatchEulerDiscreteScheduler; the bridge knows"),
+    ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "is for a DDIMScheduler"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "is for a DPMSolverMultistepScheduler"),
+    ({"_class_name": "CogVideoXDPMScheduler", "use_flow_sigmas": True}, "is for flow matching (use_flow_sigmas)"),
+    ({"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "epsilon"}, "has prediction_type epsilon"),
+    ({"_class_name": "CogVideoXDDIMScheduler", "beta_schedule": "sigmoid"}, "has beta_schedule sigmoid"),
+    ({"_class_name": "FrameBridgeScheduler", "backbone": {"_class_name": "DDIMScheduler"}}, "is for a DDIMScheduler"),
+]
+
+
+@pytest.mark.parametrize("config, message", FOREIGN_SCHEDULERS)
+def test_schedulers_that_the_bridge_does_not_know(model, config, message):
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert message in folder_problem(model)
+    assert folder_problem(model).startswith(f"{model / 'scheduler'} ")
+    assert is_of_another_kind(model, COGVIDEOX)
+
+
+def test_schedulers_that_the_bridge_knows(model, tmp_path):
+    file = model / "scheduler" / "scheduler_config.json"
+    for name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+        config = {"_class_name": name, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+        for content in (config, {"_class_name": "FrameBridgeScheduler", "backbone": config}):
+            file.write_text(json.dumps(content))
+            assert folder_problem(model) is None
+    assert not is_of_another_kind(model, COGVIDEOX)
+    file.rename(file.with_name("config.json"))
+    assert "scheduler_config.json is missing" in folder_problem(model)
+    latte = write_latte_folder(tmp_path / "latte")
+    (latte / "scheduler" / "scheduler_config.json").write_text(json.dumps(FOREIGN_SCHEDULERS[4][0]))
+    assert folder_problem(latte, LATTE_BRIDGE) is None  # which predicts the noise
+
+
+def test_a_cogvideox_1_5_is_told_by_its_config(model):
+    file = model / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size_t": 2}))
+    assert folder_problem(model).startswith(f"{model / 'transformer'} is a CogVideoX 1.5 (patch_size_t is set)")
+    assert is_another_part(model / "transformer", "transformer", COGVIDEOX)
 
 
 def test_no_folder(tmp_path):

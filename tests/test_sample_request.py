@@ -131,6 +131,18 @@ def test_a_plain_model_needs_a_transformer(arguments, tmp_path):
     assert problem.endswith("a FrameBridge model has 32; give a fine-tuned one")
 
 
+def test_a_model_that_the_bridge_does_not_know(arguments, tmp_path):
+    model = write_model_folder(tmp_path / "foreign", in_channels=32)
+    (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    (problem,) = problems_of(arguments, model=str(model))
+    assert problem.startswith(f"--model {model / 'scheduler'} is for a FlowMatchEulerDiscreteScheduler")
+    (model / "transformer" / "config.json").write_text(
+        '{"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": 2}'
+    )
+    (problem,) = problems_of(arguments, transformer=str(model / "transformer"))
+    assert problem.startswith(f"--transformer {model / 'transformer'} is a CogVideoX 1.5")
+
+
 @pytest.fixture
 def lora(tmp_path):
     """A LoRA run's folder, and a function that writes what its LoRA says of its base model."""
@@ -206,4 +218,4 @@ def test_pictures_that_are_none(arguments, tmp_path):
     ):
         image.write_bytes(broken)
         assert message in problems_of(arguments)[0]
-    assert "no such file" in problems_of(arguments, images=(tmp_path,))[0]
+    assert problems_of(arguments, images=(tmp_path,)) == [f"--image {tmp_path}: is a folder; give a picture"]

@@ -19,7 +19,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 """Beside the LoRA file of version 0.1.0: the trained input projection."""
 _WEIGHTS = ("*.safetensors", "*.bin")
-_PARTS_WITHOUT_WEIGHTS = ("tokenizer", "scheduler")
+_DIFFUSION_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class ModelKind:
     Attributes:
         name: What the class of its pipeline has in its name.
         parts: Its components, each with the class that its config.json must name, or None for any.
+        predictions: What its network may predict as a diffusion model, as diffusers' schedulers say it.
     """
 
     name: str
     parts: Mapping[str, str | None]
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
 
 
 COGVIDEOX = ModelKind(
@@ -44,6 +47,7 @@ COGVIDEOX = ModelKind(
         "tokenizer": None,
         "scheduler": None,
     },
+    predictions=("v_prediction",),
 )
 LATTE_BRIDGE = ModelKind(
     "FrameBridgeLatte", {"transformer": "LatteTransformer", "vae": "AutoencoderKL", "scheduler": None}
@@ -167,13 +171,14 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
     if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
         # transformers would make up a vocabulary without a word.
         return f"{path} has no vocabulary (spiece.model); download the model again"
-    if part in _PARTS_WITHOUT_WEIGHTS:
+    if part == "tokenizer":
         return None
     try:
-        class_name = read_json(path / "config.json").get("_class_name")
-        wanted = kind.parts[part]
-        if wanted is not None and class_name != wanted:
-            return f"{path} holds a {class_name}, not a {wanted}"
+        config = read_json(path / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+        if problem := config_problem(config, part, kind):
+            return f"{path} {problem}"
+        if part == "scheduler":
+            return None
         for index in path.glob("*.index.json"):
             for name in sorted(set(read_json(index).get("weight_map", {}).values())):
                 if not (path / name).is_file():
@@ -184,6 +189,67 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
     if not weights:
         return f"{path} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
     return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)
+
+
+def config_problem(config: Mapping[str, Any], part: str, kind: ModelKind) -> str | None:
+    """Examine a component's configuration alone: is it the one that is trained and sampled here?
+
+    Args:
+        config: Its configuration; a scheduler's may leave its class out.
+        part: Which component it should be, one of the kind's.
+        kind: Which model it should be a part of.
+
+    Returns:
+        What it is instead and what to do, to be read after its place; or None.
+    """
+    if part == "scheduler":
+        return _scheduler_problem(config, kind)
+    wanted, found = kind.parts[part], config.get("_class_name")
+    if wanted is not None and found != wanted:
+        return f"holds a {found}, not a {wanted}"
+    if kind is COGVIDEOX and part == "transformer":
+        return version_problem(config)
+    return None
+
+
+def version_problem(transformer: Mapping[str, Any]) -> str | None:
+    """Tell a CogVideoX 1.5 from a 1.0.
+
+    Args:
+        transformer: Configuration of the transformer.
+
+    Returns:
+        What it is and what to do, to be read after its place; or None for a 1.0.
+    """
+    if transformer.get("patch_size_t") is None:
+        return None
+    return (
+        "is a CogVideoX 1.5 (patch_size_t is set), which is not supported; use a CogVideoX 1.0 checkpoint such as "
+        "THUDM/CogVideoX-2b or THUDM/CogVideoX-5b"
+    )
+
+
+def _scheduler_problem(config: Mapping[str, Any], kind: ModelKind) -> str | None:
+    """The bridge is aligned to one kind of process: variance-preserving, in steps, with CogVideoX's shift."""
+    if config.get("_class_name") == "FrameBridgeScheduler":
+        config = config.get("backbone") or {}
+    name, prediction = config.get("_class_name"), config.get("prediction_type")
+    betas = config.get("beta_schedule")
+    if name is not None and name not in _DIFFUSION_SCHEDULERS:
+        found = f"is for a {name}"
+    elif config.get("use_flow_sigmas"):
+        found = "is for flow matching (use_flow_sigmas)"
+    elif prediction is not None and prediction not in kind.predictions:
+        found = f"has prediction_type {prediction}"
+    elif betas is not None and betas not in _BETA_SCHEDULES:
+        found = f"has beta_schedule {betas}"
+    else:
+        return None
+    wanted = " or ".join(kind.predictions)
+    return (
+        f"{found}; the bridge knows a {kind.name} by its {' or '.join(_DIFFUSION_SCHEDULERS)} with prediction_type "
+        f"{wanted}: give the model as it was released"
+    )
 
 
 def find_saved_model(folder: Path) -> Path | None:

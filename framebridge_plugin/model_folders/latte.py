@@ -16,6 +16,7 @@ from framebridge_plugin.model_folders.checks import (
     LATTE_NEURAL_PRIOR,
     LORA_INFO_FILE,
     ModelKind,
+    config_problem,
     find_saved_model,
     folder_problem,
     model_kind,
@@ -256,8 +257,8 @@ def is_another_part(folder: Path, part: str, kind: ModelKind) -> bool:
     Returns:
         Whether it says that it is another.
     """
-    wanted = kind.parts[part]
-    return wanted is not None and _json_or_nothing(folder / "config.json").get("_class_name", wanted) != wanted
+    config = _json_or_nothing(folder / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+    return bool(config) and config_problem(config, part, kind) is not None
 
 
 def is_no_neural_prior(folder: Path) -> bool:

@@ -14,6 +14,8 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import version_problem
+from framebridge_plugin.models.whole_weights import whole_weights
 
 
 def widen_input_channels(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
@@ -30,11 +32,8 @@ def widen_input_channels(transformer: CogVideoXTransformer3DModel) -> CogVideoXT
         FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has another number of channels.
     """
     config = transformer.config
-    if config.patch_size_t is not None:
-        raise FrameBridgeError(
-            "the transformer is a CogVideoX 1.5 (patch_size_t is set), which is not supported; "
-            "use a CogVideoX 1.0 checkpoint such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b"
-        )
+    if problem := version_problem(config):
+        raise FrameBridgeError(f"the transformer {problem}")
     in_channels = 2 * config.out_channels
     if config.in_channels == in_channels:
         return transformer
@@ -78,8 +77,16 @@ def load_bridge_transformer(
 
     Returns:
         A transformer with twice as many input as output channels.
+
+    Raises:
+        FrameBridgeError: If it is a CogVideoX 1.5, has another number of channels, or its weights lack a tensor.
     """
-    transformer = CogVideoXTransformer3DModel.from_pretrained(
-        pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-    )
+    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+    config = CogVideoXTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, **where)
+    if problem := version_problem(config):  # before a long download
+        raise FrameBridgeError(f"{pretrained_model_name_or_path} {problem}")
+    with whole_weights():
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
     return widen_input_channels(transformer)

@@ -6,7 +6,7 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from framebridge_plugin.model_folders.checks import (
     ClipShapeRule,
     plain_problem,
     read_json,
+    version_problem,
 )
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
@@ -33,6 +34,7 @@ from framebridge_plugin.pipelines.common import (
     ImageInput,
     check_generator,
     check_output_type,
+    check_scheduler,
     common_batch_size,
     images_to_pixels,
     repeat_batch,
@@ -81,8 +83,12 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> None:
+        check_scheduler(scheduler)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_to_config(num_frames=num_frames, height=height, width=width)
+        if transformer is not None and (problem := version_problem(transformer.config)):
+            raise FrameBridgeError(f"the transformer {problem}")
         if transformer is not None and transformer.config.in_channels != 2 * transformer.config.out_channels:
             raise FrameBridgeError(
                 f"the transformer has {transformer.config.in_channels} input channels, a FrameBridge model has "
@@ -160,6 +166,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 6.0,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -186,6 +193,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             width: Width in pixels; by default what the model was trained on.
             num_frames: Number of frames, 8 k + 1 for CogVideoX; by default what the model was trained on.
             num_inference_steps: Calls of the network (twice as many with guidance).
+            timesteps: Their times, in place of their number: indices of the bridge, falling.
             guidance_scale: Weight w of uncond + w (cond - uncond), on the text only; 1 or less switches it off.
             num_videos_per_prompt: Videos for each pair of image and prompt.
             generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
@@ -259,6 +267,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             prompt_embeds=repeat_batch(prompt_embeds, num_videos),
             negative_prompt_embeds=repeat_batch(negative_prompt_embeds, num_videos),
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
             guidance_scale=guidance_scale,
             generator=generator,
             latents=latents,
@@ -286,6 +295,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 6.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -302,6 +312,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             prompt_embeds: Text embeddings [B, L, D].
             negative_prompt_embeds: Text embeddings of the negative prompt; needed with guidance.
             num_inference_steps: Calls of the network.
+            timesteps: As in `__call__`.
             guidance_scale: Weight of classifier-free guidance on the text; 1 or less switches it off.
             generator: The source of every draw; a list gives one to each video.
             latents: Where the sampler starts, in place of the scheduler's own start.
@@ -336,6 +347,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             network,
             prior,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
             guidance_scale=guidance_scale,
             generator=generator,
             latents=latents,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -24,6 +24,31 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
 ImageInput = Picture | Sequence[Picture]
 Generators = torch.Generator | list[torch.Generator]
+
+
+def check_scheduler(scheduler: Any, was_bridge: bool = False) -> None:
+    """Refuses a scheduler by which our networks cannot be sampled.
+
+    Args:
+        scheduler: What the pipeline is to sample with.
+        was_bridge: Whether the pipeline was built with a bridge, so that its network is no diffusion model.
+
+    Raises:
+        FrameBridgeError: If it is neither a bridge nor, for the diffusion baseline, a CogVideoX scheduler.
+    """
+    if isinstance(scheduler, FrameBridgeScheduler):
+        return
+    name, bridge = type(scheduler).__name__, FrameBridgeScheduler.__name__
+    if was_bridge:
+        raise FrameBridgeError(
+            f"a {name} is no bridge, which the model was built with; change its sampler by {bridge}.from_config("
+            "pipeline.scheduler.config, sampler=..., grid=...)"
+        )
+    if not isinstance(scheduler, CogVideoXDDIMScheduler | CogVideoXDPMScheduler):
+        raise FrameBridgeError(
+            f"a {name} is no bridge; give a {bridge}, or for a diffusion baseline the CogVideoXDDIMScheduler or "
+            "CogVideoXDPMScheduler that it was saved with"
+        )
 
 
 def check_output_type(output_type: str) -> None:
@@ -133,6 +158,7 @@ def sample_latents(
     prior: torch.Tensor,
     *,
     num_inference_steps: int,
+    timesteps: Sequence[float] | None = None,
     guidance_scale: float,
     generator: Generators | None,
     latents: torch.Tensor | None = None,
@@ -149,6 +175,7 @@ def sample_latents(
             guidance the batch is twice as large: the unconditional half comes first.
         prior: End point z_T of the bridge, [B, T, C, H, W]; the diffusion baseline takes its shape and device alone.
         num_inference_steps: Calls of the network.
+        timesteps: Their times, in place of their number: indices of the bridge, falling.
         guidance_scale: Weight of `guide`; 1 or less switches guidance off.
         generator: The source of every draw; a list gives one to each video.
         latents: Where to start, in place of the scheduler's own start.
@@ -159,12 +186,21 @@ def sample_latents(
 
     Returns:
         Float32 latents of the videos, [B, T, C, H, W].
+
+    Raises:
+        FrameBridgeError: If the scheduler is none for this network, or takes no `timesteps`.
     """
     pipeline._interrupt = False
     scheduler, device = pipeline.scheduler, prior.device
+    check_scheduler(scheduler, getattr(pipeline, "_was_bridge", False))
     is_bridge = isinstance(scheduler, FrameBridgeScheduler)
     guided = guidance_scale > 1.0
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    elif is_bridge:
+        scheduler.set_timesteps(timesteps=timesteps, device=device)
+    else:
+        raise FrameBridgeError(f"timesteps: a {type(scheduler).__name__} takes none; give num_inference_steps")
     if latents is not None:
         latents = latents.to(device=device, dtype=torch.float32)
     elif is_bridge:
@@ -172,11 +208,11 @@ def sample_latents(
     else:
         latents = randn_tensor(prior.shape, generator=generator, device=device) * scheduler.init_noise_sigma
 
-    timesteps = scheduler.timesteps
-    pipeline._num_timesteps = len(timesteps)
+    times = scheduler.timesteps
+    pipeline._num_timesteps = len(times)
     old_pred_original_sample = None
-    with pipeline.progress_bar(total=len(timesteps)) as progress_bar:
-        for i, t in enumerate(timesteps):
+    with pipeline.progress_bar(total=len(times)) as progress_bar:
+        for i, t in enumerate(times):
             if pipeline.interrupt:
                 continue
             pipeline._current_timestep = t
@@ -197,7 +233,7 @@ def sample_latents(
                     output,
                     old_pred_original_sample,
                     t,
-                    timesteps[i - 1] if i > 0 else None,
+                    times[i - 1] if i > 0 else None,
                     latents,
                     generator=generator,
                     return_dict=False,

@@ -6,7 +6,7 @@ Layouts: B batch, F frames, C channels, H and W height and width of the pixels, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from framebridge_plugin.pipelines.common import (
     ImageInput,
     check_generator,
     check_output_type,
+    check_scheduler,
     common_batch_size,
     images_to_pixels,
     repeat_batch,
@@ -93,6 +94,9 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         problem = _component_problem(vae, transformer, scheduler, neural_prior)
         if problem:
             raise FrameBridgeError(problem)
+        if transformer is not None:
+            check_scheduler(scheduler)
+        self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -147,6 +151,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         image: ImageInput,
         class_label: ClassInput,
         num_inference_steps: int = 1000,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 7.0,
         num_videos_per_image: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -169,6 +174,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
                 class.
             num_inference_steps: Calls of the network (twice as many with guidance); 1000 as the reference. A neural
                 prior alone is called once.
+            timesteps: Their times, in place of their number: indices of the bridge, falling.
             guidance_scale: Weight w of uncond + w (cond - uncond) on the network's output, where uncond has the null
                 label; 1 or less switches it off. The neural prior is called without guidance.
             num_videos_per_image: Videos for each pair of image and class.
@@ -216,6 +222,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
                 class_labels=class_labels,
                 neural_prior=neural_prior,
                 num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
                 guidance_scale=guidance_scale,
                 generator=generator,
                 latents=latents,
@@ -237,6 +244,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         class_labels: torch.Tensor,
         neural_prior: torch.Tensor | None = None,
         num_inference_steps: int = 1000,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 7.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -251,6 +259,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
             neural_prior: Videos of the neural prior [B, F, C, h, w], for a network that takes them; then they are the
                 end point z_T of the bridge, in place of the repeated image.
             num_inference_steps: Calls of the network.
+            timesteps: As in `__call__`.
             guidance_scale: Weight of classifier-free guidance on the class; 1 or less switches it off.
             generator: The source of every draw; a list gives one to each video.
             latents: Where the sampler starts, in place of the scheduler's own start.
@@ -274,6 +283,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
             lambda noisy, time: call_latte(self.transformer, noisy, time, labels, image, coarse),
             prior,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
             guidance_scale=guidance_scale,
             generator=generator,
             latents=latents,

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from framebridge_plugin.model_folders.checks import (
+    COGVIDEOX,
     clip_shape_rule,
     folder_problem,
     local_path,
     part_problem,
     writing_problem,
 )
+from framebridge_plugin.model_folders.latte import is_another_part, is_of_another_kind
 from framebridge_plugin.recipe.data_checks import data_problems, validation_problems
 from framebridge_plugin.recipe.latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
 from framebridge_plugin.recipe.problem import Problem
@@ -234,12 +236,13 @@ def _cogvideox_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     path = local_path(model.pretrained_model_name_or_path)
     if path is not None and (problem := folder_problem(path)) is not None:
-        yield Problem("model.pretrained_model_name_or_path", problem, on_disk=True)
+        on_disk = not is_of_another_kind(path, COGVIDEOX)
+        yield Problem("model.pretrained_model_name_or_path", problem, on_disk=on_disk)
     for part in ("transformer", "vae", "text_encoder", "tokenizer"):
         replacement = getattr(model, f"{part}_id")
         path = None if replacement is None else local_path(replacement)
         if path is not None and (problem := part_problem(path, part)) is not None:
-            yield Problem(f"model.{part}_id", problem, on_disk=True)
+            yield Problem(f"model.{part}_id", problem, on_disk=not is_another_part(path, part, COGVIDEOX))
 
 
 def _part_folder(recipe: Recipe, part: str) -> Path | None:

@@ -10,30 +10,30 @@ and keeps the little state that a sampling loop has. As in every diffusers sched
         output = ...
         latents = scheduler.step(output, t, latents, prior, generator).prev_sample
 
+A loop that was written for another scheduler of diffusers needs three changes, since a bridge has an end point and
+`timesteps` are its indices:
+
+    scheduler.set_prior(prior)                                        # once; `step` then needs no prior
+    latents = prior + scheduler.init_noise_sigma * noise              # not the noise alone
+    ... = transformer(scheduler.scale_model_input(latents, t), scheduler.alignment.timestep(t).expand(batch), ...)
+
 Every draw comes from the caller's generator; without one, a step that draws is refused.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from framebridge_plugin.bridge.alignment import (
-    EDGES,
-    Alignment,
-    FlowMatchingAlignment,
-    NoAlignment,
-    VariancePreservingAlignment,
-)
+from framebridge_plugin.bridge.alignment import EDGES
 from framebridge_plugin.bridge.samplers import (
     GRIDS,
     booted_start,
@@ -42,9 +42,11 @@ from framebridge_plugin.bridge.samplers import (
     sde_step,
     timestep_grid,
 )
-from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, Index, widen
-from framebridge_plugin.bridge.targets import TARGETS, compute_target, predict_z_0, sample_bridge
+from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
+from framebridge_plugin.bridge.targets import TARGETS, predict_z_0
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone
+from framebridge_plugin.schedulers.process import BridgeProcess
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "target": TARGETS,
@@ -70,7 +72,7 @@ class FrameBridgeSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on config_name
+class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the two differ on config_name
     """The bridge from a still image's latents to a video's (FrameBridge, arXiv 2410.15371), as a diffusers scheduler.
 
     Args:
@@ -141,7 +143,7 @@ class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on co
                 "(nearly) all the same; use start='booted'"
             )
         self.schedule = BridgeSchedule(beta_min, beta_max, num_train_timesteps)
-        self.alignment = self._build_alignment(alignment, alignment_edge)
+        self.alignment = build_alignment(alignment, alignment_edge, self.schedule, self.config["backbone"])
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.num_inference_steps: int | None = None
         self._grid: list[float] = []
@@ -210,109 +212,54 @@ class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on co
         Raises:
             FrameBridgeError: The backbone's "_class_name" is not a scheduler of diffusers.
         """
-        backbone = self.config["backbone"]
-        if backbone is None:
-            return None
-        name = backbone.get("_class_name")
-        scheduler_class: Any = getattr(diffusers, str(name), None)
-        if not hasattr(scheduler_class, "set_timesteps"):
-            raise FrameBridgeError(
-                f"backbone config: _class_name={name!r} is not a scheduler of diffusers {diffusers.__version__}; "
-                "give the content of the model's scheduler/scheduler_config.json"
-            )
-        return scheduler_class.from_config(backbone)
-
-    def _build_alignment(self, name: str, edge: str) -> Alignment:
-        if name == "none":
-            return NoAlignment()
-        if name == "flow_matching":
-            return FlowMatchingAlignment(self.schedule)
-        backbone = self.backbone_scheduler()
-        alphas_cumprod = getattr(backbone, "alphas_cumprod", None)
-        if alphas_cumprod is None:
-            raise FrameBridgeError(
-                "alignment='variance_preserving' needs the config of the backbone's own diffusion scheduler: "
-                "use FrameBridgeScheduler.from_backbone, or alignment='none'"
-            )
-        return VariancePreservingAlignment(self.schedule, alphas_cumprod, edge)
-
-    # Training
-
-    def add_noise(self, z_0: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
-        """Draw from the bridge: z_t = a z_0 + b prior + c noise.
-
-        Args:
-            z_0: Video latents [B, ...].
-            prior: Prior latents z_T, of the shape of `z_0`.
-            noise: Standard normal noise, of the shape of `z_0`.
-            index: Bridge indices in [0, N - 1], real-valued, a scalar or [B].
-
-        Returns:
-            z_t, of the shape and dtype of `z_0`.
-        """
-        return sample_bridge(z_0, prior, noise, self.schedule.coefficients(index))
-
-    def align(self, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute what the network is shown instead of z_t and its index.
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            prior: Prior latents z_T, of the shape of `z_t`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The network's latent input, of the shape and dtype of `z_t`, and its time, float32 [B].
-        """
-        time = self.alignment.timestep(index).to(z_t.device)
-        return self.alignment.latent(z_t, prior, index), time.expand(z_t.shape[0])
-
-    def get_target(
-        self, z_0: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index
-    ) -> torch.Tensor:
-        """Compute what the network is trained to return.
-
-        Args:
-            z_0: Video latents [B, ...].
-            z_t: What `add_noise` made of them.
-            prior: Prior latents z_T, of the shape of `z_0`.
-            noise: The noise in `z_t`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The target, of the shape and dtype of `z_0`.
-        """
-        return compute_target(self.config["target"], z_0, z_t, prior, noise, self.schedule.coefficients(index))
-
-    def predict_z_0(self, output: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> torch.Tensor:
-        """Turn the network's output into its prediction of the video latents.
-
-        Args:
-            output: The network's output [B, ...].
-            z_t: The bridge samples it was computed from.
-            prior: Prior latents z_T, of the shape of `z_t`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The prediction of z_0, of the shape and dtype of `z_t`.
-        """
-        return predict_z_0(self.config["target"], output, z_t, prior, self.schedule.coefficients(index))
+        return build_backbone(self.config["backbone"])
 
     # Sampling
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
         """Choose the times of the network calls and forget the run before.
 
         Args:
             num_inference_steps: Number of network calls, at least 1; at most N for the integer grids.
             device: Where `timesteps` shall be.
+            timesteps: The times themselves, in place of their number: bridge indices in [0, N - 1], falling.
+
+        Raises:
+            FrameBridgeError: Neither or both are given, or the times do not fall or are no indices.
         """
         # float32 here and everywhere below, so that the network and the sampler mean the very same time.
-        grid = timestep_grid(self.config["grid"], num_inference_steps, self.schedule).to(torch.float32)
-        self.num_inference_steps = num_inference_steps
+        if num_inference_steps is not None and timesteps is None:
+            grid = timestep_grid(self.config["grid"], num_inference_steps, self.schedule).to(torch.float32)
+        elif num_inference_steps is not None or timesteps is None:
+            raise FrameBridgeError("set_timesteps: give either num_inference_steps or timesteps")
+        else:
+            grid = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu")
+            if (
+                grid.ndim != 1
+                or not len(grid)
+                or not (grid.diff() < 0).all()
+                or not 0 <= grid[-1] <= grid[0] < len(self)
+            ):
+                raise FrameBridgeError(
+                    f"timesteps: should be bridge indices that fall, from at most {len(self) - 1} to at least 0"
+                )
+        self.num_inference_steps = len(grid)
         self.timesteps = grid.to(device)
         self._grid = grid.tolist()
         self._position = 0
         self._previous = None
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise in the start, prior + init_noise_sigma noise: 0 for `clean_prior`."""
+        if self.config["start"] == "clean_prior":
+            return 0.0
+        return float(self.schedule.coefficients(self._grid[0] if self._grid else len(self) - 1).c)
 
     def initial_latent(
         self, prior: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
@@ -337,20 +284,20 @@ class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on co
 
     def step(
         self,
-        output: torch.Tensor,
+        model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
-        prior: torch.Tensor,
+        prior: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FrameBridgeSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Go from one time of the grid to the next; the last step returns the prediction of the video latents.
 
         Args:
-            output: The network's output at `timestep`, [B, ...].
+            model_output: The network's output at `timestep`, [B, ...].
             timestep: One of `timesteps`.
-            sample: The latents at `timestep`, of the shape of `output`.
-            prior: Prior latents z_T, of the shape of `output`.
+            sample: The latents at `timestep`, of the same shape.
+            prior: Prior latents z_T, of the same shape; None takes those of `set_prior`.
             generator: Where the step's noise comes from, one or one per sample. Not needed where none is drawn: in the
                 last step, and with eta = 0.
             return_dict: Return an output object rather than a tuple.
@@ -358,10 +305,11 @@ class FrameBridgeScheduler(SchedulerMixin, ConfigMixin):  # the two differ on co
         Returns:
             `prev_sample` and `pred_original_sample`, both of the shape and dtype of `sample`.
         """
+        prior = self._prior_of(sample, prior)
         self._find_position(float(timestep))
         s = self.schedule.coefficients(self._grid[self._position])
         wide = widen(sample)
-        z_0 = predict_z_0(self.config["target"], output, wide, prior, s)
+        z_0 = predict_z_0(self.config["target"], model_output, wide, prior, s)
         if self._position == len(self._grid) - 1:
             next_sample = z_0
         else:

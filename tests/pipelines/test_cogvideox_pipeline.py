@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import retrieve_timesteps
 from PIL import Image
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
@@ -244,6 +246,53 @@ def test_the_bridge_starts_at_the_image_and_the_start_can_be_given(pipeline):
     assert torch.equal(latents_of(pipeline, latents=start, generator=draws), latents_of(pipeline))
 
 
+def copied_loop(pipeline: Any, image: torch.Tensor, prompt: torch.Tensor, start: torch.Tensor, **call: Any) -> Any:
+    """The loop of diffusers' CogVideoX pipelines, with the one change that the scheduler's docstring names."""
+    scheduler, generator = pipeline.scheduler, call.pop("generator")
+    timesteps, _ = retrieve_timesteps(scheduler, **call)
+    latents = start
+    extra_step_kwargs = pipeline.prepare_extra_step_kwargs(generator, 0.0)
+    with torch.no_grad():
+        for t in timesteps:
+            latent_model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            latent_model_input = torch.cat([latent_model_input, torch.cat([image] * 2)], dim=2)
+            timestep = scheduler.alignment.timestep(t).expand(latent_model_input.shape[0])
+            noise_pred = pipeline.transformer(latent_model_input, prompt, timestep, return_dict=False)[0]
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred = noise_pred_uncond + 6.0 * (noise_pred_text - noise_pred_uncond)
+            latents = scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("call", [{"num_inference_steps": 3}, {"timesteps": [990.5, 600.0, 40.0]}])
+def test_a_loop_copied_from_diffusers_gives_the_same_video(pipeline, call):
+    with torch.no_grad():
+        prompt, negative = pipeline.encode_prompt([PROMPT], max_sequence_length=16)
+    image = encode_image(pipeline.vae, pixels_of(picture()).unsqueeze(0) * 2 - 1).expand(-1, 3, -1, -1, -1)
+    scheduler, draws = pipeline.scheduler, generator()
+    scheduler.set_prior(image)
+    scheduler.set_timesteps(**call)
+    start = image + torch.randn(image.shape, generator=draws) * scheduler.init_noise_sigma
+    copied = copied_loop(pipeline, image, torch.cat([negative, prompt]), start, generator=draws, **call)
+    assert torch.equal(copied, latents_of(pipeline, **call | {"num_inference_steps": call.get("num_inference_steps")}))
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler"])
+def test_a_scheduler_that_is_no_bridge_is_refused(pipeline, name):
+    other = getattr(diffusers, name)()
+    if name != "CogVideoXDDIMScheduler":  # which a baseline has
+        with pytest.raises(FrameBridgeError, match=f"a {name} is no bridge"):
+            FrameBridgeCogVideoXPipeline(**{**pipeline.components, "scheduler": other})
+    pipeline.scheduler = other
+    with pytest.raises(FrameBridgeError, match=f"a {name} is no bridge, which the model was built with"):
+        latents_of(pipeline)
+
+
+def test_a_diffusion_baseline_takes_no_times_of_a_bridge(baseline_folder):
+    with pytest.raises(FrameBridgeError, match="timesteps: a CogVideoXDDIMScheduler takes none"):
+        latents_of(open_folder(baseline_folder), timesteps=[999.0])
+
+
 def test_a_callback_sees_and_replaces_tensors(pipeline):
     seen = []
 
@@ -427,8 +476,10 @@ print(*sorted({{"av", "datasets", "decord", "pydantic", "wandb"}} & set(sys.modu
 
 
 def test_an_image_to_video_transformer_of_another_width_is_refused(pipeline):
-    config = {**pipeline.transformer.config, "in_channels": 12}
-    with pytest.raises(FrameBridgeError, match="has 12 input channels"):
-        FrameBridgeCogVideoXPipeline(
-            **{**pipeline.components, "transformer": CogVideoXTransformer3DModel.from_config(config)}
-        )
+    for change, message in (
+        ({"in_channels": 12}, "has 12 input channels"),
+        ({"patch_size_t": 1}, "is a CogVideoX 1.5"),
+    ):
+        transformer = CogVideoXTransformer3DModel.from_config({**pipeline.transformer.config, **change})
+        with pytest.raises(FrameBridgeError, match=message):
+            FrameBridgeCogVideoXPipeline(**{**pipeline.components, "transformer": transformer})

@@ -8,12 +8,19 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.pipelines.latte_calls import latents_of, open_folder, picture, seeded
-from tests.tiny_models import CLASS_NAMES, make_tiny_image_vae, make_tiny_latte, make_tiny_latte_network
+from tests.tiny_models import (
+    CLASS_NAMES,
+    make_latte_backbone,
+    make_tiny_image_vae,
+    make_tiny_latte,
+    make_tiny_latte_network,
+)
 
 SHAPE = {"sample_height": 16, "sample_width": 16, "num_frames": 4, "num_classes": 4, "class_names": list(CLASS_NAMES)}
 
@@ -48,6 +55,20 @@ def test_what_does_not_fit_is_refused_in_one_line(pipeline, arguments, message):
     with pytest.raises(FrameBridgeError, match=message) as error:
         latents_of(pipeline, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_that_is_no_bridge_is_refused(pipeline):
+    with pytest.raises(FrameBridgeError, match="a DDIMScheduler is no bridge; give a FrameBridgeScheduler"):
+        FrameBridgeLattePipeline(**{**pipeline.components, "scheduler": DDIMScheduler()})
+    pipeline.scheduler = make_latte_backbone()
+    with pytest.raises(FrameBridgeError, match="a CogVideoXDDIMScheduler is no bridge, which the model was built"):
+        latents_of(pipeline)
+
+
+def test_the_times_of_the_calls_can_be_given(pipeline):
+    assert torch.equal(latents_of(pipeline, timesteps=[999, 499]), latents_of(pipeline, num_inference_steps=2))
+    with pytest.raises(FrameBridgeError, match="timesteps: should be bridge indices that fall, from at most 999"):
+        latents_of(pipeline, timesteps=[0, 999])
 
 
 def test_an_unknown_output_type_is_refused_before_sampling(pipeline):

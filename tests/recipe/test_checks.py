@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from framebridge_plugin.cli import main
 from framebridge_plugin.recipe import load_recipe
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.yaml_text import read_yaml
@@ -138,3 +139,19 @@ def test_the_number_of_processes(minimal):
     assert "does not synchronise gradients" in problem
     (problem,) = problems_of(minimal, environment={"WORLD_SIZE": "two"})
     assert "WORLD_SIZE should be a positive number" in problem
+
+
+def test_a_dry_run_refuses_a_model_that_the_bridge_does_not_know(minimal, tmp_path, capsys):
+    """From its configurations alone, where a model that is missing is only warned of."""
+    model = write_model_folder(tmp_path / "foreign")
+    use = f"model.pretrained_model_name_or_path={model}"
+    scheduler, transformer = model / "scheduler" / "scheduler_config.json", model / "transformer" / "config.json"
+    assert main(["train", "--recipe", str(minimal), "--dry-run", use]) == 0
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    assert main(["train", "--recipe", str(minimal), "--dry-run", use]) == 2
+    assert "is for a FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
+    scheduler.write_text("{}")
+    transformer.write_text('{"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": 2}')
+    for option in (use, f"model.transformer_id={model / 'transformer'}"):
+        assert main(["train", "--recipe", str(minimal), "--dry-run", option]) == 2
+        assert "is a CogVideoX 1.5" in capsys.readouterr().err

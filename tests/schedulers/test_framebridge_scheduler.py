@@ -226,12 +226,81 @@ def test_the_config_of_another_scheduler_is_refused(tmp_path):
         ({"backbone": {"beta_start": 0.1}}, "_class_name=None is not a scheduler of diffusers"),
         ({"backbone": {"_class_name": "AutoencoderKL"}}, "_class_name='AutoencoderKL' is not a scheduler"),
         ({"backbone": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "alignment='variance_preserving' needs"),
+        (
+            {"backbone": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}},
+            "not of a UniPC.*for flow",
+        ),
+        (
+            {"backbone": {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}},
+            "not of a DPMSolverMultistepScheduler for flow_matching",
+        ),
+        ({"backbone": {"_class_name": "EDMEulerScheduler"}}, "not of a EDMEulerScheduler for other processes"),
+        (
+            {"backbone": {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}},
+            "for other processes",
+        ),
+        ({"backbone": {**BACKBONE, "beta_schedule": "cosine"}}, "backbone config: cosine is not implemented"),
+        ({"backbone": BACKBONE, "alignment": "flow_matching"}, "needs the config of .* own flow-matching scheduler"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(settings, message):
     with pytest.raises(FrameBridgeError, match=message) as error:
         FrameBridgeScheduler(**settings)
     assert "\n" not in str(error.value)
+
+
+# The ways of diffusers
+
+
+@pytest.mark.parametrize("settings", ALL_SAMPLERS)
+def test_the_prior_may_be_set_once(settings):
+    scheduler = FrameBridgeScheduler.from_backbone(BACKBONE, **settings)
+    prior, draws = latents(0), seeded(1)
+    expected = run(scheduler, prior, seeded(1))
+    scheduler.set_prior(prior)
+    scheduler.set_timesteps(6)
+    z = prior + scheduler.init_noise_sigma * torch.randn(prior.shape, generator=draws)
+    for t in scheduler.timesteps:
+        shown, time = scheduler.align(z, None, t)
+        assert torch.equal(scheduler.scale_model_input(torch.cat([z, z]), t), torch.cat([shown, shown]))
+        output = torch.tanh(shown + time.reshape(-1, 1, 1, 1, 1) / 500 - 1)
+        z = scheduler.step(output, t, z, generator=draws).prev_sample
+    assert torch.equal(z, expected)
+    with pytest.raises(FrameBridgeError, match=r"the prior has the shape \[2, .*the latents \[3, "):
+        scheduler.scale_model_input(latents(0, count=3), 999)
+    scheduler.set_prior(None)
+    for call in (lambda: scheduler.scale_model_input(z, 999), lambda: scheduler.step(z, 999, z)):
+        with pytest.raises(FrameBridgeError, match="a bridge has an end point; call set_prior"):
+            call()
+
+
+def test_the_start_has_the_noise_of_the_first_time():
+    scheduler = FrameBridgeScheduler()
+    assert scheduler.init_noise_sigma == pytest.approx(float(scheduler.schedule.coefficients(999).c))
+    scheduler.set_timesteps(timesteps=[800, 3])
+    assert scheduler.init_noise_sigma == pytest.approx(float(scheduler.schedule.coefficients(800).c))
+    assert FrameBridgeScheduler(start="clean_prior").init_noise_sigma == 0
+    assert torch.equal(scheduler.scale_model_input(latents(0), 800), latents(0))  # without an alignment
+
+
+def test_times_may_be_given():
+    scheduler = FrameBridgeScheduler.from_backbone(BACKBONE)
+    prior = latents(0)
+    expected = run(scheduler, prior, seeded(1))
+    times = scheduler.timesteps
+    for given in (times, times.long().tolist(), times.tolist()):
+        scheduler.set_timesteps(timesteps=given)
+        assert torch.equal(scheduler.timesteps, times)
+        assert scheduler.num_inference_steps == 6
+    scheduler.set_timesteps(timesteps=[998.5, 0])
+    assert scheduler.timesteps.tolist() == [998.5, 0]
+    assert not torch.equal(expected, prior)
+    for wrong in ([], [[999, 3]], [1000, 3], [3, 999], [5, 5], [5, -1], [float("nan"), 3]):
+        with pytest.raises(FrameBridgeError, match="timesteps: should be bridge indices that fall, from at most 999"):
+            scheduler.set_timesteps(timesteps=wrong)
+    for call in ({}, {"num_inference_steps": 2, "timesteps": [999, 3]}):
+        with pytest.raises(FrameBridgeError, match="give either num_inference_steps or timesteps"):
+            scheduler.set_timesteps(**call)
 
 
 # Training

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.widening import load_bridge_transformer
@@ -116,6 +119,28 @@ def test_what_cannot_be_loaded_is_said_in_one_line(model_folder, tmp_path, part,
     assert "check that the folder is a complete CogVideoX model" in message
 
 
+@pytest.mark.parametrize("part", LOADERS)
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_weights_that_lack_a_tensor_are_refused(model_folder, tmp_path, part, in_shards):
+    """diffusers and transformers would draw it."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    models = make_specification(tmp_path / "model")
+    module = CogVideoXTransformer3DModel if part == "transformer" else type(getattr(models, LOADERS[part])()[part])
+    module = module.from_pretrained(tmp_path / "model" / part)
+    shutil.rmtree(tmp_path / "model" / part)
+    module.save_pretrained(tmp_path / "model" / part, max_shard_size="50KB" if in_shards else "1GB")
+    assert len(list((tmp_path / "model" / part).glob("*.safetensors"))) > 1 or not in_shards or part == "text_encoder"
+    getattr(make_specification(tmp_path / "model"), LOADERS[part])()
+    file = min((tmp_path / "model" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    lacking = min(name for name in tensors if name.endswith("weight"))
+    del tensors[lacking]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FrameBridgeError, match=f"lack 1 tensors of a .*, first {lacking}") as error:
+        getattr(make_specification(tmp_path / "model"), LOADERS[part])()
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("missing", ["tokenizer", "tokenizer/spiece.model"])
 def test_a_missing_tokenizer_is_said_in_one_line(model_folder, tmp_path, missing):
     """transformers would go on with a vocabulary that it made up."""
@@ -125,6 +150,27 @@ def test_a_missing_tokenizer_is_said_in_one_line(model_folder, tmp_path, missing
     with pytest.raises(FrameBridgeError, match="cannot load tokenizer") as error:
         make_specification(tmp_path / "model").load_condition_models()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_scheduler_that_the_bridge_does_not_know_is_said_in_one_line(model_folder, tmp_path, name):
+    """It would be read as CogVideoX's."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    getattr(diffusers, name)().save_pretrained(tmp_path / "model" / "scheduler")
+    with pytest.raises(FrameBridgeError, match=f"cannot load scheduler from .*: it is for a {name}") as error:
+        make_specification(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cogvideox_1_5_is_refused_from_its_config_alone(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = tmp_path / "model" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "patch_size_t": 2}))
+    (tmp_path / "model" / "transformer" / FILES["transformer"]).unlink()
+    with pytest.raises(FrameBridgeError, match="cannot load transformer from .*: it is a CogVideoX 1.5"):
+        make_specification(tmp_path / "model")
+    with pytest.raises(FrameBridgeError, match="is a CogVideoX 1.5"):
+        load_bridge_transformer(str(tmp_path / "model"), subfolder="transformer")
 
 
 def test_another_kind_of_model_is_said_in_one_line(model_folder, tmp_path):

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import version_problem
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint
 from framebridge_plugin.model_folders.lora import INPUT_PROJECTION, LoraInfo
 from framebridge_plugin.models.calling import call_transformer
@@ -29,6 +30,7 @@ from framebridge_plugin.models.projection_adapter import (
     full_rank_settings,
     with_identity,
 )
+from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
@@ -97,6 +99,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     def _load_transformer_config(self) -> None:
         source, subfolder = self._source("transformer")
         self.transformer_config = load_config(CogVideoXTransformer3DModel, source, subfolder, **self._hub_settings)
+        if problem := version_problem(self.transformer_config):
+            raise cannot_load("transformer", source, f"it {problem}")
+        load_backbone(self.pretrained_model_name_or_path, **self._hub_settings)  # refused here if it is foreign
 
     def _load_vae_config(self) -> None:
         source, subfolder = self._source("vae")
@@ -164,7 +169,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             FrameBridgeError: If a file is missing or damaged.
         """
         try:
-            return super().load_latent_models()
+            with whole_weights():
+                return super().load_latent_models()
         except LOADING_ERRORS as error:
             raise cannot_load("autoencoder", self._source("vae")[0], error) from error
 

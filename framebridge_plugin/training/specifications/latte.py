@@ -12,6 +12,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.model_folders.checks import LATTE_BRIDGE
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.model_folders.latte import neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
@@ -136,7 +137,7 @@ class LatteBridgeSpecification(LatteSpecification):
         backbone = latte_backbone()
         if self.pretrained_model_name_or_path:
             source, expected = self.pretrained_model_name_or_path, "a complete Latte model (scheduler/)"
-            saved = load_backbone(source, expected=expected, **self._hub_settings)
+            saved = load_backbone(source, LATTE_BRIDGE, expected=expected, **self._hub_settings)
             backbone = backbone if saved is None else saved
         scheduler = build_scheduler(backbone, self.objective)
         if isinstance(scheduler, FrameBridgeScheduler):

@@ -11,6 +11,7 @@ from finetrainers.models.modeling_utils import ModelSpecification
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.models.latte import LatteTransformer, parse_latte_size
+from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.training.arguments import TrainerSettings
 from framebridge_plugin.training.objective import ObjectiveSettings
 from framebridge_plugin.training.registration import parsed_arguments, parsed_objective
@@ -187,9 +188,10 @@ class LatteLoading(ModelSpecification):
         """
         source, subfolder = self._source("vae")
         try:
-            vae = AutoencoderKL.from_pretrained(
-                source, subfolder=subfolder, dtype=self.vae_dtype, use_safetensors=True, **self._hub_settings
-            )
+            with whole_weights():
+                vae = AutoencoderKL.from_pretrained(
+                    source, subfolder=subfolder, dtype=self.vae_dtype, use_safetensors=True, **self._hub_settings
+                )
         except LOADING_ERRORS as error:
             raise cannot_load("autoencoder", source, error, _AUTOENCODER) from error
         return {"vae": vae}

@@ -12,6 +12,7 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import local_path
 from framebridge_plugin.model_folders.latte import find_neural_prior
 from framebridge_plugin.models.latte import LatteTransformer
+from framebridge_plugin.models.whole_weights import missing_tensors
 from framebridge_plugin.training.specifications.loading import LOADING_ERRORS, cannot_load, load_config
 
 FOLDER_OF_STAGE = {"bridge": "transformer", "neural_prior": "neural_prior"}
@@ -93,7 +94,7 @@ def load_network(source: str, subfolder: str, stage: str, dtype: torch.dtype, **
     except LOADING_ERRORS as error:
         raise cannot_load("LatteTransformer", source, error, _EXPECTED[stage]) from error
     # diffusers only warns of these, and makes up what is missing.
-    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    wrong = sorted(missing_tensors(network, found) | set(found["unexpected_keys"]))
     if wrong:
         reason = f"its weights are not those of its config, {len(wrong)} names differ, first {wrong[0]}"
         raise cannot_load("LatteTransformer", source, reason, _EXPECTED[stage])

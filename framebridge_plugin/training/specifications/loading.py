@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.checks import COGVIDEOX, ModelKind, config_problem
+from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
@@ -75,12 +77,13 @@ def load_config(
 
 
 def load_backbone(
-    source: str, *, expected: str = COGVIDEOX_FOLDER, **hub_settings: Any
+    source: str, kind: ModelKind = COGVIDEOX, *, expected: str = COGVIDEOX_FOLDER, **hub_settings: Any
 ) -> CogVideoXDDIMScheduler | None:
     """The diffusion process that a model was pretrained on.
 
     Args:
         source: Folder or id of a whole model.
+        kind: Which model it should be.
         expected: What the folder should be.
         **hub_settings: `revision` and `cache_dir`.
 
@@ -89,12 +92,15 @@ def load_backbone(
         a bridge that has none.
 
     Raises:
-        FrameBridgeError: If the scheduler's config is missing or damaged.
+        FrameBridgeError: If the scheduler's config is missing or damaged, or of a process that the bridge is not
+            aligned to.
     """
     try:
         config = CogVideoXDDIMScheduler.load_config(source, subfolder="scheduler", **hub_settings)
     except LOADING_ERRORS as error:
         raise cannot_load("scheduler", source, error, expected) from error
+    if problem := config_problem(config, "scheduler", kind):
+        raise cannot_load("scheduler", source, f"it {problem}", expected)
     if config.get("_class_name") == FrameBridgeScheduler.__name__:
         config = FrameBridgeScheduler.from_config(config).config.backbone
     if config is None:
@@ -158,6 +164,7 @@ def load_text_encoder(source: str, subfolder: str, dtype: torch.dtype, **hub_set
         FrameBridgeError: If a file is missing or damaged.
     """
     try:
-        return T5EncoderModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
+        with whole_weights():
+            return T5EncoderModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
     except LOADING_ERRORS as error:
         raise cannot_load("text encoder", source, error) from error

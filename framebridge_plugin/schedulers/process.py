@@ -1,0 +1,128 @@
+"""The bridge as a process with its alignment: what `FrameBridgeScheduler` does without a grid of times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from framebridge_plugin.bridge.alignment import Alignment, NoAlignment
+from framebridge_plugin.bridge.schedule import BridgeSchedule, Index
+from framebridge_plugin.bridge.targets import compute_target, predict_z_0, sample_bridge
+from framebridge_plugin.errors import FrameBridgeError
+
+
+class BridgeProcess:
+    """The methods of `FrameBridgeScheduler` that do not depend on a grid of times.
+
+    Attributes:
+        schedule: The bridge.
+        alignment: What the network is shown instead of z_t and its index.
+        config: The scheduler's settings, "target" among them.
+    """
+
+    schedule: BridgeSchedule
+    alignment: Alignment
+    config: Any
+    _prior: torch.Tensor | None = None
+
+    def add_noise(self, z_0: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
+        """Draw from the bridge: z_t = a z_0 + b prior + c noise.
+
+        Args:
+            z_0: Video latents [B, ...].
+            prior: Prior latents z_T, of the shape of `z_0`.
+            noise: Standard normal noise, of the shape of `z_0`.
+            index: Bridge indices in [0, N - 1], real-valued, a scalar or [B].
+
+        Returns:
+            z_t, of the shape and dtype of `z_0`.
+        """
+        return sample_bridge(z_0, prior, noise, self.schedule.coefficients(index))
+
+    def align(self, z_t: torch.Tensor, prior: torch.Tensor | None, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what the network is shown instead of z_t and its index.
+
+        Args:
+            z_t: Bridge samples [B, ...].
+            prior: Prior latents z_T, of the shape of `z_t`; None takes those of `set_prior`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The network's latent input, of the shape and dtype of `z_t`, and its time, float32 [B].
+        """
+        time = self.alignment.timestep(index).to(z_t.device)
+        if not isinstance(self.alignment, NoAlignment):
+            z_t = self.alignment.latent(z_t, self._prior_of(z_t, prior), index)
+        return z_t, time.expand(z_t.shape[0])
+
+    def get_target(
+        self, z_0: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index
+    ) -> torch.Tensor:
+        """Compute what the network is trained to return.
+
+        Args:
+            z_0: Video latents [B, ...].
+            z_t: What `add_noise` made of them.
+            prior: Prior latents z_T, of the shape of `z_0`.
+            noise: The noise in `z_t`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The target, of the shape and dtype of `z_0`.
+        """
+        return compute_target(self.config["target"], z_0, z_t, prior, noise, self.schedule.coefficients(index))
+
+    def predict_z_0(self, output: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> torch.Tensor:
+        """Turn the network's output into its prediction of the video latents.
+
+        Args:
+            output: The network's output [B, ...].
+            z_t: The bridge samples it was computed from.
+            prior: Prior latents z_T, of the shape of `z_t`.
+            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
+
+        Returns:
+            The prediction of z_0, of the shape and dtype of `z_t`.
+        """
+        return predict_z_0(self.config["target"], output, z_t, prior, self.schedule.coefficients(index))
+
+    def set_prior(self, prior: torch.Tensor | None) -> None:
+        """Set the end point of the bridge once for the calls that are given none.
+
+        Args:
+            prior: Prior latents z_T [B, ...]; None forgets them.
+        """
+        self._prior = prior
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Index) -> torch.Tensor:
+        """Compute the network's latent input, with the prior of `set_prior`; its time is `alignment.timestep`.
+
+        Args:
+            sample: The latents at `timestep`, [B, ...]; also [k B, ...] for the prior's B, as guidance doubles them.
+            timestep: One of `timesteps`.
+
+        Returns:
+            The aligned latents, of the shape and dtype of `sample`.
+
+        Raises:
+            FrameBridgeError: The alignment needs a prior and none is set.
+        """
+        return self.align(sample, None, timestep)[0]
+
+    def _prior_of(self, sample: torch.Tensor, prior: torch.Tensor | None) -> torch.Tensor:
+        """The prior given, or else the one set, repeated for a batch that guidance has doubled."""
+        if prior is not None:
+            return prior
+        if self._prior is None:
+            raise FrameBridgeError(
+                "FrameBridgeScheduler: a bridge has an end point; call set_prior, or give the prior"
+            )
+        copies = max(1, len(sample) // len(self._prior))
+        repeated = torch.cat([self._prior] * copies).to(sample.device)
+        if repeated.shape != sample.shape:
+            raise FrameBridgeError(
+                f"FrameBridgeScheduler: the prior has the shape {list(self._prior.shape)}, the latents "
+                f"{list(sample.shape)}; set the prior of these latents"
+            )
+        return repeated
