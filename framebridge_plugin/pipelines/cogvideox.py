@@ -46,9 +46,9 @@ from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 _LOADERS: dict[str, Callable[..., Any]] = {
     "transformer": load_bridge_transformer,
-    "vae": AutoencoderKLCogVideoX.from_pretrained,
-    "text_encoder": T5EncoderModel.from_pretrained,
-    "tokenizer": T5Tokenizer.from_pretrained,
+    "vae": AutoencoderKLCogVideoX,
+    "text_encoder": T5EncoderModel,
+    "tokenizer": T5Tokenizer,
 }
 
 

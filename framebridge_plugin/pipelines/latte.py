@@ -42,9 +42,9 @@ from framebridge_plugin.schedulers import FrameBridgeScheduler
 ClassInput = int | str | list[int] | list[str]
 
 _LOADERS: dict[str, Callable[..., Any]] = {
-    "vae": AutoencoderKL.from_pretrained,
-    "transformer": LatteTransformer.from_pretrained,
-    "neural_prior": LatteTransformer.from_pretrained,
+    "vae": AutoencoderKL,
+    "transformer": LatteTransformer,
+    "neural_prior": LatteTransformer,
 }
 
 

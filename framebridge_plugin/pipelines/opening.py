@@ -10,14 +10,15 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from safetensors import SafetensorError
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import (
     LORA_INFO_FILE,
     ModelKind,
+    config_problem,
     find_saved_model,
     local_path,
     model_kind,
@@ -30,6 +31,7 @@ from framebridge_plugin.model_folders.lora import (
     other_base_error,
     read_lora_info,
 )
+from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.pipelines.saving import local_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -85,11 +87,26 @@ def find_model(
     if info is None:
         if base_model is not None or allow_other_base:
             raise FrameBridgeError(f"{found} is a whole model, not a LoRA: it has no base model; leave that out")
-        return SavedModel(found)
-    if (problem := lora_problem(found)) is not None:
+        saved = SavedModel(found)
+    elif (problem := lora_problem(found)) is not None:
         raise FrameBridgeError(problem)
-    hub.pop("revision", None)  # that of the LoRA
-    return _find_base(found, info, settings, hub, base_model, allow_other_base)
+    else:
+        hub.pop("revision", None)  # that of the LoRA
+        saved = _find_base(found, info, settings, hub, base_model, allow_other_base)
+    _check_configs(saved, settings)
+    return saved
+
+
+def _check_configs(saved: SavedModel, given: Container[str]) -> None:
+    """Refuses a network or a scheduler of another kind before anything is loaded."""
+    kind = None if saved.base is None else model_kind(saved.base)
+    if saved.base is None or kind is None:
+        return
+    for part, name in (("transformer", "config.json"), ("scheduler", "scheduler_config.json")):
+        file = saved.base / part / name
+        is_used = part in kind.parts and part not in given and part not in saved.components
+        if is_used and file.is_file() and (problem := config_problem(read_json(file), part, kind)):
+            raise FrameBridgeError(f"{saved.base / part} {problem}")
 
 
 def _saved_model(folder: Path) -> Path:
@@ -148,7 +165,7 @@ def _part(lora: Path, name: str, source: str, revision: str | None, remedy: str,
 
 @contextlib.contextmanager
 def opening(source: str | os.PathLike) -> Iterator[None]:
-    """Turns what diffusers, transformers and safetensors raise for a damaged model into one line.
+    """Turns what diffusers, transformers and safetensors raise, or only warn of, for a damaged model into one line.
 
     Args:
         source: What is being opened.
@@ -157,10 +174,11 @@ def opening(source: str | os.PathLike) -> Iterator[None]:
         Nothing.
 
     Raises:
-        FrameBridgeError: In place of their errors.
+        FrameBridgeError: In place of their errors, and for weights that lack a tensor.
     """
     try:
-        yield
+        with whole_weights():
+            yield
     except FrameBridgeError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -177,7 +195,7 @@ def load_components(
 
     Args:
         saved: What `find_model` found.
-        loaders: For each component what loads its folder, such as a class's `from_pretrained`.
+        loaders: For each component its class, or what loads its folder.
         settings: Arguments of a `from_pretrained`, of which each loader gets its precision.
 
     Returns:
@@ -188,7 +206,8 @@ def load_components(
     for name, folder in saved.components.items():
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         precision = {} if name == "tokenizer" else {"dtype": dtype or torch.float32}
-        components[name] = loaders[name](folder, **precision)
+        load = getattr(loaders[name], "from_pretrained", loaders[name])
+        components[name] = load(folder, **precision)
     info = saved.info
     if saved.lora is not None and info is not None and info.network_name == "transformer":
         components["scheduler"] = settings.get("scheduler") or load_scheduler(saved.lora / "scheduler")
@@ -196,17 +215,22 @@ def load_components(
 
 
 def load_scheduler(folder: Path) -> Any:
-    """The scheduler of a saved model, of whichever class it names.
+    """The scheduler of a saved model: a bridge, or a diffusion baseline's.
 
     Args:
         folder: Its folder.
 
     Returns:
         The scheduler.
+
+    Raises:
+        FrameBridgeError: If it is another one.
     """
     name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
-    scheduler_class = FrameBridgeScheduler if name == FrameBridgeScheduler.__name__ else getattr(diffusers, name)
-    return scheduler_class.from_pretrained(folder)
+    for scheduler_class in (FrameBridgeScheduler, CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
+        if scheduler_class.__name__ == name:
+            return scheduler_class.from_pretrained(folder)
+    raise FrameBridgeError(f"{folder} is for a {name}, which is no bridge; copy the model again")
 
 
 def say(text: str) -> None:

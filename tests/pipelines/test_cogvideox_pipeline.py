@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import retrieve_timesteps
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.pipelines.conditioning import encode_image
+from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 PROMPT = "a red square"
@@ -369,9 +372,10 @@ def test_exactly_one_of_prompt_and_embeddings_is_wanted(pipeline, arguments):
         latents_of(pipeline, **arguments)
 
 
-def test_a_plain_text_to_video_model_is_refused(plain_folder):
+def test_a_network_that_was_not_widened_is_refused(pipeline, plain_folder):
+    plain = CogVideoXTransformer3DModel.from_pretrained(plain_folder / "transformer")
     with pytest.raises(FrameBridgeError, match="has 4 input channels, a FrameBridge model has 8") as error:
-        open_folder(plain_folder)
+        FrameBridgeCogVideoXPipeline(**{**pipeline.components, "transformer": plain})
     assert "\n" not in str(error.value)
 
 
@@ -441,6 +445,35 @@ def test_the_scheduler_is_found_by_the_module_that_the_index_names(bridge_folder
     # diffusers looks the pipeline's own class up among its own; its loader takes ours by this argument.
     with pytest.raises(AttributeError, match="FrameBridgeCogVideoXPipeline"):
         DiffusionPipeline.from_pretrained(bridge_folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor_are_refused(bridge_folder, tmp_path, part):
+    copy = shutil.copytree(bridge_folder, tmp_path / "copy")
+    (file,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    lacking = min(name for name in tensors if name.endswith("weight"))
+    del tensors[lacking]
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FrameBridgeError, match=f"lack 1 tensors of a .*, first {lacking}"):
+        open_folder(copy)
+    if part == "transformer":
+        with pytest.raises(FrameBridgeError, match=f"lack 1 tensors of a .*, first {lacking}"):
+            open_pipeline(str(bridge_folder), transformer=str(copy / part))
+
+
+def test_a_folder_that_the_bridge_does_not_know_is_refused_from_its_configs(plain_folder, tmp_path):
+    copy = shutil.copytree(plain_folder, tmp_path / "copy")
+    shutil.rmtree(copy / "text_encoder")  # which a pipeline opens first
+    diffusers.DDIMScheduler().save_pretrained(copy / "scheduler")
+    with pytest.raises(FrameBridgeError, match=f"{copy / 'scheduler'} is for a DDIMScheduler"):
+        open_folder(copy)
+    shutil.copytree(plain_folder / "scheduler", copy / "scheduler", dirs_exist_ok=True)
+    config = copy / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "patch_size_t": 2}))
+    with pytest.raises(FrameBridgeError, match=f"{copy / 'transformer'} is a CogVideoX 1.5"):
+        open_folder(copy)
 
 
 def test_half_precision_keeps_latents_and_time_in_float32(pipeline):
