@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from framebridge_plugin.data.layouts import parse_json, read_text
+from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -70,7 +70,7 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
             raise
     progress.path.unlink()
     bad_files = read_bad_files(output)
-    print("\n".join(_table(bad_files, len(rows), output)))
+    print("\n".join([*_notes(datasets), *_table(bad_files, len(rows), output)]))
     return 1 if bad_files else 0
 
 
@@ -195,6 +195,13 @@ def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]
 def _leave_interrupts_to_main_process(worker: int) -> None:
     # Ctrl-C in a terminal reaches every process. The children that decode inherit this, also while they start.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _notes(datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> Iterator[str]:
+    """What is left out or missing, for each data set."""
+    for index, _ in datasets:
+        if index.description:
+            yield "\n".join(f"{index.common_folder()}: {note}" for note in index.description.split("\n"))
 
 
 def _table(bad_files: Sequence[Mapping[str, Any]], clips: int, output: Path) -> Iterator[str]:

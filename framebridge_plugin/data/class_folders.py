@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video, printable
 from framebridge_plugin.errors import FrameBridgeError
 
-VIDEO_EXTENSIONS = ("mp4", "mov", "m4v", "mkv", "webm", "avi")
 # What file systems, archives and storage appliances put beside the user's folders.
 _SYSTEM_FOLDERS = ("lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir")
 
@@ -17,81 +18,85 @@ def class_names(root: str | os.PathLike[str]) -> list[str]:
 
     Args:
         root: Folder with one folder per class; no classes are hidden folders, those that systems make, such as
-            lost+found and __MACOSX, and those that hold something, but no videos.
+            lost+found and __MACOSX, those whose names are not UTF-8, and those that hold something, but no videos.
 
     Returns:
-        The names of its folders in code-point order (capitals first), as the reference numbers them; an empty folder
-        is a class too, so that the numbers do not depend on which clips are there.
+        The names of its folders, in Unicode's composed form (NFC) and in code-point order (capitals first), as the
+        reference numbers them; an empty folder is a class too, so that the numbers do not depend on which clips are
+        there.
 
     Raises:
         FrameBridgeError: It is no folder, has no such folders in it, or one that cannot be listed.
     """
-    return list(_classes(root))
+    return list(_classes(root, LeftOut()))
 
 
-def index_class_folders(root: Path) -> tuple[list[str], list[str]]:
+def index_class_folders(root: Path) -> tuple[list[str], list[str], LeftOut]:
     """List the clips of every class, asking the disk once per folder.
 
     Args:
         root: Folder with one folder per class.
 
     Returns:
-        The clips' file names relative to `root`, in order of class and name, and the class of each.
+        The clips' file names relative to `root`, in order of class and name, the class of each, and what is left out.
 
     Raises:
         FrameBridgeError: It is no such folder, holds no videos, or has a folder that cannot be listed.
     """
-    names, labels = [], []
-    for label, videos in _classes(root).items():
-        names += [f"{label}/{name}" for name in videos]
+    names, labels, left_out = [], [], LeftOut()
+    for label, videos in _classes(root, left_out).items():
+        names += videos
         labels += [label] * len(videos)
     if not names:
-        raise _no_videos(root)
-    return names, labels
+        raise _no_videos(root, left_out)
+    return names, labels, left_out
 
 
-def _classes(root: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """The videos of each class, both in order."""
+def _classes(root: str | os.PathLike[str], left_out: LeftOut) -> dict[str, list[str]]:
+    """The videos of each class relative to the root, both in order."""
+    folders = []
     try:
         with os.scandir(root) as entries:
-            folders = sorted(entry.name for entry in entries if entry.is_dir())
+            for entry in entries:
+                if not entry.is_dir():
+                    if is_video(entry.name):
+                        left_out.add("videos in no folder of a class", printable(entry.name))
+                elif entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
+                    left_out.add("folders that are hidden or a system's", printable(entry.name))
+                elif not is_utf8(entry.name):
+                    left_out.add("names not in UTF-8", printable(entry.name))
+                else:
+                    folders.append(entry.name)
     except OSError as error:
         raise FrameBridgeError(
             f"class_root {root} cannot be listed: {error.strerror}; give an existing folder"
         ) from error
-    folders = [name for name in folders if name not in _SYSTEM_FOLDERS and not name.startswith(".")]
     if not folders:
         raise FrameBridgeError(f"{root} holds no folders; give a folder with one folder of videos per class")
-    classes = {}
-    for folder in folders:
+    classes: dict[str, list[str]] = {}
+    for folder in sorted(folders, key=lambda name: unicodedata.normalize("NFC", name)):
         try:
-            held = [name for name in os.listdir(os.path.join(root, folder)) if not name.startswith(".")]
+            held = os.listdir(os.path.join(root, folder))
         except OSError as error:
             raise FrameBridgeError(
                 f"{root}/{folder} cannot be listed: {error.strerror}; make it readable, or move it if it is no class"
             ) from error
-        videos = sorted(name for name in held if is_video(name))
-        if videos or not held:
-            classes[folder] = videos
+        names = left_out.usable(held, folder)
+        videos = [f"{folder}/{name}" for name in names if is_video(name)]
+        if videos or not any(not name.startswith(".") for name in held):
+            classes.setdefault(unicodedata.normalize("NFC", folder), []).extend(videos)
+            for name in names:
+                if not is_video(name):
+                    left_out.add("files that are no videos by their extension", f"{folder}/{name}")
+        else:
+            left_out.add("folders without videos", folder)
     if not classes:
-        raise _no_videos(root)
+        raise _no_videos(root, left_out)
     return classes
 
 
-def _no_videos(root: str | os.PathLike[str]) -> FrameBridgeError:
+def _no_videos(root: str | os.PathLike[str], left_out: LeftOut) -> FrameBridgeError:
     return FrameBridgeError(
         f"{root}: its folders hold no videos; the videos ({', '.join(VIDEO_EXTENSIONS)}) lie right in the folder of "
-        "their class"
+        "their class" + (f"; left out: {left_out}" if left_out.counts else "")
     )
-
-
-def is_video(name: str) -> bool:
-    """Tell by the extension, in capitals or not, whether a file should be a video.
-
-    Args:
-        name: A file name.
-
-    Returns:
-        Whether its extension is one of `VIDEO_EXTENSIONS`.
-    """
-    return name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS and not name.startswith(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ import pyarrow.compute as pc
 from framebridge_plugin.data.captions import clean_caption
 from framebridge_plugin.data.clips import ClipSettings
 from framebridge_plugin.data.decoders import load_decoder
-from framebridge_plugin.data.layouts import find_clips, local_data_root, parse_json, read_text
+from framebridge_plugin.data.layouts import find_clips, local_data_root
+from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
 from framebridge_plugin.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 _UCF101_KEYS = ("split", "fold", "splits_dir")
 SOURCE_KEYS = ("data_root", "class_root", *_UCF101_KEYS, "csv", "video_root", "refresh_index")
@@ -52,6 +56,8 @@ class ClipIndex(Sequence[tuple[str, str]]):
         self._id_token = id_token
         self._remove_common_prefixes = remove_common_prefixes
         feature = rows.features[caption_column]
+        self.description: str = rows.info.description or ""
+        """What is left out or missing, a line for each kind."""
         self.class_names: list[str] | None = feature.names if isinstance(feature, datasets.ClassLabel) else None
         """The classes in the order of their labels, where the captions are names of classes."""
 
@@ -231,8 +237,13 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
 
     if given == ["data_root"]:
         root = local_data_root(str(entry["data_root"]), Path(base_dir))
-        names, texts = find_clips(root)
-        rows = datasets.Dataset.from_dict({"path": [os.path.join(root, name) for name in names], "caption": texts})
+        clips = find_clips(root)
+        for note in clips.notes:
+            logger.warning("%s: %s", root, note)
+        rows = datasets.Dataset.from_dict(
+            {"path": [os.path.join(root, name) for name in clips.names], "caption": clips.captions},
+            info=datasets.DatasetInfo(description="\n".join(clips.notes)),
+        )
         return ClipIndex(rows, "caption", **captions)
     paths = {key: Path(base_dir, os.path.expanduser(str(entry[key]))) for key in given}
     if given == ["class_root"]:

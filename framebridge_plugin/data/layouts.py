@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
-
-from framebridge_plugin.data.class_folders import VIDEO_EXTENSIONS
-from framebridge_plugin.data.csv_tables import csv_header, read_text_columns
-from framebridge_plugin.errors import FrameBridgeError, UsageError
-
-logger = logging.getLogger(__name__)
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, FileFinder, LeftOut, extension, is_video, name_key
+from framebridge_plugin.data.tables import parse_json, read_json_lines, read_lines, read_table, read_text
+from framebridge_plugin.errors import FrameBridgeError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -48,6 +41,9 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
         raise _shards_error(path.parent, path.name)
     if path.exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is None:
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
     _refuse_shards_of_hub(name_or_path)
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
@@ -60,6 +56,9 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
 
 def _refuse_shards_of_hub(name: str) -> None:
     """Such data sets tend to be large, so this comes before the download."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
     try:
         files = huggingface_hub.list_repo_files(name, repo_type="dataset")
     except (OSError, HFValidationError, ValueError):
@@ -76,51 +75,68 @@ def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:
     )
 
 
-def find_clips(root: Path) -> tuple[list[str], list[str]]:
+class Clips(NamedTuple):
+    """The clips of a folder: file names relative to it, the caption of each, and what there is to know about them."""
+
+    names: list[str]
+    captions: list[str]
+    notes: list[str]
+
+
+def find_clips(root: Path) -> Clips:
     """List the clips of a folder in one of finetrainers' layouts (see `index_dataset`).
 
     Args:
         root: The folder.
 
     Returns:
-        The files' names relative to `root`, at least one, and the caption of each.
+        At least one clip; a listed file that is missing is one too, which cannot be read.
 
     Raises:
-        FrameBridgeError: The folder has none of the layouts, is inconsistent, or a listed file is missing.
+        FrameBridgeError: The folder has none of the layouts, is inconsistent, or all of its clips are missing.
     """
-    present = set(os.listdir(root))
-    metadata = [name for name in METADATA_FILES if name in present]
+    left_out = LeftOut()
+    present = left_out.usable(os.listdir(root))
+    metadata = [name for name in present if name.lower() in METADATA_FILES]
     if len(metadata) > 1:
         raise FrameBridgeError(f"{root} holds {' and '.join(metadata)}; keep one of them")
+    notes: list[str] = []
     if metadata:
         names, captions = _read_metadata(root / metadata[0])
     else:
-        pairs = _find_pairs(root, present)
-        names, captions = pairs if pairs[0] else _read_lists(root, present)
+        names, captions = _find_pairs(root, present, left_out)
+    if not metadata and not names:
+        names, captions = _read_lists(root, present)
     if not names:
         raise FrameBridgeError(f"{root} names no clips; give at least one clip with a caption")
-    missing = _missing_files(root, names)
-    if missing:
-        raise FrameBridgeError(
-            f"{root}: {len(missing)} of {len(names)} listed clips are missing, first {missing[0]!r}; "
-            "add the files or remove their lines"
-        )
-    return names, captions
+    finder = FileFinder(root)
+    found = [finder.find(name) for name in names]
+    if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
+        count = f"{len(missing)} of {len(names)} listed clips are missing, first {missing[0]!r}"
+        if len(missing) == len(names):
+            raise FrameBridgeError(f"{root}: {count}; add the files")
+        notes.append(f"{count}: bad files")
+    if left_out.counts:
+        notes.append(f"left out: {left_out}")
+    return Clips([file or name for name, file in zip(names, found, strict=True)], captions, notes)
 
 
 def _read_metadata(path: Path) -> tuple[list[str], list[str]]:
-    if path.suffix == ".csv":
-        return _read_metadata_csv(path)
+    names: list[str] = []
+    captions: list[str] = []
+    if path.suffix.lower() == ".csv":
+        for block in read_table(path, ["file_name", CAPTION_COLUMNS]):
+            names += block[0]
+            captions += block[1]
+        return names, captions
     records: Iterable[tuple[str, Any]]
-    if path.suffix == ".jsonl":
-        lines = ((f"{path}:{number}", line) for number, line in enumerate(read_text(path).split("\n"), 1))
-        records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+    if path.suffix.lower() == ".jsonl":
+        records = read_json_lines(path)
     else:
         content = parse_json(read_text(path), str(path))
         if not isinstance(content, list):
             raise FrameBridgeError(f"{path} must be a list of objects with file_name and caption")
         records = [(f"{path}: entry {number}", record) for number, record in enumerate(content)]
-    names, captions = [], []
     for where, record in records:
         row = record if isinstance(record, dict) else {}
         name = row.get("file_name")
@@ -132,40 +148,35 @@ def _read_metadata(path: Path) -> tuple[list[str], list[str]]:
     return names, captions
 
 
-def _read_metadata_csv(path: Path) -> tuple[list[str], list[str]]:
-    header = csv_header(path)
-    columns = []
-    for choices in (("file_name",), CAPTION_COLUMNS):
-        column = next((name for name in choices if name in header), None)
-        if column is None:
-            raise FrameBridgeError(f"{path} has no column {' or '.join(choices)}; its columns are {', '.join(header)}")
-        columns.append(column)
+def _find_pairs(root: Path, present: Iterable[str], left_out: LeftOut) -> tuple[list[str], list[str]]:
+    videos: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
+    for name in present:
+        if is_video(name) or extension(name) == "txt":
+            stem = name_key(name).rpartition(".")[0]
+            (videos if is_video(name) else texts).setdefault(stem, []).append(name)
     names, captions = [], []
-    for batch in read_text_columns(path, columns):
-        names += batch.column(0).to_pylist()
-        captions += batch.column(1).to_pylist()
+    for stem in sorted(videos.keys() & texts.keys(), key=lambda stem: texts[stem]):
+        if len(videos[stem]) > 1:
+            several = sorted(videos[stem], key=lambda name: VIDEO_EXTENSIONS.index(extension(name)))
+            raise FrameBridgeError(f"{root / texts[stem][0]} belongs to {' and '.join(several)}; keep one of them")
+        if len(texts[stem]) > 1:
+            raise FrameBridgeError(f"{root / videos[stem][0]} has {' and '.join(texts[stem])}; keep one of them")
+        names.append(videos[stem][0])
+        captions.append(read_text(root / texts[stem][0]).strip())
+    if names:
+        for reason, alone in (
+            ("videos without a .txt caption beside them", videos.keys() - texts.keys()),
+            ("texts without a video beside them", texts.keys() - videos.keys()),
+        ):
+            for name in (name for stem in alone for name in (videos | texts)[stem]):
+                left_out.add(reason, name)
     return names, captions
 
 
-def _find_pairs(root: Path, present: set[str]) -> tuple[list[str], list[str]]:
-    names, captions = [], []
-    for text_name in sorted(name for name in present if name.endswith(".txt")):
-        stem = text_name.removesuffix(".txt")
-        videos = [f"{stem}.{extension}" for extension in VIDEO_EXTENSIONS if f"{stem}.{extension}" in present]
-        if len(videos) > 1:
-            raise FrameBridgeError(f"{root / text_name} belongs to {' and '.join(videos)}; keep one of them")
-        if videos:
-            names.append(videos[0])
-            captions.append(read_text(root / text_name).strip())
-    uncaptioned = sum(name.endswith(tuple(f".{e}" for e in VIDEO_EXTENSIONS)) for name in present) - len(names)
-    if names and uncaptioned:
-        logger.warning("%s: %d videos without a .txt caption beside them are left out", root, uncaptioned)
-    return names, captions
-
-
-def _read_lists(root: Path, present: set[str]) -> tuple[list[str], list[str]]:
-    found = [[name for name in choices if name in present] for choices in (VIDEO_LISTS, CAPTION_LISTS)]
-    if any(len(names) != 1 for names in found):
+def _read_lists(root: Path, present: Iterable[str]) -> tuple[list[str], list[str]]:
+    lists = [[name for name in present if name.lower() in choices] for choices in (VIDEO_LISTS, CAPTION_LISTS)]
+    if any(len(names) != 1 for names in lists):
         below = (os.path.relpath(f"{folder}/{name}", root) for folder, _, names in os.walk(root) for name in names)
         if shard := next((name for name in below if name.endswith(SHARD_EXTENSIONS)), None):
             raise _shards_error(root, shard)
@@ -173,63 +184,18 @@ def _read_lists(root: Path, present: set[str]) -> tuple[list[str], list[str]]:
             f"{root} has none of the known layouts; add a metadata.csv with the columns file_name and caption, or "
             "x.txt with the caption beside each x.mp4, or one videos.txt and one prompts.txt"
         )
-    names, captions = (read_text(root / files[0]).splitlines() for files in found)
+    names, captions = (read_lines(root / files[0]) for files in lists)
     if len(names) != len(captions):
         raise FrameBridgeError(
-            f"{root}: {found[0][0]} has {len(names)} lines but {found[1][0]} has {len(captions)}; one line per clip"
+            f"{root}: {lists[0][0]} has {len(names)} lines but {lists[1][0]} has {len(captions)}; one line per clip"
         )
-    return names, captions
-
-
-def _missing_files(root: Path, names: Sequence[str]) -> list[str]:
-    """Find the names that do not exist, listing each folder once instead of asking for every file."""
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        folder, file_name = os.path.split(os.path.normpath(name))
-        if folder not in listed:
-            path = root / folder
-            listed[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        if file_name not in listed[folder]:
-            missing.append(name)
-    return missing
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Args:
-        path: A file in UTF-8, with or without a byte order mark.
-
-    Returns:
-        Its content.
-
-    Raises:
-        FrameBridgeError: It cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FrameBridgeError(f"{path} is no readable text file in UTF-8: {_first_line(error)}") from error
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON.
-
-    Args:
-        text: The JSON.
-        where: Where it stands, for the error.
-
-    Returns:
-        The value.
-
-    Raises:
-        UsageError: It is no JSON.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is no valid JSON: {error}") from error
+    for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
+        if caption and not name:
+            raise FrameBridgeError(
+                f"{root / lists[0][0]}:{number} is empty, but the caption is not; one line per clip"
+            )
+    kept = [number for number, name in enumerate(names) if name]
+    return [names[number] for number in kept], [captions[number] for number in kept]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.data.class_folders import is_video
-from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES
+from framebridge_plugin.data.listing import is_video
+from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, read_split
 from framebridge_plugin.errors import FrameBridgeError
 
 UCF101_CLIPS = 13_320
@@ -46,7 +47,7 @@ def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> N
     them. What is there already is not unpacked again.
 
     Args:
-        archive: `UCF101.rar`.
+        archive: `UCF101.rar`, which one of `UNPACKERS` unpacks, or a .zip of the same.
         folder: Where to; it is made.
         splits: `UCF101TrainTestSplits-RecognitionTask.zip`; None leaves the lists out.
 
@@ -69,25 +70,30 @@ def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> N
 def _unpack_videos(archive: Path, folder: Path) -> None:
     if not archive.is_file():
         raise FrameBridgeError(f"{archive} is not an existing file; docs/data.md says where it is to be had")
+    # Beside its place and moved into it, so that half of it is never taken for the whole.
+    partial = folder / f".{_VIDEOS}.partial"
+    if archive.suffix.lower() == ".zip":
+        _new_folder(partial)
+        print(f"unpacking {archive} ...", flush=True)
+        if problem := _unpack_zip(archive, partial) or (
+            None if _move_videos(partial, folder) else f"it holds no folder {_VIDEOS}"
+        ):
+            shutil.rmtree(partial)
+            raise FrameBridgeError(f"{archive} cannot be unpacked ({problem}); get it again")
+        return
     tools = {name: path for name in UNPACKERS if (path := shutil.which(name)) is not None}
     if not tools:
         raise FrameBridgeError(
             f"nothing here can unpack {archive.name}: install one of {', '.join(UNPACKERS)} (such as `apt install "
             "unar`, `brew install unar`)"
         )
-    # Beside its place and moved into it, so that half of it is never taken for the whole.
-    partial = folder / f".{_VIDEOS}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    _new_folder(partial)
     failures = []
     for name, path in tools.items():
         print(f"{name} unpacks {archive} ...", flush=True)
         command = [path, *UNPACKERS[name](os.path.abspath(archive), os.path.abspath(partial))]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-        unpacked = next((path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()), None)
-        if run.returncode == 0 and unpacked is not None:
-            unpacked.rename(folder / _VIDEOS)
-            shutil.rmtree(partial)
+        if run.returncode == 0 and _move_videos(partial, folder):
             return
         lines = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
         failures.append(f"{name}: {lines[-1].strip() if lines else f'exit code {run.returncode}'}")
@@ -97,6 +103,39 @@ def _unpack_videos(archive: Path, folder: Path) -> None:
         f"{archive} cannot be unpacked ({'; '.join(failures)}); get it again"
         + (f", or install one of {', '.join(others)}" if others else "")
     )
+
+
+def _new_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _move_videos(partial: Path, folder: Path) -> bool:
+    """Moves the folder of the videos to its place, and tells whether there was one."""
+    unpacked = next((path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()), None)
+    if unpacked is not None:
+        unpacked.rename(folder / _VIDEOS)
+        shutil.rmtree(partial)
+    return unpacked is not None
+
+
+def _unpack_zip(archive: Path, folder: Path) -> str | None:
+    """Unpacks all but what macOS adds; says what is wrong with the archive, or nothing."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for member in content.namelist():
+                parts = member.replace("\\", "/").split("/")
+                if member.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+                    return f"it names a place outside of itself, {member}"
+                if "__MACOSX" not in parts:
+                    content.extract(member, folder)
+    except _ZIP_ERRORS as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+# What zipfile raises for a damaged archive, one with a password, and a compression that it does not know.
+_ZIP_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _unpack_splits(archive: Path, folder: Path) -> None:
@@ -110,7 +149,7 @@ def _unpack_splits(archive: Path, folder: Path) -> None:
                 )
             for name in _SPLIT_FILES:
                 (folder / name).write_bytes(content.read(members[name]))
-    except (OSError, zipfile.BadZipFile) as error:
+    except _ZIP_ERRORS as error:
         raise FrameBridgeError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 
@@ -127,9 +166,9 @@ def _missing(folder: Path) -> Iterator[str]:
         yield f"{len(absent)} of {len(UCF101_CLASSES)} classes are missing or empty ({_some(absent)})"
     lists = [folder / _SPLITS / f"{half}list01.txt" for half in ("train", "test")]
     if all(path.is_file() for path in lists):
-        lines = [line for path in lists for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if missing := [clip for line in lines if (clip := line.split()[0]).lower() not in clips]:
-            yield f"{len(missing)} of {len(lines)} clips are missing ({_some(sorted(missing))})"
+        listed = [clip for path in lists for clip in read_split(path)]
+        if missing := [clip for clip in listed if clip.lower() not in clips]:
+            yield f"{len(missing)} of {len(listed)} clips are missing ({_some(sorted(missing))})"
         return
     partial = [name for name, found in groups.items() if 0 < len(found) < UCF101_GROUPS]
     if partial:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,8 +14,8 @@ import datasets
 import pyarrow as pa
 
 from framebridge_plugin.data.building import build_or_open
-from framebridge_plugin.data.class_folders import index_class_folders
-from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, ucf101_class_names
+from framebridge_plugin.data.class_folders import class_names, index_class_folders
+from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, foreign_classes, read_split, ucf101_class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -60,71 +60,66 @@ def load_ucf101(
     if fold not in _FOLDS:
         raise UsageError(f"fold is {fold!r}; it must be one of {', '.join(map(str, _FOLDS))}")
     folder = Path(root).expanduser().absolute()
-    files, labels = index_class_folders(folder)
+    files, labels, left_out = index_class_folders(folder)
+    classes = ucf101_class_names(folder)
+    notes = []
+    if foreign := foreign_classes(classes):
+        notes.append(
+            f"most of its folders are classes of UCF-101, but not {', '.join(foreign[:5])}"
+            f"{f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''}: the labels are not UCF-101's numbers"
+        )
     if split != "all":
         lists = folder.parent / SPLITS_FOLDER if splits_dir is None else Path(splits_dir).expanduser().absolute()
-        wanted = _read_list(lists / f"{split}list{fold:02}.txt")
-        # Without regard to case: the archive's list and folder do not always agree (HandstandPushups).
-        chosen = [number for number, file in enumerate(files) if file.lower() in wanted]
+        path = lists / f"{split}list{fold:02}.txt"
+        listed = {_key(name): name for name in read_split(path)}
+        chosen = [number for number, file in enumerate(files) if _key(file) in listed]
         if not chosen:
-            raise FrameBridgeError(f"{folder}: none of its videos is in {lists}/{split}list{fold:02}.txt")
-        if missing := len(wanted) - len(chosen):
-            logger.warning(
-                "%s: %d of the %d videos of the %s split of fold %d are missing",
-                *(folder, missing, len(wanted), split, fold),
-            )
+            raise FrameBridgeError(f"{folder}: none of its videos is in {path}")
         files, labels = [files[number] for number in chosen], [labels[number] for number in chosen]
-    return build_or_open(
-        _UCF101,
-        refresh=False,
-        cache_dir=cache_dir,
-        root=str(folder),
-        files=tuple(files),
-        labels=tuple(labels),
-        classes=tuple(ucf101_class_names(folder)),
-    )
+        present = {_key(name): name for name in class_names(folder)}
+        missing = [name for key, name in sorted(listed.items()) if key not in set(map(_key, files))]
+        if missing:
+            notes.append(
+                f"{len(missing)} of the {len(listed)} videos of the {split} split of fold {fold} are missing, such as "
+                f"{missing[0]}: bad files, where their class has a folder"
+            )
+        kept = [name for name in missing if _key(name.partition("/")[0]) in present]
+        files += kept
+        labels += [present[_key(name.partition("/")[0])] for name in kept]
+    if left_out.counts:
+        notes.append(f"left out: {left_out}")
+    for note in notes:
+        logger.warning("%s: %s", folder, note)
+    numbers = {name: number for number, name in enumerate(classes)}
 
+    def rows(info: datasets.DatasetInfo) -> Iterator[pa.Table]:
+        info.description = "\n".join(notes)
+        groups = [_GROUP.search(file) for file in files]
+        yield pa.table(
+            {
+                "path": pa.array([f"{folder}/{file}" for file in files], pa.string()),
+                "label": pa.array([numbers[label] for label in labels], pa.int64()),
+                "group": pa.array([int(group[1]) if group else -1 for group in groups], pa.int32()),
+            }
+        )
 
-def _read_list(path: Path) -> set[str]:
-    """The lower-case file names in one of the official lists, whose lines may end with a label."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FrameBridgeError(
-            f"{path} cannot be read; unpack UCF101TrainTestSplits-RecognitionTask.zip and give its folder as "
-            "splits_dir"
-        ) from error
-    return {line.split()[0].lower() for line in lines if line.strip()}
-
-
-@dataclass
-class _UCF101Config(datasets.BuilderConfig):
-    root: str = ""
-    files: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-
-
-class _UCF101(datasets.ArrowBasedBuilder):
-    BUILDER_CONFIG_CLASS = _UCF101Config
-
-    def _info(self) -> datasets.DatasetInfo:
-        features = {
+    features = datasets.Features(
+        {
             "path": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=list(self.config.classes)),
+            "label": datasets.ClassLabel(names=classes),
             "group": datasets.Value("int32"),
         }
-        return datasets.DatasetInfo(features=datasets.Features(features))
+    )
+    sources: dict[str, Any] = {
+        "root": str(folder),
+        "files": files,
+        "labels": labels,
+        "classes": classes,
+        "notes": notes,
+    }
+    return build_or_open("ucf101", features, rows, cache_dir=cache_dir, **sources)
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator("train")]
 
-    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        numbers = {name: number for number, name in enumerate(self.config.classes)}
-        groups = [_GROUP.search(file) for file in self.config.files]
-        columns = {
-            "path": pa.array([f"{self.config.root}/{file}" for file in self.config.files], pa.string()),
-            "label": pa.array([numbers[label] for label in self.config.labels], pa.int64()),
-            "group": pa.array([int(group[1]) if group else -1 for group in groups], pa.int32()),
-        }
-        yield 0, pa.table(columns)
+def _key(name: str) -> str:
+    # The archive's list and folder do not always agree in case (HandstandPushups), nor disks in their normal form.
+    return unicodedata.normalize("NFC", name).casefold()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from framebridge_plugin.data.class_folders import class_names
+from framebridge_plugin.data.tables import read_lines
+from framebridge_plugin.errors import FrameBridgeError
 
 SPLITS_FOLDER = "ucfTrainTestlist"
 
@@ -44,3 +48,37 @@ def ucf101_class_names(root: str | os.PathLike[str]) -> list[str]:
     """
     names = class_names(root)
     return list(UCF101_CLASSES) if set(names) <= set(UCF101_CLASSES) else names
+
+
+def foreign_classes(names: Sequence[str]) -> list[str]:
+    """Find what keeps a folder that looks like UCF-101 from having its labels.
+
+    Args:
+        names: The classes of a data set.
+
+    Returns:
+        Those that are not among `UCF101_CLASSES`, if more than half are, in whatever case; else none.
+    """
+    known = {name.casefold() for name in UCF101_CLASSES}
+    if 2 * sum(name.casefold() in known for name in names) <= len(names):
+        return []
+    return [name for name in names if name not in UCF101_CLASSES]
+
+
+def read_split(path: Path) -> list[str]:
+    """Read one of the official lists of clips.
+
+    Args:
+        path: trainlist01.txt or the like, whose lines may end with a label.
+
+    Returns:
+        The file names, such as Archery/v_Archery_g01_c01.avi.
+
+    Raises:
+        FrameBridgeError: It cannot be read.
+    """
+    if not path.is_file():
+        raise FrameBridgeError(
+            f"no such file: {path}; unpack UCF101TrainTestSplits-RecognitionTask.zip and give its folder as splits_dir"
+        )
+    return [line.split()[0] for line in read_lines(path) if line]

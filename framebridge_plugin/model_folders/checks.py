@@ -336,7 +336,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a named pipe would be waited for
         raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(content, dict):

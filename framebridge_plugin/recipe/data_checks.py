@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from framebridge_plugin.data.class_folders import class_names
-from framebridge_plugin.data.csv_files import csv_files
-from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER
+from framebridge_plugin.data.layouts import find_clips
+from framebridge_plugin.data.tables import (
+    OPTIONAL_WEBVID_COLUMNS,
+    WEBVID_COLUMNS,
+    TextError,
+    csv_files,
+    read_table,
+)
+from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, read_split
+from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import read_image
 from framebridge_plugin.model_folders.checks import local_path, read_json, writing_problem
@@ -19,7 +27,6 @@ from framebridge_plugin.recipe.data_sections import BadFilesSection, DataSection
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 
-VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
 _SIZES = ("num_frames", "height", "width")
 _SOURCES = ({"data_root"}, {"class_root"}, {"csv", "video_root"})
 
@@ -48,7 +55,11 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
     elif data is not None and dataset_config is not None:
         yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
     if data is not None:
-        yield from _source_problems(data)
+        problems = list(_source_problems(data))
+        yield from problems
+        if not problems:
+            source = next(name for name in ("data_root", "class_root", "csv") if getattr(data, name) is not None)
+            yield from _content_problems(f"framebridge.data.{source}", data.model_dump())
         yield from _sampling_problems(data)
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield Problem(f"framebridge.data.{name}", message)
@@ -85,6 +96,9 @@ def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFi
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
         return
+    for entry in entries:
+        if all(isinstance(entry.get(key), str | None) for key in ("data_root", "class_root", "csv", "splits_dir")):
+            yield from _content_problems(where, entry)
     if "bad_files" in content and bad_files != BadFilesSection():
         yield Problem("framebridge.bad_files", f"{dataset_config} has bad_files of its own: remove one of the two")
     for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
@@ -107,11 +121,6 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
             yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
         elif next(os.scandir(folder), None) is None:
             yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
-        elif name == "class_root":
-            try:
-                class_names(folder)
-            except FrameBridgeError as error:
-                yield Problem(f"{section}.{name}", str(error), on_disk=True)
     yield from _split_problems(data)
     if data.csv is None:
         if data.refresh_index:
@@ -122,11 +131,32 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
     except FrameBridgeError as error:
         yield Problem(f"{section}.csv", str(error), on_disk=True)
         return
-    for table in tables:
-        if problem := _file_problem(table):
-            yield Problem(f"{section}.csv", problem, on_disk=True)
-        elif problem := _columns_problem(table, {"videoid", "name"}):
-            yield Problem(f"{section}.csv", problem)
+    empty = [problem for table in tables if (problem := _file_problem(table))]
+    for problem in empty:
+        yield Problem(f"{section}.csv", problem, on_disk=True)
+
+
+def _content_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check the lists, tables and captions of a data set that is there with the reader that a run has."""
+    try:
+        if entry.get("csv") is not None:
+            for table in csv_files(entry["csv"]):
+                for _ in islice(read_table(table, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS), _CHECKED_BLOCKS):
+                    pass
+        elif entry.get("class_root") is not None:
+            root = Path(entry["class_root"]).expanduser().absolute()
+            class_names(root)
+            if entry.get("split", "all") != "all":
+                lists = Path(entry["splits_dir"]) if entry.get("splits_dir") else root.parent / SPLITS_FOLDER
+                read_split(lists.expanduser() / f"{entry['split']}list{entry.get('fold', 1):02}.txt")
+        elif entry.get("data_root") is not None and (root := Path(entry["data_root"]).expanduser()).is_dir():
+            find_clips(root)
+    except FrameBridgeError as error:
+        yield Problem(where, str(error), on_disk=not isinstance(error, TextError | UsageError))
+
+
+_CHECKED_BLOCKS = 16
+"""Of each table, a quarter of a million rows, which takes a second; the others are read when the index is built."""
 
 
 def _split_problems(data: DataSection) -> Iterator[Problem]:
@@ -180,47 +210,24 @@ def validation_problems(
     if recipe.validation.validation_dataset_file is None:
         return
     where, path = "validation.validation_dataset_file", Path(recipe.validation.validation_dataset_file)
-    if path.suffix not in VALIDATION_SUFFIXES:
+    if path.suffix.lower() not in VALIDATION_SUFFIXES:
         yield Problem(where, f"should end in {', '.join(VALIDATION_SUFFIXES)}")
         return
     if problem := _file_problem(path):
         yield Problem(where, problem, on_disk=True)
         return
     try:
-        rows = _read_rows(path)
-    except (ValueError, csv.Error) as error:
-        yield Problem(where, f"{path} cannot be read ({error})")
+        rows = read_validation_rows(path)
+    except FrameBridgeError as error:
+        yield Problem(where, str(error))
         return
-    if not rows and rows is not None:
+    if not rows:
         yield Problem(where, f"{path} has no rows")
-    for number, row in enumerate(rows or (), start=1):
+    for number, row in enumerate(rows, start=1):
         for message in _row_problems(row, rule, caption_problem):
             yield Problem(where, f"{path}: row {number}: {message}")
         for message in _row_file_problems(row):
             yield Problem(where, f"{path}: row {number}: {message}", on_disk=True)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]] | None:
-    """The rows of a validation file; None for what is neither CSV nor JSON, which is left to its reader."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            return [{name: _typed(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    if path.suffix == ".json":
-        rows = read_json(path).get("data")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it should hold a list 'data' of objects")
-        return rows
-    return None
-
-
-def _typed(text: Any) -> Any:
-    """What the text of a CSV file stands for, None for no text."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except (TypeError, ValueError):
-            pass
-    return text or None
 
 
 def _row_problems(
@@ -228,7 +235,9 @@ def _row_problems(
 ) -> Iterator[str]:
     if row.get("caption") in (None, "") or not (row.get("image_path") or row.get("video_path")):
         yield "lacks caption, or image_path (or video_path)"
-    elif problem := caption_problem(str(row["caption"])):
+    elif not isinstance(row["caption"], str):
+        yield f"caption should be text, not {row['caption']!r}: put it in quotes"
+    elif problem := caption_problem(row["caption"]):
         yield f"caption: {problem}"
     sizes = {}
     for name in (*_SIZES, "num_inference_steps", "export_fps"):
@@ -263,13 +272,3 @@ def _file_problem(path: Path) -> str | None:
     if not path.is_file():
         return f"no such file: {path}"
     return f"{path} is empty" if path.stat().st_size == 0 else None
-
-
-def _columns_problem(path: Path, columns: set[str]) -> str | None:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        return f"{path} is not a readable CSV file ({error})"
-    missing = columns - set(header)
-    return f"{path} has no column {' and '.join(sorted(missing))}, only {', '.join(header)[:200]}" if missing else None

@@ -58,7 +58,7 @@ def recipe_summary(path: Path) -> str:
     Returns:
         Its text without the hash, or an empty string.
     """
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
@@ -173,7 +173,7 @@ def _read(path: Path) -> Document:
     if path.stat().st_size > _LARGEST_RECIPE:
         raise UsageError(f"{path}: too large for a recipe")
     try:
-        return read_yaml(path.read_text(encoding="utf-8"))
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not a text file") from None
     except OSError as error:

@@ -6,13 +6,12 @@ module imports neither torch nor finetrainers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
-from framebridge_plugin.model_folders.checks import local_path
+from framebridge_plugin.model_folders.checks import local_path, read_json
 from framebridge_plugin.recipe.sections import (
     MODEL_DEFAULTS,
     AttentionSection,
@@ -101,7 +100,7 @@ class Recipe(Section):
         if data is None:
             if self.dataset.dataset_config is None:
                 raise ValueError("the recipe names no data: give framebridge.data, or dataset.dataset_config")
-            return {"bad_files": bad_files} | json.loads(Path(self.dataset.dataset_config).read_text(encoding="utf-8"))
+            return {"bad_files": bad_files} | read_json(Path(self.dataset.dataset_config))
         entry: dict[str, Any] = {"dataset_type": "video"}
         paths = {name: getattr(data, name) for name in ("data_root", "class_root", "splits_dir", "csv", "video_root")}
         entry |= {key: _absolute(path) for key, path in paths.items() if path is not None}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from framebridge_plugin.data import ClipError, load_dataset_config, read_frames
-from framebridge_plugin.data.class_folders import is_video
+from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.media import read_image
 from framebridge_plugin.sample_request.request import SampleRequest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from framebridge_plugin.data.class_folders import is_video
+from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.media import read_image
 from framebridge_plugin.model_folders.checks import (

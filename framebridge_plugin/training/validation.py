@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from finetrainers.data import ValidationDataset
+from diffusers.utils import load_image, load_video
 
-from framebridge_plugin.media import contact_sheet, write_video
+from framebridge_plugin.data.validation_rows import read_validation_rows
+from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
 
 
@@ -69,6 +70,18 @@ def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
         path: CSV, JSON, parquet or arrow with `caption` and `image_path` (or `video_path`).
 
     Returns:
-        Its rows.
+        Its rows, with the caption as `prompt` too, and `image` and `video` where they have one.
+
+    Raises:
+        FrameBridgeError: It is no such file, or a picture cannot be read.
     """
-    return list(ValidationDataset(str(path)))
+    samples = []
+    for row in read_validation_rows(Path(path)):
+        sample = row | {"prompt": row.get("caption", "")}
+        if "image_path" in row:
+            is_url = row["image_path"].startswith("http")
+            sample["image"] = load_image(row["image_path"]) if is_url else read_image(row["image_path"])
+        if "video_path" in row:
+            sample["video"] = load_video(row["video_path"])
+        samples.append(sample)
+    return samples

@@ -1,0 +1,144 @@
+"""Names of files as disks give them: which are videos, which are in the way, and how listed ones are found."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from framebridge_plugin.errors import FrameBridgeError
+
+VIDEO_EXTENSIONS = ("mp4", "mov", "m4v", "mkv", "webm", "avi")
+
+
+def is_video(name: str) -> bool:
+    """Tell by the extension, in capitals or not, whether a file should be a video.
+
+    Args:
+        name: A file name.
+
+    Returns:
+        Whether its extension is one of `VIDEO_EXTENSIONS`; no hidden file is a video.
+    """
+    return extension(name) in VIDEO_EXTENSIONS and not name.startswith(".")
+
+
+def extension(name: str) -> str:
+    """What stands behind a name's last dot, in small letters."""
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def name_key(name: str) -> str:
+    """What two spellings of one name share, whatever their Unicode normal form and the case of their extension."""
+    stem, dot, ending = name.rpartition(".")
+    key = f"{stem}.{ending.lower()}" if dot else name
+    return key if key.isascii() else unicodedata.normalize("NFC", key)
+
+
+def printable(name: str) -> str:
+    """A name as it can be shown, with bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text; Python puts surrogates in the place of bytes that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class LeftOut:
+    """How much of a data set is not used: a count and an example for each reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        """Counts one more.
+
+        Args:
+            reason: Why, as a noun in the plural.
+            example: What.
+        """
+        self.counts[reason] += 1
+        self._examples[reason] = min(example, self._examples.get(reason, example))
+
+    def usable(self, names: Iterable[str], folder: str = "") -> list[str]:
+        """Passes on the names that are neither hidden nor anything but UTF-8; hidden clips are counted.
+
+        Args:
+            names: Names of files in a folder.
+            folder: The folder, for the examples.
+
+        Returns:
+            The others, in order.
+        """
+        usable = []
+        for name in names:
+            if name.startswith("."):
+                if extension(name) in (*VIDEO_EXTENSIONS, "txt"):
+                    self.add("hidden files", printable(os.path.join(folder, name)))
+            elif name.isascii() or is_utf8(name):
+                usable.append(name)
+            else:
+                self.add("names not in UTF-8", printable(os.path.join(folder, name)))
+        return sorted(usable)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{count} {reason} (such as {self._examples[reason]})" for reason, count in sorted(self.counts.items())
+        )
+
+
+class FileFinder:
+    """Finds files by names that may differ from the disk's in Unicode normal form or in the case of the extension.
+
+    Args:
+        root: Folder that the names are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, tuple[str, dict[str, str]] | None] = {}
+
+    def find(self, name: str) -> str | None:
+        """Looks a file up, listing each folder once instead of asking for every file.
+
+        Args:
+            name: Path relative to the root.
+
+        Returns:
+            The same as the disk spells it; None if there is no such file.
+
+        Raises:
+            FrameBridgeError: A folder cannot be listed.
+        """
+        folder, file_name = os.path.split(os.path.normpath(name))
+        listed = self._list(folder)
+        if listed is None:
+            return None
+        found = listed[1].get(file_name) or listed[1].get(name_key(file_name))
+        return None if found is None else os.path.join(listed[0], found)
+
+    def _list(self, folder: str) -> tuple[str, dict[str, str]] | None:
+        if folder not in self._folders:
+            actual: str | None = folder
+            if not (self._root / folder).is_dir():
+                actual = self.find(folder) if os.path.basename(folder) else None
+            self._folders[folder] = None if actual is None else self._names(actual)
+        return self._folders[folder]
+
+    def _names(self, folder: str) -> tuple[str, dict[str, str]] | None:
+        path = self._root / folder
+        if not path.is_dir():
+            return None
+        try:
+            names = sorted(os.listdir(path), reverse=True)
+        except OSError as error:
+            raise FrameBridgeError(f"{path} cannot be listed: {error.strerror}; make it readable") from error
+        return folder, {name_key(name): name for name in names} | {name: name for name in names}

@@ -1,0 +1,293 @@
+"""Every text that a user writes, one reader for each kind: tables, lists, captions, JSON; standard library alone.
+
+Checks and loaders call the same functions, so that what the one takes the other does not refuse. All is UTF-8, with or
+without a byte order mark; a line ends at LF, CRLF or CR and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+WEBVID_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
+OPTIONAL_WEBVID_COLUMNS = ("contentUrl", "duration", "page_dir")
+
+_BLOCK_ROWS = 16_384
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+class TextError(FrameBridgeError):
+    """A text file that cannot be read as what it should be; the message has the file, the line and the remedy."""
+
+
+def csv_files(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Find the CSV files of a table.
+
+    Args:
+        given: A file, a folder of .csv files, a pattern such as "results_2M_train_*.csv", or several of these.
+
+    Returns:
+        The files, absolute, those of a folder or pattern in order of their names.
+
+    Raises:
+        FrameBridgeError: There is none.
+    """
+    files: list[Path] = []
+    for item in [given] if isinstance(given, str | os.PathLike) else given:
+        path = Path(item).expanduser().absolute()
+        if path.is_dir():
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(".csv"))
+            found = [path / name for name in names if not name.startswith(".")]
+        else:
+            found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+        if not found:
+            raise FrameBridgeError(f"no such file: {path}; give a .csv file, a folder of them, or a pattern")
+        files += found
+    return files
+
+
+def read_table(
+    path: Path, columns: Sequence[str | Sequence[str]], optional: Collection[str] = ()
+) -> Iterator[list[list[str]]]:
+    """Read columns of a CSV file, all of them as text; quoted cells may hold commas, quotes and line breaks.
+
+    Args:
+        path: A table with commas between its cells, whose first row names the columns.
+        columns: Name of each wanted column, or several names, of which the first that the table has counts.
+        optional: Those that need not be there; their cells are "".
+
+    Yields:
+        Blocks of rows: for each wanted column the list of its cells. Rows without text are passed over.
+
+    Raises:
+        TextError: It is no such table; the message has the file, the line and the remedy.
+    """
+    rows = table_rows(path)
+    _, header = next(rows, (1, []))
+    places = _find_columns(
+        path, header, [(names,) if isinstance(names, str) else names for names in columns], optional
+    )
+    cells: list[list[str]] = [[] for _ in places]
+    # Few at a time: of many lists alive at once the garbage collector would make half of the work.
+    while block := [row for _, row in islice(rows, 256)]:
+        columns = list(zip(*block, strict=True))
+        for column, place in zip(cells, places, strict=True):
+            column += [""] * len(block) if place is None else columns[place]
+        if len(cells[0]) >= _BLOCK_ROWS:
+            yield cells
+            cells = [[] for _ in places]
+    if cells[0]:
+        yield cells
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Read the rows of a CSV file, the header first.
+
+    Args:
+        path: A table with commas between its cells.
+
+    Yields:
+        For each row with any text the line that it begins in, and its cells, as many as the header has.
+
+    Raises:
+        TextError: It is no such table.
+    """
+    line, width = 1, 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(_without_nul(path, file), strict=True)
+            for row in reader:
+                if row and (row[0].strip() or "".join(row).strip()):
+                    width = width or len(row)
+                    if len(row) != width:
+                        problem = f"it has {len(row)} cells, the first row {width}"
+                        raise _no_table(path, line, f"{problem}; put a cell that holds a comma in quotes")
+                    yield line, row
+                line = reader.line_num + 1
+    except csv.Error as error:
+        # "unexpected end of data", "',' expected after '\"'", "field larger than field limit": of one cause.
+        raise _no_table(
+            path, line, "a quote opens a cell and does not close it where the cell ends; close it, or double it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _no_table(path, *_not_utf8(path)) from error
+    except OSError as error:
+        raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _without_nul(path: Path, file: Iterator[str]) -> Iterator[str]:
+    for number, text in enumerate(file, 1):
+        if "\0" in text:
+            raise _no_table(path, number, _NUL)
+        yield text
+
+
+_NUL = "it holds a NUL byte (UTF-16, or a damaged file); save it as UTF-8"
+
+
+def _no_table(path: Path, line: int, problem: str) -> TextError:
+    return TextError(f"{path}:{line} is no readable CSV table in UTF-8: {problem}")
+
+
+def _find_columns(
+    path: Path, header: Sequence[str], columns: Sequence[Sequence[str]], optional: Collection[str]
+) -> list[int | None]:
+    check_header(path, header, columns)
+    names = [next((name for name in choices if name in header), None) for choices in columns]
+    missing = [
+        " or ".join(choices)
+        for name, choices in zip(names, columns, strict=True)
+        if name is None and not set(choices) & set(optional)
+    ]
+    if missing:
+        raise TextError(
+            f"{path} has no column {' and no '.join(missing)}; its columns are {', '.join(header)[:200] or 'none'}"
+        )
+    return [None if name is None else header.index(name) for name in names]
+
+
+def check_header(path: Path, header: Sequence[str], columns: Iterable[Sequence[str]]) -> None:
+    """Refuse a table whose columns are not what they seem to be.
+
+    Args:
+        path: The table.
+        header: Names of its columns.
+        columns: What the columns that mean something may be called.
+
+    Raises:
+        TextError: One of them is there twice, or only with another case or with spaces; or the cells are separated by
+            something else than commas.
+    """
+    for names in columns:
+        if doubled := next((name for name in names if header.count(name) > 1), None):
+            raise TextError(f"{path}:1 has the column {doubled} {header.count(doubled)} times; keep one of them")
+        wanted = {_plain(name): name for name in names}
+        near = next((cell for cell in header if _plain(cell) in wanted), None)
+        if near is not None and not set(names) & set(header):
+            raise TextError(f"{path}:1 calls a column {near!r}; rename it to {wanted[_plain(near)]}")
+    for mark, word in _SEPARATORS.items():
+        if len(header) == 1 and mark in header[0]:
+            raise TextError(f"{path}:1 has {word} between its cells; save it with commas")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Args:
+        path: A file in UTF-8.
+
+    Returns:
+        Its content, with every line end as LF.
+
+    Raises:
+        TextError: It is not in UTF-8.
+        FrameBridgeError: It cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, problem = _not_utf8(path)
+        raise TextError(f"{path}:{line} is no readable text file in UTF-8: {problem}") from error
+    except OSError as error:
+        raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise TextError(f"{path}:{line} is no readable text file in UTF-8: {_NUL}")
+    return text
+
+
+def _not_utf8(path: Path) -> tuple[int, str]:
+    """The first line that is not UTF-8, and what is wrong with it."""
+    line = 1
+    with path.open("rb") as file:
+        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return 1, "it is in UTF-16; save it as UTF-8"
+        for text in file:
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                line += len(_LINE_END.findall(text[: error.start]))
+                return (
+                    line,
+                    f"byte 0x{text[error.start]:02x} is of another encoding, such as Latin-1; save it as UTF-8",
+                )
+            line += len(_LINE_END.findall(text))
+    return line, "it ends within a character; get it again"
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a list of one entry a line.
+
+    Args:
+        path: A file in UTF-8.
+
+    Returns:
+        Its lines without white space around them; empty ones count, but not at the end.
+
+    Raises:
+        TextError: It is not in UTF-8.
+        FrameBridgeError: It cannot be read.
+    """
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: The JSON.
+        where: Where it stands, for the error.
+
+    Returns:
+        The value; all of its text can be written as UTF-8.
+
+    Raises:
+        UsageError: It is no such JSON.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is no valid JSON: {error}") from error
+    if r"\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UsageError(f"{where} holds half a surrogate pair, {half}; write the character itself") from error
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read JSON lines.
+
+    Args:
+        path: A file in UTF-8 with one value a line.
+
+    Yields:
+        Where each value stands, as `file:line`, and the value.
+
+    Raises:
+        TextError: It is not in UTF-8.
+        FrameBridgeError: It cannot be read, or a line is no JSON.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, parse_json(line, where)

@@ -1,0 +1,74 @@
+"""The file of samples that a run validates with, read alike by the recipe's checks and by the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from framebridge_plugin.data.tables import TextError, check_header, parse_json, read_text, table_rows
+
+VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
+NUMBERS = ("num_frames", "height", "width", "num_inference_steps", "export_fps", "guidance_scale")
+_COLUMNS = ("caption", "image_path", "video_path", *NUMBERS)
+
+
+def read_validation_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the samples of a validation file.
+
+    Args:
+        path: A file with one of `VALIDATION_SUFFIXES`; JSON holds a list "data" of objects.
+
+    Returns:
+        Its rows, without the cells that are empty or null. What stands in CSV is text, but for the columns `NUMBERS`,
+        where it is a number if it can be read as one.
+
+    Raises:
+        TextError: It is no such file.
+        FrameBridgeError: It cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        rows = table_rows(path)
+        _, header = next(rows, (1, []))
+        check_header(path, header, [(name,) for name in _COLUMNS])
+        return [
+            {name: _number(cell) if name in NUMBERS else cell for name, cell in zip(header, row, strict=True) if cell}
+            for _, row in rows
+        ]
+    if suffix == ".json":
+        content = parse_json(read_text(path), str(path))
+        rows_of_json = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(rows_of_json, list) or not all(isinstance(row, dict) for row in rows_of_json):
+            raise TextError(f"{path} should hold an object with a list 'data' of objects")
+        return _without_nulls(path, rows_of_json)
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        if suffix == ".parquet":
+            return _without_nulls(path, pyarrow.parquet.read_table(path).to_pylist())
+        with pa.memory_map(str(path)) as file:
+            try:
+                table = pa.ipc.open_stream(file).read_all()
+            except pa.ArrowInvalid:
+                table = pa.ipc.open_file(file).read_all()
+            return _without_nulls(path, table.to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise TextError(f"{path} is no readable {suffix[1:]} file: {' '.join(str(error).split())}") from error
+
+
+def _without_nulls(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    check_header(path, list({name: None for row in rows for name in row}), [(name,) for name in _COLUMNS])
+    return rows
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text says, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
