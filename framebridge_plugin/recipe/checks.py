@@ -15,7 +15,7 @@ from framebridge_plugin.model_folders.checks import (
     writing_problem,
 )
 from framebridge_plugin.model_folders.latte import is_another_part, is_of_another_kind
-from framebridge_plugin.recipe.data_checks import data_problems, validation_problems
+from framebridge_plugin.recipe.data_checks import content_problems, data_problems, validation_problems
 from framebridge_plugin.recipe.latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
@@ -75,6 +75,13 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     Yields:
         Each problem.
     """
+    problems = list(_quick_problems(recipe))
+    yield from problems
+    if not any(problem.where.startswith(("framebridge.data", "dataset")) for problem in problems):
+        yield from content_problems(recipe)
+
+
+def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _no_effect_problems(recipe)
     yield from _objective_problems(recipe)
     yield from _training_problems(recipe)

@@ -55,11 +55,7 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
     elif data is not None and dataset_config is not None:
         yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
     if data is not None:
-        problems = list(_source_problems(data))
-        yield from problems
-        if not problems:
-            source = next(name for name in ("data_root", "class_root", "csv") if getattr(data, name) is not None)
-            yield from _content_problems(f"framebridge.data.{source}", data.model_dump())
+        yield from _source_problems(data)
         yield from _sampling_problems(data)
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield Problem(f"framebridge.data.{name}", message)
@@ -96,9 +92,6 @@ def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFi
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
         return
-    for entry in entries:
-        if all(isinstance(entry.get(key), str | None) for key in ("data_root", "class_root", "csv", "splits_dir")):
-            yield from _content_problems(where, entry)
     if "bad_files" in content and bad_files != BadFilesSection():
         yield Problem("framebridge.bad_files", f"{dataset_config} has bad_files of its own: remove one of the two")
     for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
@@ -136,8 +129,29 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
         yield Problem(f"{section}.csv", problem, on_disk=True)
 
 
-def _content_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check the lists, tables and captions of a data set that is there with the reader that a run has."""
+def content_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Check the lists, tables and captions of the data that is there, with the reader that a run has.
+
+    Args:
+        recipe: A recipe with nothing else wrong about its data.
+
+    Yields:
+        Each problem.
+    """
+    data = recipe.framebridge.data
+    if data is not None:
+        source = next(name for name in _SOURCE_KEYS if getattr(data, name) is not None)
+        yield from _entry_problems(f"framebridge.data.{source}", data.model_dump())
+        return
+    for entry in read_json(Path(str(recipe.dataset.dataset_config)))["datasets"]:
+        if all(isinstance(entry.get(key), str | None) for key in (*_SOURCE_KEYS, "splits_dir")):
+            yield from _entry_problems("dataset.dataset_config", entry)
+
+
+_SOURCE_KEYS = ("data_root", "class_root", "csv")
+
+
+def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     try:
         if entry.get("csv") is not None:
             for table in csv_files(entry["csv"]):

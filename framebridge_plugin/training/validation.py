@@ -79,8 +79,10 @@ def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
     for row in read_validation_rows(Path(path)):
         sample = row | {"prompt": row.get("caption", "")}
         if "image_path" in row:
-            is_url = row["image_path"].startswith("http")
-            sample["image"] = load_image(row["image_path"]) if is_url else read_image(row["image_path"])
+            picture = row["image_path"]
+            if picture.startswith("http"):
+                picture = load_image(picture, convert_method=lambda image: image)
+            sample["image"] = read_image(picture)
         if "video_path" in row:
             sample["video"] = load_video(row["video_path"])
         samples.append(sample)

@@ -6,17 +6,27 @@ import csv
 import importlib.util
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
-from framebridge_plugin.data import UCF101_CLASSES, ClipSettings, index_dataset, load_dataset_config
+from framebridge_plugin.data import (
+    UCF101_CLASSES,
+    ClipError,
+    ClipSettings,
+    index_dataset,
+    load_dataset_config,
+    read_clip,
+)
 from framebridge_plugin.data.captions import COMMON_PREFIXES
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
+DATA = Path(__file__).parents[1] / "data"
 CAPTIONS = ['A dog, a cat and "friends".', "Two\nlines", "  Ümlaut — 狗  ", "NA", "The video shows a red car"]
 CLEAN = [caption.strip() for caption in CAPTIONS]
 
@@ -110,23 +120,24 @@ def test_the_reference_table_and_its_folder(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_rows_without_file_or_caption_are_counted_and_left_out(tmp_path, caplog):
+def test_rows_without_file_or_caption_are_counted(tmp_path, caplog):
     entry = webvid(tmp_path, ["1", "2", "3", "4", "5"], ["a", "b", "  ", "", "e"])
     touch(tmp_path / "videos", "1.mp4", "3.mp4", "4.mp4", "5.mp4")
     with caplog.at_level(logging.WARNING):
         index = index_dataset(entry, tmp_path)
-    assert [caption for _, caption in index] == ["a", "e"]
+    assert [caption for _, caption in index] == ["a", "b", "e"]
     (record,) = caplog.records
     assert "of 5 rows, 1 have no file" in record.getMessage()
-    assert "2 no caption; 2 are used" in record.getMessage()
+    assert "2 no caption; 3 are used" in record.getMessage()
 
 
 def test_newlines_in_captions_of_a_table_larger_than_a_block(tmp_path):
     ids = [f"{number:06}" for number in range(30_000)]
     entry = webvid(tmp_path, ids, [f'caption "{name}",\n{name * 12}' for name in ids])
     touch(tmp_path / "videos", "000000.mp4", "029999.mp4")
-    expected = [f'caption "{name}",\n{name * 12}' for name in ("000000", "029999")]
-    assert [caption for _, caption in index_dataset(entry, tmp_path)] == expected
+    expected = [f'caption "{name}",\n{name * 12}' for name in ids]
+    (captions,) = [captions for _, captions in index_dataset(entry, tmp_path).batches()]
+    assert captions == expected
 
 
 def test_options_of_captions(tmp_path):
@@ -216,7 +227,7 @@ def broken_folder(kind: str, root: Path) -> None:
     elif kind == "no layout":
         touch(root, "b.mp4")
     elif kind == "missing clips":
-        write_csv(root / "metadata.csv", ["file_name", "caption"], [["a.mp4", "a"], ["b.mp4", "b"], ["x/c.mp4", "c"]])
+        write_csv(root / "metadata.csv", ["file_name", "caption"], [["b.mp4", "b"], ["x/c.mp4", "c"]])
     elif kind == "no caption column":
         write_csv(root / "metadata.csv", ["file_name", "label"], [["a.mp4", "a"]])
     elif kind == "no rows":
@@ -253,12 +264,12 @@ def broken_folder(kind: str, root: Path) -> None:
     [
         ("two metadata files", "metadata.csv and metadata.jsonl; keep one"),
         ("no layout", "none of the known layouts; add a metadata.csv"),
-        ("missing clips", "2 of 3 listed clips are missing, first 'b.mp4'"),
+        ("missing clips", "2 of 2 listed clips are missing, first 'b.mp4'; add"),
         ("no caption column", "no column caption or prompt or text; its columns are file_name, label"),
         ("no rows", "names no clips"),
         ("empty csv", "no column file_name"),
-        ("ragged csv", "no readable CSV"),
-        ("csv in another encoding", "no readable CSV table in UTF-8"),
+        ("ragged csv", "metadata.csv:3 .* it has 4 cells, the first row 2"),
+        ("csv in another encoding", "metadata.csv:2 .* byte 0xdc is of another encoding, such as Latin-1; save it as"),
         ("jsonl with a broken line", "metadata.jsonl:2 is no valid JSON"),
         ("jsonl without caption", "metadata.jsonl:1 needs file_name and one of caption, prompt, text"),
         ("json that is no list", "must be a list"),
@@ -275,6 +286,133 @@ def test_a_wrong_folder_is_refused_in_one_line(tmp_path, kind, message):
         index_dataset({"data_root": str(tmp_path)})
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+BOM = b"\xef\xbb\xbf"
+ODD = "null|NA|2024|a\u2028b\x0cc\x85d".split("|")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "lists", "pairs"])
+def test_captions_stay_as_they_are(tmp_path, kind, end):
+    """With a byte order mark, any line end, empty rows at the end, and all extensions in capitals."""
+    touch(tmp_path, *(f"{number}.MOV" for number in range(4)))
+    names = [f"{number}.mov" for number in range(4)]
+    if kind == "csv":
+        lines = {"metadata.CSV": ["file_name,caption", *map(",".join, zip(names, ODD, strict=True)), "", ",", " , "]}
+    elif kind == "jsonl":
+        rows = [{"file_name": name, "caption": text} for name, text in zip(names, ODD, strict=True)]
+        lines = {"metadata.jsonl": [json.dumps(row, ensure_ascii=False) for row in rows] + ["", " "]}
+    elif kind == "json":
+        rows = [{"file_name": name, "caption": text} for name, text in zip(names, ODD, strict=True)]
+        lines = {"metadata.json": json.dumps(rows, ensure_ascii=False, indent=1).split("\n")}
+    elif kind == "lists":
+        # An empty line in both shifts nothing.
+        lines = {"Videos.TXT": [*names[:2], "", *names[2:], ""], "PROMPTS.txt": [*ODD[:2], "", *ODD[2:], "", ""]}
+    else:
+        lines = {f"{number}.TXT": [text, ""] for number, text in enumerate(ODD)}
+    for name, content in lines.items():
+        (tmp_path / name).write_bytes(BOM + end.join(line.encode() for line in content))
+    index = index_dataset({"data_root": str(tmp_path)})
+    assert list(index) == [(f"{tmp_path}/{number}.MOV", caption) for number, caption in enumerate(ODD)]
+    assert index.description == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "message"),
+    [
+        (
+            "metadata.csv",
+            'file_name,caption\na.mp4,"cat\na.mp4,dog\n',
+            ":2 ",
+            "a quote opens a cell and does not close",
+        ),
+        ("metadata.csv", 'file_name,caption\na.mp4,x\na.mp4,"cat\na.mp4,"dog"\n', ":3 ", "a quote opens a cell"),
+        ("metadata.csv", "file_name;caption\na.mp4;cat\n", ":1 ", "has semicolons between its cells"),
+        ("metadata.csv", "file_name\tcaption\na.mp4\tcat\n", ":1 ", "has tabs between its cells"),
+        ("metadata.csv", "file_name,Caption\na.mp4,cat\n", ":1 ", "calls a column 'Caption'; rename it to caption"),
+        ("metadata.csv", "file_name, caption\na.mp4,cat\n", ":1 ", "calls a column ' caption'"),
+        ("metadata.csv", "file name,caption\na.mp4,cat\n", ":1 ", "calls a column 'file name'"),
+        ("metadata.csv", "file_name,caption,caption\na.mp4,a,b\n", ":1 ", "the column caption 2 times"),
+        ("metadata.csv", "file_name,caption\na.mp4,a\0b\n", ":2 ", "NUL"),
+        ("metadata.csv", "file_name,caption\na.mp4\n", ":2 ", "it has 1 cells, the first row 2"),
+        ("metadata.csv", "file_name,caption\na.mp4,x\n".encode("utf-16"), ":1 ", "UTF-16"),
+        ("metadata.csv", "file_name,caption\na.mp4,x\n".encode("utf-16-le"), ":1 ", "NUL"),
+        ("metadata.csv", b"file_name,caption\ra.mp4,\xe9\r", ":2 ", "byte 0xe9 is of another encoding"),
+        ("metadata.jsonl", b'{"file_name": "a.mp4", "caption": "a"}\n"\xe9"\n', ":2 ", "byte 0xe9"),
+        ("metadata.jsonl", '\n{"file_name": "a.mp4", "caption": 2024}\n', ":2 ", "both text"),
+        ("metadata.json", r'[{"file_name": "a.mp4", "caption": "\udc00"}]', " ", r"half a surrogate pair, \udc00"),
+        ("a.txt", b"ok\n\xfc", ":2 ", "byte 0xfc"),
+    ],
+)
+def test_a_text_that_is_not_as_it_should_be(tmp_path, name, content, where, message):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FrameBridgeError) as caught:
+        index_dataset({"data_root": str(tmp_path)})
+    assert f"{tmp_path / name}{where}" in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "clips", "left_out"),
+    [
+        ("upper_case", [("IMG_1.MOV", "dog"), ("a.mp4", "cat")], ""),
+        ("pairs_mac", [("a.mp4", "cat")], "left out: 2 hidden files (such as ._a.mp4)"),
+    ],
+)
+def test_folders_of_other_systems(case, clips, left_out):
+    root = DATA / "cases" / case
+    index = index_dataset({"data_root": str(root)})
+    assert list(index) == [(str(root / name), caption) for name, caption in clips]
+    assert index.description == left_out
+
+
+def test_texts_that_hold_no_text_or_no_end():
+    with pytest.raises(FrameBridgeError, match=r"metadata\.jsonl:1 holds half a surrogate pair, \\ud83d; write"):
+        index_dataset({"data_root": str(DATA / "cases/surrogate")})
+    case = DATA / "cases/csv_open_quote"
+    with pytest.raises(FrameBridgeError, match=r"t\.csv:2 .* a quote opens a cell and does not close it"):
+        index_dataset({"csv": str(case / "t.csv"), "video_root": str(case / "v")})
+
+
+@pytest.mark.parametrize("layout", ["metadata", "pairs", "lists"])
+def test_names_in_another_normal_form(tmp_path, layout):
+    (tmp_path / "e\u0301").mkdir()
+    name = "o\u0308.MP4" if layout == "pairs" else "e\u0301/o\u0308.MP4"
+    touch(tmp_path, name)
+    if layout == "metadata":
+        write_csv(tmp_path / "metadata.csv", ["file_name", "caption"], [["\u00e9/\u00f6.mp4", "a"]])
+    elif layout == "pairs":
+        (tmp_path / "\u00f6.txt").write_text("a")
+    else:
+        (tmp_path / "videos.txt").write_text("\u00e9/\u00f6.mp4\n")
+        (tmp_path / "prompts.txt").write_text("a\n")
+    assert list(index_dataset({"data_root": str(tmp_path)})) == [(str(tmp_path / name), "a")]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_by_reason(tmp_path, caplog):
+    touch(tmp_path, "a.mp4", "a.txt", "b.MP4", "c.txt", ".DS_Store", "._a.mp4")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")).touch()
+    index = index_dataset({"data_root": str(tmp_path)})
+    assert index.description == (
+        "left out: 1 hidden files (such as ._a.mp4), 1 names not in UTF-8 (such as caf\\xe9.mp4), "
+        "1 texts without a video beside them (such as c.txt), "
+        "1 videos without a .txt caption beside them (such as b.MP4)"
+    )
+    assert index.description in caplog.text
+
+
+def test_a_listed_file_that_is_missing_is_a_bad_file(tmp_path, caplog):
+    touch(tmp_path, "a.mp4")
+    write_csv(tmp_path / "metadata.csv", ["file_name", "caption"], [["a.mp4", "a"], ["x/b.mp4", "b"]])
+    index = index_dataset({"data_root": str(tmp_path)})
+    assert index.description == "1 of 2 listed clips are missing, first 'x/b.mp4': bad files"
+    assert index.description in caplog.text
+    with pytest.raises(ClipError) as caught:
+        read_clip(index[1][0], ClipSettings(1, 8, 8), torch.Generator())
+    assert caught.value.kind == "missing"
 
 
 def test_missing_or_empty_sources_are_refused_in_one_line(tmp_path):

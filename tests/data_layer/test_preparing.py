@@ -100,6 +100,29 @@ def test_whichever_tool_is_there_unpacks(archives, tools, tmp_path, capsys, prog
     assert prepare(archives, folder) == 0
 
 
+def test_a_zip_needs_no_tool(archives, tools, tmp_path, capsys):
+    archive = tmp_path / "UCF101.zip"
+    shutil.copy(archives[0], archive)
+    with zipfile.ZipFile(archive, "a") as content:
+        content.writestr("__MACOSX/UCF-101/YoYo/._a.avi", "x")
+    assert prepare((archive, None), tmp_path / "data") == 0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["UCF-101"]
+
+
+@pytest.mark.parametrize("name", ["../UCF-101/a.avi", "/tmp/UCF-101/a.avi", "UCF-101/../../a.avi", "C:\\\\a.avi"])
+def test_a_zip_that_names_places_outside_is_refused(tmp_path, capsys, name):
+    archive = tmp_path / "UCF101.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr(name, "x")
+    assert prepare((archive, None), tmp_path / "data") == 1
+    assert "it names a place outside of itself" in capsys.readouterr().err
+    assert list((tmp_path / "data").iterdir()) == []
+    archive.write_bytes(b"PK")
+    assert prepare((archive, None), tmp_path / "data") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "cannot be unpacked (File is not a zip file)" in error
+
+
 def test_no_tool_at_all(archives, tools, tmp_path, capsys):
     assert prepare(archives, tmp_path / "data") == 1
     (error,) = capsys.readouterr().err.splitlines()

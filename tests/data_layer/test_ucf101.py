@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from framebridge_plugin.data import UCF101_CLASSES, class_folders, index_dataset, load_ucf101
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture
@@ -65,11 +69,47 @@ def test_a_fold_through_the_dataset_file(corpus, tmp_path):
     assert index.class_names == list(UCF101_CLASSES)
 
 
-def test_clips_of_a_list_that_are_missing_are_counted(corpus, caplog):
+def test_clips_of_a_list_that_are_missing_are_bad_files(corpus, caplog):
     (corpus / "YoYo/v_YoYo_g01_c01.avi").unlink()
+    shutil.rmtree(corpus / "Archery")  # a class that is not there is none of the data set
     with caplog.at_level(logging.WARNING):
-        assert len(load_ucf101(corpus, "test", 1)) == 5
-    assert "1 of the 6 videos of the test split of fold 1 are missing" in caplog.text
+        rows = load_ucf101(corpus, "test", 1)
+    assert len(rows) == 4
+    assert rows[3] == {"path": str(corpus / "YoYo/v_YoYo_g01_c01.avi"), "label": 100, "group": 1}
+    assert (
+        "3 of the 6 videos of the test split of fold 1 are missing, such as Archery/v_Archery_g01_c01" in caplog.text
+    )
+    assert "3 of the 6" in index_dataset({"class_root": str(corpus), "split": "test"}).description
+
+
+def test_lists_with_a_byte_order_mark():
+    rows = load_ucf101(DATA / "cases/ucf_bom/UCF-101", "train", 1)
+    assert list(rows["label"]) == [2, 100]
+
+
+def test_a_name_in_latin_1_is_named_and_left_out(corpus, caplog):
+    Path(os.fsdecode(os.fsencode(corpus) + b"/YoYo/caf\xe9.avi")).touch()
+    Path(os.fsdecode(os.fsencode(corpus) + b"/caf\xe9")).mkdir()
+    for name in ("._v_YoYo_g01_c01.avi", "notes.wmv"):
+        (corpus / "YoYo" / name).touch()
+    (corpus / "stray.avi").touch()
+    rows = load_ucf101(corpus)
+    assert len(rows) == 12
+    assert rows.features["label"].names == list(UCF101_CLASSES)
+    assert (
+        "left out: 1 files that are no videos by their extension (such as YoYo/notes.wmv), "
+        "1 hidden files (such as YoYo/._v_YoYo_g01_c01.avi), 2 names not in UTF-8 (such as YoYo/caf\\xe9.avi), "
+        "1 videos in no folder of a class (such as stray.avi)"
+    ) in caplog.text
+
+
+def test_names_in_another_normal_form(tmp_path):
+    (tmp_path / "UCF-101/cafe\u0301").mkdir(parents=True)
+    (tmp_path / "UCF-101/cafe\u0301/e\u0301_g01_c01.AVI").touch()
+    (tmp_path / "trainlist01.txt").write_text("caf\u00e9/\u00e9_g01_c01.avi 1\n")
+    rows = load_ucf101(tmp_path / "UCF-101", "train", splits_dir=tmp_path)
+    assert rows.features["label"].names == ["caf\u00e9"]
+    assert list(rows["path"]) == [str(tmp_path / "UCF-101/cafe\u0301/e\u0301_g01_c01.AVI")]
 
 
 def test_a_file_added_later_is_seen(corpus):
@@ -78,7 +118,7 @@ def test_a_file_added_later_is_seen(corpus):
     assert len(load_ucf101(corpus)) == 13
 
 
-def test_folders_of_other_classes_keep_their_own_names(tmp_path):
+def test_folders_of_other_classes_keep_their_own_names(tmp_path, caplog):
     for name in ("ZoomIn", "PanLeft"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.mp4").touch()
@@ -86,6 +126,7 @@ def test_folders_of_other_classes_keep_their_own_names(tmp_path):
     assert rows.features["label"].names == ["PanLeft", "ZoomIn"]
     assert list(rows["label"]) == [0, 1]
     assert list(rows["group"]) == [-1, -1]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -100,10 +141,11 @@ def test_stray_folders_change_no_labels(corpus, stray):
     assert list(rows) == before
 
 
-def test_a_class_more_than_the_101_makes_it_another_data_set(corpus):
+def test_a_class_more_than_the_101_makes_it_another_data_set(corpus, caplog):
     (corpus / "Zorbing").mkdir()
     (corpus / "Zorbing/a.avi").touch()
     assert load_ucf101(corpus).features["label"].names == ["Archery", "HandstandPushups", "YoYo", "Zorbing"]
+    assert "most of its folders are classes of UCF-101, but not Zorbing: the labels are not UCF-101's" in caplog.text
 
 
 def test_stray_folders_change_no_labels_of_other_classes(tmp_path):
@@ -135,7 +177,7 @@ def test_wrong_requests_are_refused(corpus, tmp_path):
         load_ucf101(corpus, "val")
     with pytest.raises(UsageError, match="fold is 4"):
         load_ucf101(corpus, "train", 4)
-    with pytest.raises(FrameBridgeError, match=r"testlist01\.txt cannot be read; unpack UCF101TrainTestSplits"):
+    with pytest.raises(FrameBridgeError, match=r"no such file: .*testlist01\.txt; unpack UCF101TrainTestSplits"):
         load_ucf101(corpus, "test", splits_dir=tmp_path / "none")
     with pytest.raises(FrameBridgeError, match="cannot be listed"):
         load_ucf101(tmp_path / "none")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,11 +53,13 @@ def test_both_layouts_and_odd_captions(corpus, caplog):
         "path": str(corpus / "videos/0012.mp4"),
     }
     assert rows["path"][1] == str(corpus / "videos/000051_000100/7.mp4")
-    assert len(rows) == 2
-    counts = "of 4 rows, 1 have no file and 1 no caption; 2 are used"
+    # What is listed and not there is for a run's policy of bad files to judge.
+    assert rows["path"][2] == str(corpus / "videos/000051_000100/8.mp4")
+    assert len(rows) == 3
+    counts = "of 4 rows, 1 have no file (bad files) and 1 no caption; 3 are used"
     assert counts in caplog.text
     assert rows.info.description == counts
-    assert [row["videoid"] for row in rows.to_iterable_dataset()] == ["0012", "7"]
+    assert [row["videoid"] for row in rows.to_iterable_dataset()] == ["0012", "7", "8"]
 
 
 def test_many_parts_a_folder_and_a_pattern(corpus):
@@ -82,17 +87,21 @@ def test_the_cache_is_opened_without_a_look_at_table_and_folders(corpus):
 
 def test_a_changed_table_or_folder_is_indexed_again(corpus):
     table, videos = corpus / "results.csv", corpus / "videos"
-    assert len(load_webvid(table, videos)) == 2
+    assert missing(load_webvid(table, videos)) == 1
     (videos / "8.mp4").touch()
-    assert len(load_webvid(table, videos)) == 3
+    assert missing(load_webvid(table, videos)) == 0
     with table.open("a", newline="") as file:
         csv.writer(file).writerow(["8", "", "", "", "once more"])
     assert len(load_webvid(table, videos)) == 4
     # What lies deeper is not asked about, except on demand.
     (videos / "000051_000100/7.mp4").unlink()
-    assert len(load_webvid(table, videos)) == 4
-    assert len(load_webvid(table, videos, refresh=True)) == 3
-    assert len(load_webvid(table, videos)) == 3
+    assert "0 have no file" in load_webvid(table, videos).info.description
+    assert "1 have no file" in load_webvid(table, videos, refresh=True).info.description
+    assert "1 have no file" in load_webvid(table, videos).info.description
+
+
+def missing(rows) -> int:
+    return sum(not Path(path).exists() for path in rows["path"])
 
 
 def test_a_video_that_has_vanished_since_is_a_broken_file(corpus):
@@ -101,7 +110,7 @@ def test_a_video_that_has_vanished_since_is_a_broken_file(corpus):
     (corpus / "videos/000051_000100/7.mp4").unlink()
     (corpus / "videos/0012.mp4").unlink()
     sample = next(iter(ClipStream([(index, ClipSettings(1, 8, 8))], seed=1)))
-    assert [bad_file["kind"] for bad_file in sample["skipped"]] == ["missing", "missing"]
+    assert [bad_file["kind"] for bad_file in sample["skipped"]] == ["missing"] * 3
 
 
 def test_a_worker_gets_the_index_by_its_path(corpus):
@@ -124,8 +133,8 @@ def test_a_worker_gets_the_index_by_its_path(corpus):
         ("no_name.csv", "videos", "has no column name; its columns are videoid, caption"),
         ("empty.csv", "videos", "has no column videoid and no name; its columns are none"),
         ("others.csv", "videos", "none of its 1 rows has both a caption and a file"),
-        ("latin.csv", "videos", "is no readable CSV table in UTF-8"),
-        ("ragged.csv", "videos", "is no readable CSV table in UTF-8"),
+        ("latin.csv", "videos", "latin.csv:2 .*byte 0xe9"),
+        ("ragged.csv", "videos", "ragged.csv:2 .*6 cells, the first row 5"),
     ],
 )
 def test_wrong_sources_are_refused_in_one_line(corpus, table, videos, message):
@@ -164,15 +173,18 @@ def test_what_is_in_the_way_is_left_out_and_counted(corpus, caplog, monkeypatch)
             pass
     with caplog.at_level(logging.WARNING):
         rows = load_webvid(table, videos)
-    assert list(rows["videoid"]) == ["0012", "7"]
+    assert list(rows["videoid"]) == ["0012", "7", "8"]
     (record,) = caplog.records
     assert rows.info.description in record.getMessage()
     assert rows.info.description == (
-        "of 4 rows, 1 have no file and 1 no caption; 2 are used"
-        f"; left out of {videos}: 3 links or folders that cannot be listed, such as "
-        "'circle': Too many levels of symbolic links"
-        f"; left out of {videos}: 3 names not in UTF-8, such as '000051_000100/caf\\udce9.mp4'"
+        "of 4 rows, 1 have no file (bad files) and 1 no caption; 3 are used"
+        f"; left out of {videos}: 3 links or folders that cannot be listed (such as "
+        "circle: Too many levels of symbolic links)"
+        ", 3 names not in UTF-8 (such as 000051_000100/caf\\xe9.mp4)"
     )
+    caplog.clear()
+    load_webvid(table, videos)
+    assert "3 names not in UTF-8" in caplog.text  # from the cache, too
 
 
 def test_what_is_left_out_is_said_although_every_row_has_its_file(corpus, caplog):
@@ -180,9 +192,9 @@ def test_what_is_left_out_is_said_although_every_row_has_its_file(corpus, caplog
     (corpus / "videos/dangling").symlink_to("nowhere")
     with caplog.at_level(logging.WARNING):
         load_webvid(corpus / "one.csv", corpus / "videos")
-    assert "1 links or folders that cannot be listed, such as 'dangling': No such file or directory" in caplog.text
+    assert "1 links or folders that cannot be listed (such as dangling: No such file or directory" in caplog.text
     write(corpus / "none.csv", [["videoid", "name"], ["77", "a cat"]])
-    with pytest.raises(FrameBridgeError, match=r"none of its 1 rows .*such as 'dangling': No such file"):
+    with pytest.raises(FrameBridgeError, match=r"none of its 1 rows .*such as dangling: No such file"):
         load_webvid(corpus / "none.csv", corpus / "videos")
 
 
@@ -192,3 +204,35 @@ def test_a_failing_disk_is_not_taken_for_a_folder_without_videos(corpus, monkeyp
     with pytest.raises(FrameBridgeError, match=f"{os.strerror(number)}.*000051_000100") as caught:
         load_webvid(corpus / "results.csv", corpus / "videos")
     assert "\n" not in str(caught.value)
+
+
+def test_names_in_capitals_and_other_normal_forms(tmp_path):
+    table = write(tmp_path / "t.csv", [["videoid", "page_dir", "name"], ["caf\u00e9", "", "a"], ["2", "e\u0301", "b"]])
+    videos = tmp_path / "videos"
+    for name in ("cafe\u0301.MP4", "\u00e9/2.Mp4", "._2.mp4"):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).touch()
+    rows = load_webvid(table, videos)
+    assert list(rows["path"]) == [f"{videos}/cafe\u0301.MP4", f"{videos}/\u00e9/2.Mp4"]
+    assert rows.info.description.endswith(f"left out of {videos}: 1 hidden files (such as ._2.mp4)")
+
+
+def test_a_complete_index_opens_without_a_lock_and_writes_nothing(corpus, tmp_path):
+    cache = tmp_path / "cache"
+    rows = list(load_webvid(corpus / "results.csv", corpus / "videos", cache_dir=str(cache)))
+    (lock,) = cache.rglob(".lock")
+
+    def state():
+        return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [cache, *cache.rglob("*")])
+
+    before = state()
+    program = f"""if True:
+        from framebridge_plugin.data import load_webvid
+        rows = load_webvid({str(corpus / "results.csv")!r}, {str(corpus / "videos")!r}, cache_dir={str(cache)!r})
+        print(len(rows))
+    """
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.stdout == f"{len(rows)}\n", result.stderr
+    assert state() == before

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from framebridge_plugin.data import index_dataset
-from framebridge_plugin.recipe import load_recipe
+from framebridge_plugin.data import index_dataset, load_dataset_config
+from framebridge_plugin.data.validation_rows import read_validation_rows
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.recipe import load_recipe, resolve_recipe
 from tests.cogvideox_files import write_webvid
 from tests.recipe.helpers import problems_of
 
@@ -22,7 +28,7 @@ def test_webvid_layout(minimal, tmp_path):
     entry = load_recipe(minimal, ours).dataset_config()["datasets"][0]
     assert (entry["csv"], entry["video_root"]) == (str(table), str(videos))
     table.write_text("id,caption\n1,x\n")
-    assert "has no column name and videoid, only id, caption" in problems_of(minimal, *ours)[0]
+    assert "has no column videoid and no name; its columns are id, caption" in problems_of(minimal, *ours)[0]
     table.write_text("")
     (videos / "1.mp4").unlink()
     assert ["is empty" in problem for problem in problems_of(minimal, *ours)] == [True, True]
@@ -174,16 +180,28 @@ def pictures(tmp_path, monkeypatch):
         ("v.csv", "caption,image_path\na cat,\n", "row 1: lacks caption, or image_path"),
         ("v.csv", "caption,image_path\n", "has no rows"),
         ("v.csv", "", "is empty"),
-        ("v.csv", b"\xff\xfe", "cannot be read"),
+        ("v.csv", b"\xff\xfe", "v.csv:1 is no readable CSV table in UTF-8: it is in UTF-16"),
         ("v.json", '{"data": [{"caption": "a cat", "image_path": "dog.png"}]}', "no such file: dog.png"),
         ("v.json", '{"rows": []}', "a list 'data'"),
-        ("v.json", "[", "not readable JSON"),
+        ("v.json", "[", "no valid JSON"),
+        ("v.json", r'{"data": [{"caption": "a \ud83d", "image_path": "cat.png"}]}', "half a surrogate pair"),
+        (
+            "v.json",
+            '{"data": [{"caption": 2024, "image_path": "cat.png"}]}',
+            "row 1: caption should be text, not 2024",
+        ),
+        ("v.json", '{"data": [{"Caption": "a", "image_path": "cat.png"}]}', "calls a column 'Caption'"),
+        ("v.csv", "caption;image_path\na;cat.png\n", "v.csv:1 has semicolons"),
+        ("v.csv", "caption,image_path,Height\na,cat.png,64\n", "v.csv:1 calls a column 'Height'; rename it to height"),
+        ("v.csv", 'caption,image_path\n"a,cat.png\nb,cat.png\n', "v.csv:2 .* a quote opens a cell"),
+        ("v.parquet", "no", "v.parquet is no readable parquet file"),
+        ("v.arrow", "no", "v.arrow is no readable arrow file"),
     ],
 )
 def test_validation_file(minimal, pictures, name, content, message):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (problem,) = problems_of(minimal, f"validation.validation_dataset_file={name}")
-    assert message in problem
+    assert re.search(message, problem)
 
 
 @pytest.mark.parametrize(
@@ -220,3 +238,70 @@ def test_validation_rows_that_can_be_sampled(minimal, pictures):
         "a cat,http://localhost/cat.png,,9,16,16,1000,1e1,1\n"
     )
     load_recipe(minimal, ["validation.validation_dataset_file=v.csv"])
+
+
+def test_the_check_and_the_loader_say_the_same(minimal, tmp_path):
+    """What is wrong with a text is no matter of files that are still to come: a dry run ends with it."""
+    cases = Path(__file__).parents[1] / "data/cases"
+    table, videos = cases / "csv_open_quote/t.csv", cases / "csv_open_quote/v"
+    no_root = "framebridge.data.data_root=null"
+    shutil.copytree(cases / "ucf_bom", tmp_path / "ucf")
+    (tmp_path / "ucf/ucfTrainTestlist/trainlist01.txt").write_bytes(b"\xff\xfeA")
+    pairs = tmp_path / "pairs"
+    shutil.copytree(cases / "upper_case", pairs)
+    (pairs / "a.txt").write_bytes(b"\xe9t\xe9")
+    for entry in (
+        {"csv": str(table), "video_root": str(videos)},
+        {"data_root": str(cases / "surrogate")},
+        {"data_root": str(pairs)},
+        {"class_root": str(tmp_path / "ucf/UCF-101"), "split": "train"},
+    ):
+        with pytest.raises(FrameBridgeError) as caught:
+            index_dataset(entry)
+        overrides = [no_root, *(f"framebridge.data.{key}={value}" for key, value in entry.items())]
+        with pytest.raises(UsageError) as refused:
+            resolve_recipe(minimal, overrides)
+        assert str(refused.value).endswith(f": {caught.value}")
+        config = tmp_path / "data.json"
+        config.write_text(json.dumps({"datasets": [entry | {"video_resolution_buckets": [[17, 64, 96]]}]}))
+        with pytest.raises(UsageError) as refused:
+            resolve_recipe(minimal, ["framebridge.data=null", f"dataset.dataset_config={config}"])
+        assert str(refused.value).endswith(f": {caught.value}")
+
+
+def test_files_with_a_byte_order_mark(minimal, tmp_path, pictures):
+    recipe = tmp_path / "bom.yaml"
+    recipe.write_bytes(b"\xef\xbb\xbf" + minimal.read_bytes())
+    config = tmp_path / "data.json"
+    config.write_text(json.dumps(load_recipe(minimal).dataset_config()), encoding="utf-8-sig")
+    Path("v.CSV").write_text("caption,image_path\nnull,cat.png\n,\n", encoding="utf-8-sig")
+    overrides = [
+        "framebridge.data=null",
+        f"dataset.dataset_config={config}",
+        "validation.validation_dataset_file=v.CSV",
+    ]
+    content = load_recipe(recipe, overrides).dataset_config()
+    assert content == load_recipe(minimal).dataset_config()
+    assert [caption for _, caption in load_dataset_config(config)[0][0]] == [
+        caption for _, caption in index_dataset(content["datasets"][0])
+    ]
+
+
+def test_rows_of_a_validation_file_are_text(tmp_path):
+    rows = [{"caption": "null", "image_path": "a.png", "height": 64}, {"caption": "NA", "image_path": "b.png"}]
+    rows.append({"caption": "2024", "image_path": "1.5", "guidance_scale": 6.0})
+    pq.write_table(pa.Table.from_pylist(rows, VALIDATION_SCHEMA), tmp_path / "v.parquet")
+    for name, kind in (("v.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with kind(str(tmp_path / name), VALIDATION_SCHEMA) as file:
+            file.write_table(pa.Table.from_pylist(rows, VALIDATION_SCHEMA))
+    (tmp_path / "v.json").write_text(json.dumps({"data": rows}), encoding="utf-8-sig")
+    (tmp_path / "v.csv").write_bytes(
+        b"\xef\xbb\xbfcaption,image_path,height,guidance_scale\r\nnull,a.png,64,\r\nNA,b.png,,\r\n2024,1.5,,6.0\r\n,,,\r\n\r\n"
+    )
+    for name in ("v.csv", "v.json", "v.parquet", "v.arrow", "file.arrow"):
+        assert read_validation_rows(tmp_path / name) == rows, name
+
+
+VALIDATION_SCHEMA = pa.schema(
+    {"caption": pa.string(), "image_path": pa.string(), "height": pa.int64(), "guidance_scale": pa.float64()}
+)
