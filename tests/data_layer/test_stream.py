@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
 from framebridge_plugin.errors import FrameBridgeError
-from tests.data_layer.numbered_videos import write_video
+from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, write_video
 
 SETTINGS = ClipSettings(num_frames=3, height=16, width=16, frame_stride=2, horizontal_flip=True)
 
@@ -67,6 +67,14 @@ def test_every_epoch_visits_each_clip_once_in_its_own_order(data_set):
     assert len({sample["sample_seed"] for sample in samples}) == 21
     other = take(ClipStream([data_set], seed=2), 7)
     assert [sample["caption"] for sample in other] != epochs[0]
+
+
+def test_the_windows_of_a_release_are_the_windows_of_the_next(data_set):
+    """Others would make a resumed run see other frames than the run that it goes on with."""
+    stream = ClipStream([(data_set[0], ClipSettings(num_frames=2, height=HEIGHT, width=WIDTH))], seed=42)
+    samples = list(itertools.islice(stream, 7))
+    assert [numbers_in(sample["video"])[0] for sample in samples] == [12, 12, 1, 0, 8, 2, 15]
+    assert samples[0]["sample_seed"] == 3102983107102520246
 
 
 def test_windows_and_flips_change_between_epochs(data_set):

@@ -83,6 +83,7 @@ def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_
         output = call(sharded, times)
         assert output.dtype == torch.float32
         assert torch.equal(output, whole)
+    assert not sharded.time_proj._forward_pre_hooks
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in sharded.parameters())
     assert [time.dtype for time in times] == [torch.float32] * 3

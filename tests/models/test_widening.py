@@ -61,6 +61,11 @@ def test_the_widened_network_computes_what_the_plain_one_does(models, kind, dtyp
         assert torch.equal(output(widened, torch.cat([latents, image], dim=2)), expected)
 
 
+def test_a_frozen_network_stays_frozen(models):
+    widened = widen_input_channels(load_plain(models["2b"]).requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in widened.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_is_trained_in_a_full_fine_tune_and_reaches_the_new_channels(models, kind):
     widened = load_widened(models[kind])

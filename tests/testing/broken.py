@@ -296,6 +296,14 @@ class LosesALayer(Whole):
         super()._save_lora_weights(directory, kept, scheduler, metadata)
 
 
+@fails("lora-export", r"gets other LoRA layers: \S*ff\S*lora_\S* is too many")
+class SavesALayerTooMany(Whole):
+    def _save_lora_weights(self, directory, transformer_state_dict=None, scheduler=None, metadata=None):
+        layer = "transformer_blocks.0.ff.net.2"
+        more = {f"{layer}.lora_A.weight": torch.zeros(4, 64), f"{layer}.lora_B.weight": torch.zeros(16, 4)}
+        super()._save_lora_weights(directory, transformer_state_dict | more, scheduler, metadata)
+
+
 @fails("lora-export", r"the pipeline with the LoRA is not the trained network: \S*bias has other values")
 class TrainsMoreThanItSaves(Whole):
     def prepare_trainable_parameters(self, transformer, training_type):

@@ -148,9 +148,9 @@ def test_a_run_leaves_the_average_and_keeps_the_weights(train, tmp_path, kind, d
     assert any((tensor - weights[4][name]).abs().max() > 1e-4 for name, tensor in final.items())
 
 
-def test_a_killed_run_resumes_bit_for_bit_before_the_average_starts(train, recipe_file, tmp_path):
-    options = (*EMA, "framebridge.ema_start_step=6")
-    assert succeeded(train(*options, "optimization.train_steps=8", output="whole"))
+def test_a_killed_run_resumes_bit_for_bit_before_and_after_the_average_starts(train, recipe_file, tmp_path):
+    options = (*EMA, "framebridge.ema_start_step=3")
+    assert succeeded(train(*options, "optimization.train_steps=6", output="whole"))
     command = [sys.executable, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}", *options]
     killed = subprocess.Popen(
         [*command, "optimization.train_steps=5000", f"checkpoints.output_dir={tmp_path / 'killed'}"],
@@ -166,14 +166,14 @@ def test_a_killed_run_resumes_bit_for_bit_before_the_average_starts(train, recip
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
 
-    resume = ("checkpoints.resume_from_checkpoint=4", "optimization.train_steps=8")
-    assert succeeded(train(*options, *resume, output="killed"))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    for part in ("checkpoints/step_000008/trainer", "model"):
-        assert_same_weights(tmp_path / "whole" / part, tmp_path / "killed" / part)
-    average, weights = (trainer_file(tmp_path / "whole", 6, name) for name in ("ema", "weights"))
-    assert all(torch.equal(average[name], weights[name]) for name in average)
-    assert any(not torch.equal(t, average[name]) for name, t in trainer_file(tmp_path / "whole", 8, "ema").items())
+    for step, starts in ((2, False), (4, True)):
+        average, weights = (trainer_file(tmp_path / "killed", step, name) for name in ("ema", "weights"))
+        assert any(not torch.equal(average[name], weights[name]) for name in average) == starts
+        resume = (f"checkpoints.resume_from_checkpoint={step}", "optimization.train_steps=6")
+        assert succeeded(train(*options, *resume, output="killed"))
+        assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+        for part in ("checkpoints/step_000006/trainer", "model"):
+            assert_same_weights(tmp_path / "whole" / part, tmp_path / "killed" / part)
 
 
 @KINDS

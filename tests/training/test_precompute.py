@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,8 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
         embedded.append(caption)
         return original(self, *args, caption=caption, **kwargs)
 
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(LatteBridgeSpecification, "prepare_conditions", count)
     assert succeeded(precompute("--variants=2", "--shard-size=4"))
     assert sorted(embedded) == sorted(["", *CLASS_NAMES[:3]])
@@ -113,17 +116,52 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
     assert skipped["reason"]
     assert yaml.safe_load((store / "recipe.yaml").read_text())["training"]["seed"] == 7
     assert json.loads((store / "versions.json").read_text())["torch"]
+    # Whole and on the disk before they have their names.
+    assert {path.name for path in files(store)} == {Path(path).name for path in flushed if ".partial/" in path}
     # safetensors makes files that nobody else can read.
     assert {path.stat().st_mode for path in files(store)} == {(store / "recipe.yaml").stat().st_mode}
 
 
-def test_the_resize_path_is_part_of_the_fingerprint_and_the_reading_process_is_not():
+CLIP_CHANGES = {
+    "num_frames": {"num_frames": 17},
+    "height": {"height": 32},
+    "width": {"width": 32},
+    "frame_stride": {"frame_stride": 2},
+    "window": {"window": "start"},
+    "horizontal_flip": {"horizontal_flip": True},
+    "frame_sampling": {"frame_sampling": "linspace", "window_frames": 9},
+    "window_frames": {"frame_sampling": "linspace", "window_frames": 9},
+    "decoder": {"decoder": "decord"},
+    "strict": {"strict": True},
+    "resize": {"resize": "decoder"},
+}
+
+
+def test_every_clip_setting_is_part_of_the_fingerprint_but_not_the_reading_process():
     index = ClipIndex(datasets.Dataset.from_dict({"path": ["/a/b.mp4"], "caption": ["c"]}), "caption")
     settings = ClipSettings(9, 64, 64)
     there = data_fingerprint(index, settings)
+    assert CLIP_CHANGES.keys() | {"isolated"} == {field.name for field in dataclasses.fields(settings)}
+    for name, changes in CLIP_CHANGES.items():
+        here = data_fingerprint(index, dataclasses.replace(settings, **changes))
+        assert there["clip"][name] != here["clip"][name]
     resized = data_fingerprint(index, dataclasses.replace(settings, resize="decoder"))
     assert first_difference(there, resized) == "clip.resize is torch there and decoder here"
     assert first_difference(there, data_fingerprint(index, dataclasses.replace(settings, isolated=True))) is None
+
+
+def test_files_and_captions_are_part_of_the_fingerprint(tmp_path):
+    def fingerprint(names: list[str], captions: list[str]) -> dict:
+        rows = {"path": [str(tmp_path / name) for name in names], "caption": captions}
+        return data_fingerprint(ClipIndex(datasets.Dataset.from_dict(rows), "caption"), ClipSettings(9, 64, 64))
+
+    there = fingerprint(["a.mp4", "b.mp4"], ["c", "d"])
+    for name, here in {
+        "rows": fingerprint(["a.mp4", "b.mp4", "c.mp4"], ["c", "d", "e"]),
+        "files": fingerprint(["a.mp4", "c.mp4"], ["c", "d"]),
+        "captions": fingerprint(["a.mp4", "b.mp4"], ["c", "e"]),
+    }.items():
+        assert first_difference(there, here).startswith(f"{name} is ")
 
 
 def test_captions_of_several_data_sets_have_one_numbering():

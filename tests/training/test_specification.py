@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
+from framebridge_plugin.training.fingerprint import first_difference
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.bridge_runs import make_specification
@@ -151,6 +153,48 @@ def test_preparing_a_sample_leaves_the_global_generator_alone(model_folder, vae,
         specification.prepare_latents(vae=vae, video=video, **source)
         specification.prepare_conditions(**models, caption="a red square", **source)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# What is precomputed
+
+FACTS = ("objective", "image_noise", "prior_noise", "noise_log_mean", "noise_log_std")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"objective": "diffusion"}, {"image_noise": False}, {"prior_noise": False}),
+        *({"noise_log_mean": -2.0}, {"noise_log_std": 0.25}),
+        *({"vae_dtype": torch.bfloat16}, {"text_encoder_dtype": torch.bfloat16}),
+        *({"file": "vae/diffusion_pytorch_model.safetensors"}, {"file": "text_encoder/model.safetensors"}),
+        *({"file": "tokenizer/spiece.model"}, {"file": "transformer/config.json"}),
+    ],
+    ids=lambda change: "-".join(map(str, change.values())),
+)
+def test_every_fact_of_the_latents_is_told_when_it_alone_changes(model_folder, tmp_path, change):
+    expected = make_specification(model_folder).precomputation_facts()
+    ((name, value),) = change.items()
+    if name == "file":
+        changed = shutil.copytree(model_folder, tmp_path / "model") / value
+        content = changed.read_bytes()
+        changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        if value == "transformer/config.json":
+            changed.write_bytes(content.replace(b'"max_text_seq_length": 16', b'"max_text_seq_length": 8'))
+        specification, name = make_specification(tmp_path / "model"), value.replace("/", ".")
+        if value == "transformer/config.json":
+            name = "max_text_seq_length"
+    elif name in FACTS:
+        specification = make_specification(model_folder, ObjectiveSettings(**change))
+    else:
+        specification = make_specification(model_folder, **change)
+    assert first_difference(expected, specification.precomputation_facts()).startswith(f"{name} is ")
+
+
+def test_what_the_latents_do_not_depend_on_is_no_fact_of_theirs(model_folder):
+    expected = make_specification(model_folder).precomputation_facts()
+    objective = ObjectiveSettings(target="data", caption_dropout=0.5, beta_max=20.0, snr_aligned=False)
+    specification = make_specification(model_folder, objective, transformer_dtype=torch.bfloat16)
+    assert first_difference(expected, specification.precomputation_facts()) is None
 
 
 # The objective on a batch

@@ -15,16 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from PIL import Image
 from safetensors.torch import load_file
 
+from framebridge_plugin.data import ClipStream, load_dataset_config
 from framebridge_plugin.media import read_image, to_uint8
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.objective import ObjectiveSettings
+from tests.training.bridge_runs import make_specification
 from tests.training.conftest import command_environment
 
 LORA = ("training.training_type=lora", "lora.rank=4", "lora.lora_alpha=8")
+CONSTANT_RATE = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
 
 
 def succeeded(result: subprocess.CompletedProcess) -> bool:
@@ -52,10 +57,85 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
 
+@pytest.fixture(scope="module")
+def dropout_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that draws from torch's global generator while it trains, and only then."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("dropout") / "model")
+    config = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps(config | {"dropout": 0.2}))
+    return folder
+
+
+@pytest.fixture
+def one_clip(clips_folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Options with which nothing but index and eps is drawn."""
+    folder = tmp_path / "one_clip"
+    folder.mkdir()
+    shutil.copy(next(clips_folder.glob("*.mp4")), folder / "a.mp4")
+    (folder / "a.txt").write_text("the only clip")
+    return (
+        f"framebridge.data.data_root={folder}",
+        "framebridge.data.window=start",
+        "framebridge.image_noise=false",
+        "framebridge.prior_noise=false",
+        "framebridge.caption_dropout=0",
+        "training.batch_size=1",
+    )
+
+
+def expected_update(
+    run: Path, model: Path, step: int, draws: list[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Loss and gradient norm of the untrained network for an update of a run with the options of `one_clip`.
+
+    Args:
+        run: The run's folder.
+        model: Its model.
+        step: The update.
+        draws: Micro-steps and ranks that it is the mean over.
+        dtype: The precision of all models.
+    """
+    from finetrainers import utils
+
+    objective = ObjectiveSettings(image_noise=False, prior_noise=False, caption_dropout=0.0)
+    dtypes = dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), dtype)
+    specification = make_specification(model, objective, **dtypes)
+    models = specification.load_diffusion_models()
+    network, scheduler = models["transformer"].train(), models["scheduler"]
+    sample = next(iter(ClipStream(load_dataset_config(run / "dataset_config.json"), seed=7)))
+    prepare = {name: sample[name] for name in ("caption", "video", "sample_seed")}
+    conditions = specification.prepare_conditions(**specification.load_condition_models(), **prepare)
+    latents = specification.prepare_latents(**specification.load_latent_models(), **prepare)
+    losses = []
+    for micro_step, rank in draws:
+        generator = torch.Generator().manual_seed(derive_seed("step", 7, step, micro_step, rank))
+        sigmas = utils.prepare_sigmas(
+            scheduler=scheduler,
+            sigmas=utils.get_scheduler_sigmas(scheduler),
+            batch_size=1,
+            num_train_timesteps=1000,
+            generator=generator,
+        )
+        prediction, target, _ = specification.forward(
+            transformer=network,
+            scheduler=scheduler,
+            condition_model_conditions=specification.collate_conditions([conditions]),
+            latent_model_conditions=specification.collate_latents([latents]),
+            sigmas=sigmas,
+            generator=generator,
+        )
+        losses.append((prediction - target).square().mean())
+    assert len({loss.item() for loss in losses}) == len(draws)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
+
+
 @pytest.mark.parametrize("backend", ["ptd", "accelerate"])
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
-def test_trains_saves_and_resumes_bit_for_bit(train, tmp_path, kind, backend):
-    options = (*kind, f"parallelism.parallel_backend={backend}")
+def test_trains_saves_and_resumes_bit_for_bit(train, dropout_model, tmp_path, kind, backend):
+    model = f"model.pretrained_model_name_or_path={dropout_model}"
+    options = (*kind, model, f"parallelism.parallel_backend={backend}")
     assert succeeded(train(*options, output="whole"))
     name = "lora" if kind else "model"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -128,10 +208,11 @@ def test_ctrl_c_leaves_the_last_checkpoint_usable(train, recipe_file, tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_validation_changes_nothing_and_writes_videos(train, validation_file, tmp_path):
-    assert succeeded(train(output="without"))
+def test_validation_changes_nothing_and_writes_videos(train, dropout_model, validation_file, tmp_path):
+    model = f"model.pretrained_model_name_or_path={dropout_model}"
+    assert succeeded(train(model, output="without"))
     options = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=1")
-    assert succeeded(train(*options, output="with"))
+    assert succeeded(train(model, *options, output="with"))
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert_same_weights(tmp_path / "with/model", tmp_path / "without/model")
     videos = {path.name for path in (tmp_path / "with/validation").glob("*.mp4")}
@@ -166,14 +247,32 @@ def test_precomputation_gives_the_same_run(train, tmp_path, kind):
     assert losses(tmp_path / "precomputed") == losses(tmp_path / "direct")
 
 
-def test_bfloat16_lora_with_checkpointing_and_offline_wandb(train, validation_file, tmp_path, monkeypatch):
+def test_a_run_that_precomputes_once_resumes_where_it_stopped(train, tmp_path):
+    once = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3", "dataset.precomputation_once=true")
+    options = (*once, *CONSTANT_RATE, "checkpoints.checkpointing_steps=3")
+    assert succeeded(train(*options, "optimization.train_steps=6", output="whole"))
+    assert succeeded(train(*options, "optimization.train_steps=3", output="parts"))
+    resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=6")
+    # What is stored does not outlive a run.
+    assert succeeded(train(*options, *resume, output="parts"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts/model", tmp_path / "whole/model")
+
+
+def test_bfloat16_lora_with_checkpointing_and_offline_wandb(
+    train, one_clip, model_folder, validation_file, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = (
+        *one_clip,
         *("precision.transformer_dtype=bf16", "precision.vae_dtype=bf16", "precision.text_encoder_dtype=bf16"),
         *("training.gradient_checkpointing=true", "training.enable_slicing=true"),
         *("tracking.report_to=wandb", f"validation.validation_dataset_file={validation_file}"),
     )
     assert succeeded(train(*LORA, *options))
+    # The layers start at zero, and the latents stay in float32, whatever the network computes in.
+    expected, _ = expected_update(tmp_path / "run", model_folder, 1, [(0, 0)], torch.bfloat16)
+    assert losses(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
     assert list((tmp_path / "run/logs/wandb").glob("offline-run-*"))
     assert (tmp_path / "run/validation/final-00.mp4").is_file()
     saved = weights(tmp_path / "run/lora")
@@ -181,12 +280,17 @@ def test_bfloat16_lora_with_checkpointing_and_offline_wandb(train, validation_fi
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in saved.items())
 
 
-def test_accumulation_counts_updates_and_clips_once(train, tmp_path):
-    options = ("training.batch_size=1", "training.gradient_accumulation_steps=2")
-    assert succeeded(train(*options, "optimization.train_steps=3", output="loose"))
+def test_an_update_is_the_mean_over_its_micro_steps_and_is_clipped_once(train, one_clip, model_folder, tmp_path):
+    # With this learning rate the network stays as it is.
+    options = (*one_clip, *CONSTANT_RATE, "optimization.lr=1e-12", "training.gradient_accumulation_steps=2")
+    assert succeeded(train(*options, "optimization.train_steps=9", "training.max_data_samples=5", output="loose"))
     entries = metrics(tmp_path / "loose")
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert [entry["samples_seen"] for entry in entries] == [2, 4, 6]
+    for entry in entries:
+        loss, norm = expected_update(tmp_path / "loose", model_folder, entry["step"], [(0, 0), (1, 0)])
+        assert entry["loss"] == pytest.approx(loss, rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm, rel=1e-4)
     # The norm is that of the whole update: with clipping after each half it would depend on the limit.
     tight = ("optimization.max_grad_norm=1e-6", "optimization.train_steps=1")
     assert succeeded(train(*options, *tight, output="tight"))
@@ -239,35 +343,38 @@ def test_8bit_optimizers_resume_and_the_diffusion_baseline_trains(train, tmp_pat
 
 
 @pytest.mark.parametrize("split", ["dp_degree", "dp_shards"])
-def test_two_processes_resume_and_do_not_share_noise(train, clips_folder, tmp_path, split):
-    one_clip = tmp_path / "one_clip"
-    one_clip.mkdir()
-    clip = next(clips_folder.glob("*.mp4"))
-    (one_clip / "a.mp4").write_bytes(clip.read_bytes())
-    (one_clip / "a.txt").write_text("the only clip")
-    # Nothing but index and eps is drawn, and the first update has learning rate 0 and changes nothing.
-    options = (
-        f"framebridge.data.data_root={one_clip}",
-        "framebridge.data.window=start",
-        "framebridge.image_noise=false",
-        "framebridge.prior_noise=false",
-        "framebridge.caption_dropout=0",
-        "framebridge.ema_decay=0.9",
-        "training.batch_size=1",
-    )
-    assert succeeded(train(*options, "optimization.train_steps=1", output="alone"))
-    two = (*options, f"parallelism.{split}=2")
+def test_two_processes_resume_and_do_not_share_noise(train, one_clip, model_folder, tmp_path, split):
+    # The first update has learning rate 0.
+    two = (*one_clip, "framebridge.ema_decay=0.9", f"parallelism.{split}=2")
     run = tmp_path / "two"
     assert succeeded(train(*two, processes=2, output="two"))
     assert metrics(run)[-1]["samples_seen"] == 8
-    # With shared noise the mean over both ranks would be the loss of one.
-    assert losses(run)[0] != pytest.approx(losses(tmp_path / "alone")[0], rel=1e-3)
+    for entry in metrics(run)[:2]:
+        loss, norm = expected_update(run, model_folder, entry["step"], [(0, 0), (0, 1)])
+        assert entry["loss"] == pytest.approx(loss, rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
     before, last = losses(run), run / "checkpoints/step_000004"
     last.rename(tmp_path / "uninterrupted")
     assert succeeded(train(*two, "checkpoints.resume_from_checkpoint=latest", processes=2, output="two"))
     assert losses(run) == before
     assert_same_weights(tmp_path / "uninterrupted/trainer", last / "trainer")
+
+
+def test_processes_wait_for_each_other_as_long_as_either_limit_says(train, monkeypatch):
+    limits, init_process_group = [], torch.distributed.init_process_group
+
+    def noting(*args, **kwargs):
+        limits.append(kwargs["timeout"].total_seconds())
+        init_process_group(*args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", noting)
+    for init, nccl in ((60, 1234), (1234, 60)):
+        limit = (f"parallelism.init_timeout={init}", f"parallelism.nccl_timeout={nccl}")
+        assert succeeded(
+            train("parallelism.parallel_backend=ptd", *limit, "optimization.train_steps=1", output=str(init))
+        )
+    assert limits == [1234, 1234]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
@@ -295,13 +402,59 @@ def test_a_resume_with_another_objective_is_refused(train, tmp_path):
     assert "it was trained with target 'v'" in result.stderr
 
 
-def test_the_hub_token_is_written_nowhere(train, tmp_path, monkeypatch):
+def test_the_model_is_pushed_to_the_hub_and_the_token_written_nowhere(train, tmp_path, monkeypatch):
+    from finetrainers.trainer.sft_trainer import trainer as stock
+
+    from framebridge_plugin.training import trainer as ours
+
+    pushed = []
+
+    def upload_folder(*, repo_id: str, folder_path: Path, token: str) -> None:
+        pushed.append((repo_id, Path(folder_path), token, (folder_path / "model_index.json").is_file()))
+
+    # The hub itself is all that is missing.
+    monkeypatch.setattr(
+        stock, "create_repo", lambda repo_id, token, exist_ok: RepoUrl(f"https://huggingface.co/me/{repo_id}")
+    )
+    monkeypatch.setattr(ours, "upload_folder", upload_folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    options = ("tracking.report_to=wandb", "hub.hub_token=hf_notmeanttobeseen", "optimization.train_steps=1")
-    assert succeeded(train(*options))
+    token = "hf_notmeanttobeseen"
+    hub = ("hub.push_to_hub=true", f"hub.hub_token={token}", "hub.hub_model_id=mine")
+    assert succeeded(train("tracking.report_to=wandb", *hub, "optimization.train_steps=1"))
+    assert pushed == [("me/mine", tmp_path / "run/model", token, True)]
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any("wandb" in str(path) for path in files)
-    assert [path for path in files if b"hf_notmeanttobeseen" in path.read_bytes()] == []
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+
+
+def test_the_newest_checkpoints_are_kept_and_the_last_is_resumed_whatever_their_digits(train, tmp_path):
+    options = (*CONSTANT_RATE, "checkpoints.checkpointing_steps=1")
+    assert succeeded(train(*options, "optimization.train_steps=2"))
+    folder = tmp_path / "run/checkpoints"
+    # As if they were from the end of a run of a million updates.
+    for step, later in ((1, 999_999), (2, 1_000_000)):
+        renamed = (folder / f"step_{step:06d}").rename(folder / f"step_{later:06d}")
+        state = json.loads((renamed / "trainer/state.json").read_text())
+        (renamed / "trainer/state.json").write_text(json.dumps(state | {"step": later}))
+    resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=1000001")
+    assert succeeded(train(*options, *resume, "checkpoints.checkpointing_limit=2"))
+    assert {path.name for path in folder.iterdir()} == {"step_1000000", "step_1000001"}
+    assert metrics(tmp_path / "run")[-1]["step"] == 1_000_001
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(train, tmp_path, monkeypatch):
+    flushed, fsync = set(), os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", noting)
+    assert succeeded(train("optimization.train_steps=1"))
+    folder = tmp_path / "run/checkpoints/step_000001"
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    partial = str(folder.with_name(".step_000001.partial"))
+    assert {file.removeprefix(f"{partial}/") for file in flushed if file.startswith(partial)} == files
 
 
 def test_a_run_is_not_overwritten(train, tmp_path):
