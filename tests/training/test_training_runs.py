@@ -249,12 +249,11 @@ def test_precomputation_gives_the_same_run(train, tmp_path, kind):
 
 def test_a_run_that_precomputes_once_resumes_where_it_stopped(train, tmp_path):
     once = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3", "dataset.precomputation_once=true")
-    options = (*once, *CONSTANT_RATE, "checkpoints.checkpointing_steps=3")
-    assert succeeded(train(*options, "optimization.train_steps=6", output="whole"))
-    assert succeeded(train(*options, "optimization.train_steps=3", output="parts"))
-    resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=6")
-    # What is stored does not outlive a run.
-    assert succeeded(train(*options, *resume, output="parts"))
+    options = (*once, *CONSTANT_RATE)
+    assert succeeded(train(*options, output="whole"))
+    # It stops at the second of the three items.
+    assert succeeded(train(*options, "optimization.train_steps=2", output="parts"))
+    assert succeeded(train(*options, "checkpoints.resume_from_checkpoint=latest", output="parts"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "parts/model", tmp_path / "whole/model")
 
