@@ -1,11 +1,10 @@
-"""A short run with an average of the weights, on processes that torchrun starts; each writes the average that it has.
+"""A short run with an average of the weights, on several processes; each writes the average that it has.
 
 Every sample has its noise, whichever rank it comes to, so that the run can be compared with one of a single process.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ class WithRankFiles(FrameBridgeTrainer):
         save_file(self.average.gather(keep=True), output_dir / f"rank{self.state.parallel_backend.rank}.safetensors")
 
 
-if __name__ == "__main__":
-    inputs, output, kind, *options = sys.argv[1:]
+def main(inputs: str, output: str, kind: str, *options: str) -> None:
     settings = {"specification_class": NoiseOfTheSample}
     make_trainer(WithRankFiles, Path(inputs), Path(output), kind, *OPTIONS, *options, **settings).run()

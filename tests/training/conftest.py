@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import resource
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,9 +45,8 @@ def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "validation.csv"
 
 
-@pytest.fixture
-def recipe_file(model_folder: Path, clips_folder: Path, tmp_path: Path) -> Path:
-    """A whole recipe of four short updates."""
+def write_recipe(folder: Path, model_folder: Path, clips_folder: Path) -> Path:
+    """Writes a whole recipe of four short updates."""
     recipe = {
         "model": {"pretrained_model_name_or_path": str(model_folder)},
         "framebridge": {
@@ -51,11 +55,16 @@ def recipe_file(model_folder: Path, clips_folder: Path, tmp_path: Path) -> Path:
         "training": {"training_type": "full-finetune", "batch_size": 2, "seed": 7},
         "optimization": {"train_steps": 4, "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
         "precision": {"transformer_dtype": "fp32", "vae_dtype": "fp32", "text_encoder_dtype": "fp32"},
-        "checkpoints": {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 2},
+        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 2},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@pytest.fixture
+def recipe_file(model_folder: Path, clips_folder: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, model_folder, clips_folder)
 
 
 Run = Callable[..., subprocess.CompletedProcess]
@@ -72,30 +81,57 @@ def command_environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
+@contextlib.contextmanager
+def small_files_only() -> Iterator[None]:
+    """No file takes more than 40 KiB within the block, as if the disk was full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 1024, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run_in_two_processes(module: str, runs: Sequence[Any], **environment: str) -> str:
+    """Has torchrun start a program once, which makes all runs: the imports take longer than they do.
+
+    Args:
+        module: The program; it takes a free port for each run, and the runs, both as JSON.
+        runs: What it is to run.
+        **environment: More variables.
+
+    Returns:
+        What it printed.
+    """
+    sockets = [socket.create_server(("localhost", 0)) for _ in runs]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module)
+    result = subprocess.run(
+        [sys.executable, "-m", *torchrun, json.dumps(ports), json.dumps(runs)],
+        env={**command_environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
 @pytest.fixture
 def train(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Run:
-    """Runs `finetrainers train`: in this process, which spares seconds of imports, in its own, or in torchrun's."""
+    """Runs `finetrainers train` in this process, which spares seconds of imports."""
 
-    def run(
-        *overrides: str, processes: int = 1, own_process: bool = False, output: str = "run"
-    ) -> subprocess.CompletedProcess:
+    def run(*overrides: str, output: str = "run") -> subprocess.CompletedProcess:
         arguments = [
             "train",
             f"--recipe={recipe_file}",
             f"checkpoints.output_dir={tmp_path / output}",
             *overrides,
         ]
-        if processes > 1 or own_process:
-            torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
-            return subprocess.run(
-                [sys.executable, "-m", *(torchrun if processes > 1 else ()), "framebridge_plugin", *arguments],
-                env=command_environment(),
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
         for name in LAUNCH_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         capfd.readouterr()

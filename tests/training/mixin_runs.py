@@ -1,7 +1,7 @@
 """Short runs as finetrainers' own trainer tests make them: arguments filled in by hand, a specification without any.
 
-Also a program for torchrun, which makes several runs in the same processes: it is given the name of a specification
-below, the folder of its model, a free port for each run, and a JSON list of the runs' arguments.
+Also a program for torchrun, which makes several runs in the same processes: each is given by the name of a
+specification below, the folder of its model, a folder for the run, and arguments.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from framebridge_plugin import register
 from tests.tiny_models import write_video
+from tests.training.two_processes import runs_on_their_ports
 
 register()
 
@@ -108,15 +108,11 @@ def run(specification_class: Any, folder: Path, **values: Any) -> dict[str, Any]
 
 
 def main() -> None:
-    name, model, ports, runs = sys.argv[1:]
-    specification_class = globals()[name]
-    specification_class.folder = Path(model)
-    # torchrun's own store keeps the addresses of a run's process group, which the next run would then call.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     results = []
-    for number, (port, values) in enumerate(zip(ports.split(","), json.loads(runs), strict=True)):
-        os.environ["MASTER_PORT"] = port
-        results.append(run(specification_class, Path(os.environ["RUNS_FOLDER"]) / str(number), **values))
+    for name, model, folder, values in runs_on_their_ports():
+        specification_class = globals()[name]
+        specification_class.folder = Path(model)
+        results.append(run(specification_class, Path(folder), **values))
     if os.environ["RANK"] == "0":
         print(json.dumps(results))
 

@@ -97,11 +97,3 @@ def test_a_run_over_little_else_stops_with_a_report(train, clips, tmp_path):
     assert errors[6].endswith(f"so far: {tmp_path / 'run/bad_files.jsonl'}")
     assert "framebridge.bad_files.max_in_a_row" in errors[7]
     assert {path for path, *_ in shown} <= {entry["path"] for entry in found(tmp_path / "run")}
-
-
-def test_two_processes_keep_one_account(train, clips, tmp_path):
-    broken = add_broken(clips, BROKEN)
-    two = ("parallelism.dp_degree=2", "training.batch_size=1", f"framebridge.data.data_root={clips}")
-    assert succeeded(train(*two, processes=2))
-    assert metrics(tmp_path / "run")[-1]["bad_files"] == 3
-    assert {entry["path"] for entry in found(tmp_path / "run")} == broken

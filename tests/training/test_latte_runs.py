@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
-from tests.training.conftest import command_environment
 from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
 
 KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
@@ -22,8 +18,11 @@ KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("latte-runs"))
+
+
+def write_inputs(folder: Path) -> Path:
     """Two clips for each of three classes, and a model of each kind that knows these and one more."""
-    folder = tmp_path_factory.mktemp("latte-runs")
     for label, name in enumerate(CLASS_NAMES[:3]):
         (folder / "clips" / name).mkdir(parents=True)
         for number in range(2):
@@ -38,6 +37,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe_file(inputs: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, inputs)
+
+
+def write_recipe(folder: Path, inputs: Path) -> Path:
     """Four short updates of the bridge."""
     recipe = {
         "model": {"model_name": "latte_bridge", "pretrained_model_name_or_path": str(inputs / "bridge")},
@@ -48,10 +51,10 @@ def recipe_file(inputs: Path, tmp_path: Path) -> Path:
         "training": {"training_type": "full-finetune", "batch_size": 2, "seed": 7},
         "optimization": {"train_steps": 4, "lr": 1e-2, "lr_scheduler": "constant", "lr_warmup_steps": 0},
         "precision": {"transformer_dtype": "fp32", "vae_dtype": "fp32"},
-        "checkpoints": {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 2},
+        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 2},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path / "recipe.yaml"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
 
 
 def options(inputs: Path, kind: str) -> tuple[str, ...]:
@@ -116,40 +119,6 @@ def test_labels_and_latents_can_be_precomputed(train, inputs, tmp_path):
     )
     assert losses(tmp_path / "precomputed") == losses(tmp_path / "plain")
     assert_same_weights(tmp_path / "precomputed/model", tmp_path / "plain/model")
-
-
-def test_two_processes_share_the_work_whole_or_sharded(recipe_file, inputs, tmp_path):
-    """The neural prior is whole on each of them, and is saved as it came."""
-    chosen = (*options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
-    chosen += ("parallelism.parallel_backend=ptd",)
-    splits = ("dp_degree", "dp_shards")
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    for split in splits:
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", *torchrun, "-m", "framebridge_plugin", "train", f"--recipe={recipe_file}"),
-                *(*chosen, f"parallelism.{split}=2", f"checkpoints.output_dir={tmp_path / split}"),
-            ],
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert succeeded(result)
-    replicated, sharded = losses(tmp_path / "dp_degree"), losses(tmp_path / "dp_shards")
-    assert len(sharded) == 2
-    assert sharded == pytest.approx(replicated, rel=1e-4)
-
-    file = "diffusion_pytorch_model.safetensors"
-    base = load_file(inputs / "bridge_neural_prior/transformer" / file)
-    weights = {split: load_file(tmp_path / split / "model/transformer" / file) for split in splits}
-    for name, tensor in weights["dp_shards"].items():
-        torch.testing.assert_close(tensor, weights["dp_degree"][name], rtol=1e-3, atol=1e-4)
-    assert not any(
-        torch.equal(base[name], weights["dp_shards"][name]) for name in base if name.endswith("to_q.weight")
-    )
-    prior = (inputs / "bridge_neural_prior/neural_prior" / file).read_bytes()
-    assert (tmp_path / "dp_shards/model/neural_prior" / file).read_bytes() == prior
 
 
 def test_a_class_that_the_model_does_not_know_ends_the_run_before_any_step(train, tmp_path):

@@ -1,0 +1,134 @@
+"""Our trainer on two processes, replicated and sharded; all runs are made in the same two, which torchrun starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from framebridge_plugin.training import FrameBridgeTrainer
+from tests.training import test_latte_runs as latte
+from tests.training import two_processes
+from tests.training.averaged_run import OPTIONS, NoiseOfTheSample
+from tests.training.bridge_runs import make_inputs, run_trainer
+from tests.training.conftest import run_in_two_processes, write_recipe
+from tests.training.test_broken_data import BROKEN, add_broken, found
+from tests.training.test_ema import exported, trainer_file
+from tests.training.test_training_runs import (
+    CONSTANT_RATE,
+    assert_same_weights,
+    expected_update,
+    losses,
+    metrics,
+    write_one_clip,
+)
+
+SPLITS = ("dp_degree", "dp_shards")
+AVERAGED = [("full", "dp_degree"), ("full", "dp_shards"), ("lora", "dp_shards")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_folder: Path) -> Path:
+    """The folder of all runs and of what they are made from."""
+    folder = tmp_path_factory.mktemp("two")
+    commands: list[list[str]] = []
+
+    def train(recipe: Path, output: str, *options: str) -> None:
+        commands.append(["train", f"--recipe={recipe}", f"checkpoints.output_dir={folder / output}", *options])
+
+    recipe = write_recipe(folder, model_folder, clips_folder)
+    one_clip = (*write_one_clip(clips_folder, folder / "one clip"), *CONSTANT_RATE, "framebridge.ema_decay=0.9")
+    for split in SPLITS:
+        options = (*one_clip, f"parallelism.{split}=2")
+        train(recipe, f"whole-{split}", *options)
+        train(recipe, f"parts-{split}", *options, "optimization.train_steps=2")
+        train(recipe, f"parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
+
+    clips = shutil.copytree(clips_folder, folder / "some broken")
+    add_broken(clips, BROKEN)
+    options = ("parallelism.dp_degree=2", "training.batch_size=1", f"framebridge.data.data_root={clips}")
+    train(recipe, "broken", *options)
+
+    (folder / "latte").mkdir()
+    inputs = latte.write_inputs(folder / "latte")
+    options = (*latte.options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
+    for split in SPLITS:
+        split_so = ("parallelism.parallel_backend=ptd", f"parallelism.{split}=2")
+        train(latte.write_recipe(inputs, inputs), f"latte-{split}", *options, *split_so)
+
+    (folder / "averaged").mkdir()
+    inputs = make_inputs(folder / "averaged")
+    # With validation, after which no rank may go on with an average that it has gathered.
+    validation = ("--validation_steps=1", f"--validation_dataset_file={inputs / 'validation.csv'}")
+    for kind, split in AVERAGED:
+        output = str(folder / f"averaged-{kind}-{split}")
+        commands.append(["averaged", str(inputs), output, kind, f"--{split}=2", *validation])
+
+    run_in_two_processes(two_processes.__name__, commands)
+    return folder
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_update_is_the_mean_over_the_ranks_which_do_not_share_noise(runs, model_folder, split):
+    run = runs / f"whole-{split}"
+    assert metrics(run)[-1]["samples_seen"] == 8
+    loss, norm = expected_update(run, model_folder, 1, [(0, 0), (0, 1)])
+    assert metrics(run)[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics(run)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_they_resume_bit_for_bit(runs, split):
+    whole, parts = runs / f"whole-{split}", runs / f"parts-{split}"
+    assert losses(parts) == losses(whole)
+    assert_same_weights(whole / "checkpoints/step_000004/trainer", parts / "checkpoints/step_000004/trainer")
+
+
+def test_they_keep_one_account_of_bad_files(runs):
+    broken = {str(path) for path in (runs / "some broken").glob("*_0.mp4")}
+    assert len(broken) == 3
+    assert metrics(runs / "broken")[-1]["bad_files"] == 3
+    assert {entry["path"] for entry in found(runs / "broken")} == broken
+
+
+def test_they_share_the_work_on_a_bridge_whose_neural_prior_is_whole_on_each(runs):
+    replicated, sharded = losses(runs / "latte-dp_degree"), losses(runs / "latte-dp_shards")
+    assert len(sharded) == 2
+    assert sharded == pytest.approx(replicated, rel=1e-4)
+
+    file = "diffusion_pytorch_model.safetensors"
+    base = load_file(runs / "latte/bridge_neural_prior/transformer" / file)
+    weights = {split: load_file(runs / f"latte-{split}/model/transformer" / file) for split in SPLITS}
+    for name, tensor in weights["dp_shards"].items():
+        torch.testing.assert_close(tensor, weights["dp_degree"][name], rtol=1e-3, atol=1e-4)
+    assert not any(
+        torch.equal(base[name], weights["dp_shards"][name]) for name in base if name.endswith("to_q.weight")
+    )
+    prior = (runs / "latte/bridge_neural_prior/neural_prior" / file).read_bytes()
+    assert (runs / "latte-dp_shards/model/neural_prior" / file).read_bytes() == prior
+
+
+@pytest.mark.parametrize(("kind", "split"), AVERAGED)
+def test_they_export_the_average_of_one(runs, tmp_path, kind, split):
+    run, alone = runs / f"averaged-{kind}-{split}", tmp_path / "alone"
+    settings = {"specification_class": NoiseOfTheSample}
+    two_clips = "--gradient_accumulation_steps=2"
+    run_trainer(FrameBridgeTrainer, runs / "averaged", alone, kind, *OPTIONS, two_clips, **settings)
+
+    stored = trainer_file(run, 3, "ema")
+    for rank in range(2):
+        held = load_file(run / f"rank{rank}.safetensors")
+        assert held.keys() == stored.keys()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in held.items())
+    final, expected = exported(run), exported(alone)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in final.items())
+
+    def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tensors[name].flatten() for name in sorted(expected)])
+
+    error = (flat(final) - flat(expected)).norm()
+    lag = (flat(trainer_file(alone, 3, "weights")) - flat(expected)).norm()
+    assert error < 1e-3 * lag
