@@ -12,8 +12,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.fingerprint import first_difference
 from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
-from framebridge_plugin.training.fingerprint import first_difference
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.bridge_runs import make_specification
