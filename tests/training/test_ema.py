@@ -114,6 +114,8 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     }
     names = {name: name.removeprefix("transformer.") for name in tensors}
     names |= {name: own.replace(".weight", ".default.weight") for name, own in names.items() if "lora_" in name}
+    # The other factor of the input projection's layer is a constant.
+    del tensors["transformer.patch_embed.proj.lora_A.weight"]
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
