@@ -152,6 +152,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         grid=arguments.grid,
         start=arguments.start,
         guidance_scale=arguments.guidance_scale,
+        use_dynamic_cfg=arguments.use_dynamic_cfg,
         seed=arguments.seed,
         num_frames=arguments.num_frames,
         height=arguments.height,

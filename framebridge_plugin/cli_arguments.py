@@ -218,16 +218,23 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     ):
         conditions.add_argument(option, nargs="+", type=kind, default=[], metavar=metavar, help=what)
     add("--output", required=True, type=Path, metavar="OUT.mp4", help="several videos: OUT-0.mp4, OUT-1.mp4, ...")
-    add("--transformer", metavar="FOLDER", help="a fine-tuned transformer to put into a CogVideoX model")
+    add(
+        "--transformer",
+        metavar="FOLDER",
+        help="a fine-tuned transformer, or a model that has it, for a CogVideoX base",
+    )
     add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
     add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")
-    add("--steps", type=int, metavar="N", help="sampling steps, 1 to 1000 (default: 50; Latte: 1000, the reference's)")
+    add(
+        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000 (default: the model's, else 50; Latte: 1000)"
+    )
     add("--sampler", choices=("sde", "dbim"), help="default: sde, as the reference")
     add("--order", type=int, choices=(1, 2), help="2: multistep, dbim only (default: 1)")
     add("--eta", type=float, metavar="E", help="noise of dbim, 0 to 1 (default: 0)")
     add("--grid", choices=("trailing", "linspace", "lambda"), help="times (default: trailing; Latte: linspace)")
     add("--start", choices=("booted", "clean_prior"), help="first latent (default: booted)")
-    add("--guidance-scale", type=float, metavar="G", help="1: none (default: 6; Latte: 7)")
+    add("--guidance-scale", type=float, metavar="G", help="1: none (default: the model's, else 6; Latte: 7)")
+    add("--use-dynamic-cfg", action="store_true", help="CogVideoX: guidance that changes by step, as in diffusers")
     add("--seed", type=int, default=42, metavar="S", help="of the first video; video i takes S + i (default: 42)")
     add("--num-frames", type=int, metavar="F", help="default: the model's")
     add("--height", type=int, metavar="H", help="pixels (default: the model's)")

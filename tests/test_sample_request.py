@@ -29,7 +29,8 @@ def problems_of(arguments, **changes) -> list[str]:
 
 def test_defaults(arguments):
     request = SampleRequest(**arguments)
-    assert request.sampler_settings(COGVIDEOX) == (50, "sde", 1, None, "trailing", "booted", 6.0)
+    assert request.sampler_settings(COGVIDEOX) == ("sde", 1, None, "trailing", "booted")
+    assert (request.steps, request.guidance_scale, request.use_dynamic_cfg) == (None, None, False)
     assert (request.num_frames, request.height, request.width, request.num_videos) == (None, None, None, 1)
     assert request.video_paths() == [arguments["output"]]
     assert request.contact_sheet_path() == arguments["output"].with_suffix(".png")
@@ -127,8 +128,28 @@ def test_a_plain_model_needs_a_transformer(arguments, tmp_path):
     assert problem.endswith("train it with `finetrainers train`, or give a fine-tuned --transformer")
     SampleRequest(**arguments | {"model": str(plain), "transformer": f"{arguments['model']}/transformer"})
     SampleRequest(**arguments | {"model": str(plain), "transformer": "owner/name"})
-    (problem,) = problems_of(arguments, model=str(plain), transformer=f"{plain}/transformer")
-    assert problem.endswith("a FrameBridge model has 32; give a fine-tuned one")
+    for transformer in (plain / "transformer", plain):
+        (problem,) = problems_of(arguments, model=str(plain), transformer=str(transformer))
+        assert problem.endswith("a FrameBridge model has 32; give a fine-tuned one")
+
+
+def test_a_transformer_is_its_folder_or_one_around_it(arguments, tmp_path):
+    plain, run = write_model_folder(tmp_path / "plain"), tmp_path / "run"
+    write_model_folder(run / "model", in_channels=32)
+    (tmp_path / "checkpoint-1000").mkdir()
+    (tmp_path / "checkpoint-1000/transformer").symlink_to(run / "model/transformer")
+    for transformer in (run / "model/transformer", run / "model", run, tmp_path / "checkpoint-1000"):
+        SampleRequest(**arguments | {"model": str(plain), "transformer": str(transformer)})
+    other = plain / "vae"
+    assert "holds a AutoencoderKLCogVideoX" in problems_of(arguments, model=str(plain), transformer=str(other))[0]
+
+
+@pytest.mark.parametrize("option", ["model", "transformer"])
+def test_a_checkpoint_file_is_answered_with_what_converts_it(arguments, tmp_path, option):
+    (tmp_path / "the prior.pt").write_bytes(b"PK")
+    found = [line for line in problems_of(arguments, **{option: str(tmp_path / "the prior.pt")}) if "convert" in line]
+    command = f"finetrainers convert --from reference '{tmp_path}/the prior.pt' --to '{tmp_path}/the prior'"
+    assert [line.startswith(f"--{option} ") and line.endswith(f": {command}") for line in found] == [True]
 
 
 def test_a_model_that_the_bridge_does_not_know(arguments, tmp_path):

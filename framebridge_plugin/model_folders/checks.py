@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 """Beside the LoRA file of version 0.1.0: the trained input projection."""
+_CHECKPOINTS = (".pt", ".pth", ".ckpt")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _DIFFUSION_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -252,6 +254,36 @@ def _scheduler_problem(config: Mapping[str, Any], kind: ModelKind) -> str | None
     )
 
 
+def file_problem(path: Path) -> str:
+    """Say what is wrong with a file where a model's folder is wanted.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What is wrong; for a checkpoint of the authors the command that makes a folder of it.
+    """
+    if path.suffix not in _CHECKPOINTS:
+        return f"{path} is a file, not a folder"
+    command = ("finetrainers", "convert", "--from", "reference", str(path), "--to", str(path.with_suffix("")))
+    return f"{path} is a checkpoint file, not a folder: make a model folder of it and give that: {shlex.join(command)}"
+
+
+def find_transformer(path: Path) -> Path:
+    """Find the transformer in what may be its own folder, or one around it.
+
+    Args:
+        path: The folder of a transformer, of a model, of a run, or of one of its checkpoints.
+
+    Returns:
+        The transformer's folder; the given one if there is none in it.
+    """
+    if (path / "config.json").is_file():
+        return path
+    around = (path, find_saved_model(path) or path)
+    return next((folder / "transformer" for folder in around if (folder / "transformer").is_dir()), path)
+
+
 def find_saved_model(folder: Path) -> Path | None:
     """Find what can be sampled from.
 
@@ -365,7 +397,7 @@ def _not_a_folder(path: Path) -> str | None:
     if not path.exists():
         return f"no such folder: {path}"
     if not path.is_dir():
-        return f"{path} is a file, not a folder"
+        return file_problem(path)
     if not any(path.iterdir()):
         return f"{path} is empty"
     return None

@@ -17,6 +17,7 @@ from framebridge_plugin.model_folders.checks import (
     LORA_INFO_FILE,
     ModelKind,
     config_problem,
+    file_problem,
     find_saved_model,
     folder_problem,
     model_kind,
@@ -219,7 +220,7 @@ def neural_prior_problem(folder: Path, bridge: Mapping[str, Any] | None = None) 
         What is wrong and what to do, or None.
     """
     if not folder.is_dir():
-        return f"{folder} is a file, not a folder" if folder.exists() else f"no such folder: {folder}"
+        return file_problem(folder) if folder.exists() else f"no such folder: {folder}"
     network = find_neural_prior(folder)
     if network is None:
         found = find_saved_model(folder)

@@ -6,8 +6,8 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -32,6 +32,7 @@ from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.common import (
     ImageInput,
+    call_defaults,
     check_generator,
     check_output_type,
     check_scheduler,
@@ -50,6 +51,7 @@ _LOADERS: dict[str, Callable[..., Any]] = {
     "text_encoder": T5EncoderModel,
     "tokenizer": T5Tokenizer,
 }
+_REFERENCE_CLIP = {"num_frames": 17, "height": 256, "width": 256}
 
 
 class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
@@ -70,7 +72,11 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         num_frames: Frames that the model was trained on, the default of a call.
         height: Height in pixels that it was trained on, the default of a call.
         width: Width in pixels that it was trained on, the default of a call.
+        num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
+        guidance_scale: Weight of the guidance with which it is sampled by default.
     """
+
+    default_call: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 6.0}
 
     def __init__(
         self,
@@ -82,11 +88,14 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         check_scheduler(scheduler)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_to_config(num_frames=num_frames, height=height, width=width)
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         if transformer is not None and (problem := version_problem(transformer.config)):
             raise FrameBridgeError(f"the transformer {problem}")
         if transformer is not None and transformer.config.in_channels != 2 * transformer.config.out_channels:
@@ -107,8 +116,8 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
     ) -> Any:
         """Opens a run, a model or a LoRA.
 
-        A plain text-to-video model is widened and gets the reference's bridge, which is said on stderr: what it lacks
-        is the training, so load a LoRA or weights into it.
+        A plain text-to-video model is widened and gets the reference's bridge and clips (17 frames of 256 x 256),
+        which is said on stderr: what it lacks is the training, so load a LoRA or weights into it.
 
         Args:
             pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
@@ -139,18 +148,20 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
                 saved = saved._replace(components={"transformer": base / "transformer", **saved.components})
             components = kwargs | load_components(saved, _LOADERS, kwargs)
             index = read_json(base / "model_index.json")
-            if "scheduler" not in components and index.get("_class_name") != cls.__name__:
+            has_bridge = index.get("_class_name") == cls.__name__
+            if "scheduler" not in components and not has_bridge:
                 backbone = read_json(base / "scheduler" / "scheduler_config.json")
                 components["scheduler"] = FrameBridgeScheduler.from_backbone(
                     backbone, target="v", alignment_edge="reference"
                 )
                 say(
                     "the model has no bridge settings: the reference's are used "
-                    "(target v, SNR-aligned, beta .01 to 50)"
+                    "(target v, SNR-aligned, beta .01 to 50; clips of 17 frames of 256 x 256)"
                 )
-            if saved.info is not None:
-                for name in ("num_frames", "height", "width"):
-                    components.setdefault(name, getattr(saved.info, name))
+            for name, reference_value in _REFERENCE_CLIP.items():
+                of_lora = None if saved.info is None else getattr(saved.info, name)
+                if of_lora is not None or not has_bridge:
+                    components.setdefault(name, of_lora or reference_value)
             pipeline = super().from_pretrained(base, **components)
             if saved.lora is not None:
                 pipeline.load_lora_weights(saved.lora)
@@ -165,9 +176,10 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float = 6.0,
+        guidance_scale: float | None = None,
+        use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -192,9 +204,13 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             height: Height in pixels; by default what the model was trained on.
             width: Width in pixels; by default what the model was trained on.
             num_frames: Number of frames, 8 k + 1 for CogVideoX; by default what the model was trained on.
-            num_inference_steps: Calls of the network (twice as many with guidance).
+            num_inference_steps: Calls of the network (twice as many with guidance); by default what the model says,
+                else 50.
             timesteps: Their times, in place of their number: indices of the bridge, falling.
-            guidance_scale: Weight w of uncond + w (cond - uncond), on the text only; 1 or less switches it off.
+            guidance_scale: Weight w of uncond + w (cond - uncond), on the text only; 1 or less switches it off. By
+                default what the model says, else 6.
+            use_dynamic_cfg: Whether that weight changes from step to step, as in diffusers' CogVideoX pipelines, with
+                the time that the network is told.
             num_videos_per_prompt: Videos for each pair of image and prompt.
             generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
             latents: Where the sampler starts, [B, T, C, h, w], in place of the scheduler's own start.
@@ -241,7 +257,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             prompt_embeds,
             negative_prompt_embeds,
         )
-        self._guidance_scale = guidance_scale
+        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, guidance_scale)
         self._attention_kwargs = attention_kwargs
         device = self._execution_device
 
@@ -269,6 +285,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             guidance_scale=guidance_scale,
+            use_dynamic_cfg=use_dynamic_cfg,
             generator=generator,
             latents=latents,
             image_rotary_emb=self._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)
@@ -297,6 +314,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         num_inference_steps: int = 50,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float = 6.0,
+        use_dynamic_cfg: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -314,6 +332,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             num_inference_steps: Calls of the network.
             timesteps: As in `__call__`.
             guidance_scale: Weight of classifier-free guidance on the text; 1 or less switches it off.
+            use_dynamic_cfg: As in `__call__`.
             generator: The source of every draw; a list gives one to each video.
             latents: Where the sampler starts, in place of the scheduler's own start.
             image_rotary_emb: Cosines and sines of the rotary embedding, for networks that have one.
@@ -349,6 +368,7 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             guidance_scale=guidance_scale,
+            use_dynamic_cfg=use_dynamic_cfg,
             generator=generator,
             latents=latents,
             callback_on_step_end=callback_on_step_end,

@@ -5,6 +5,7 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,25 @@ def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:
     return batch_size
 
 
+def call_defaults(pipeline: Any, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+    """What a call was asked for, else what the model says of itself, else the defaults of its kind.
+
+    Args:
+        pipeline: The pipeline, whose config may say both, as its `default_call` does.
+        num_inference_steps: What the caller gave.
+        guidance_scale: What the caller gave.
+
+    Returns:
+        Number of steps and weight of the guidance.
+    """
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    found = {
+        name: next(value for value in (given[name], pipeline.config[name], default) if value is not None)
+        for name, default in pipeline.default_call.items()
+    }
+    return int(found["num_inference_steps"]), float(found["guidance_scale"])
+
+
 def repeat_batch(tensor: Any, batch_size: int) -> Any:
     """Repeats every sample in its place.
 
@@ -152,6 +172,21 @@ def guide(output: torch.Tensor, scale: float) -> torch.Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+def dynamic_scale(scale: float, time: float, num_inference_steps: int) -> float:
+    """The weight of one step under `use_dynamic_cfg`, by the formula of diffusers' CogVideoX pipelines.
+
+    Args:
+        scale: The weight that the caller gave.
+        time: What the network is told.
+        num_inference_steps: Number of steps.
+
+    Returns:
+        A weight in [1, 1 + scale].
+    """
+    progress = (num_inference_steps - time) / num_inference_steps
+    return 1 + scale * (1 - math.cos(math.pi * progress**5.0)) / 2
+
+
 def sample_latents(
     pipeline: Any,
     network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -160,6 +195,7 @@ def sample_latents(
     num_inference_steps: int,
     timesteps: Sequence[float] | None = None,
     guidance_scale: float,
+    use_dynamic_cfg: bool = False,
     generator: Generators | None,
     latents: torch.Tensor | None = None,
     callback_on_step_end: Callable[..., dict] | None = None,
@@ -177,6 +213,7 @@ def sample_latents(
         num_inference_steps: Calls of the network.
         timesteps: Their times, in place of their number: indices of the bridge, falling.
         guidance_scale: Weight of `guide`; 1 or less switches guidance off.
+        use_dynamic_cfg: Whether the weight changes from step to step, see `dynamic_scale`.
         generator: The source of every draw; a list gives one to each video.
         latents: Where to start, in place of the scheduler's own start.
         callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
@@ -195,6 +232,7 @@ def sample_latents(
     check_scheduler(scheduler, getattr(pipeline, "_was_bridge", False))
     is_bridge = isinstance(scheduler, FrameBridgeScheduler)
     guided = guidance_scale > 1.0
+    pipeline._guidance_scale = guidance_scale
     if timesteps is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
     elif is_bridge:
@@ -220,11 +258,13 @@ def sample_latents(
                 network_latents, network_time = scheduler.align(latents, prior, t)
             else:
                 network_latents, network_time = latents, t.expand(latents.shape[0])
+            if use_dynamic_cfg:
+                pipeline._guidance_scale = dynamic_scale(guidance_scale, network_time[0].item(), len(times))
             if guided:
                 network_latents, network_time = torch.cat([network_latents] * 2), torch.cat([network_time] * 2)
             output = network(network_latents, network_time)
             if guided:
-                output = guide(output, guidance_scale)
+                output = guide(output, pipeline._guidance_scale)
 
             if is_bridge:
                 latents = scheduler.step(output, t, latents, prior, generator=generator).prev_sample

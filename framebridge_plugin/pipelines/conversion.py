@@ -33,6 +33,7 @@ from framebridge_plugin.models.reference_checkpoints import (
     read_reference_checkpoint,
 )
 from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import (
     COGVIDEOX_COMPONENTS,
     describe_base,
@@ -90,13 +91,14 @@ def convert_reference_checkpoint(
             linked["neural_prior"] = (LatteTransformer.__module__, LatteTransformer.__name__, prior_folder)
         save_model_folder(
             partial,
-            pipeline_class="FrameBridgeLattePipeline",
+            pipeline_class=FrameBridgeLattePipeline.__name__,
             network_name=main_name,
             network_class=LatteTransformer,
             network_config=main.config,
             network_state_dict=main.state_dict,
             scheduler=FrameBridgeScheduler(target="eps_psi", grid="linspace") if main_name == "transformer" else None,
             linked_components=linked,
+            settings=FrameBridgeLattePipeline.default_call if main_name == "transformer" else None,
         )
     return reference
 

@@ -6,10 +6,10 @@ Layouts: B batch, F frames, C channels, H and W height and width of the pixels, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.pipelines.common import (
     ImageInput,
+    call_defaults,
     check_generator,
     check_output_type,
     check_scheduler,
@@ -73,11 +74,14 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         transformer: The network of stage "bridge".
         scheduler: `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
         neural_prior: The network of stage "neural_prior"; for a transformer that takes its video, or alone.
+        num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
+        guidance_scale: Weight of the guidance with which it is sampled by default.
 
     Raises:
         FrameBridgeError: If a component is missing, or two do not fit each other.
     """
 
+    default_call: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 1000, "guidance_scale": 7.0}
     model_cpu_offload_seq = "neural_prior->transformer->vae"
     _optional_components = ["transformer", "scheduler", "neural_prior"]  # noqa: RUF012 (diffusers' way to say it)
     _callback_tensor_inputs = ["latents", "image_latents", "neural_prior"]  # noqa: RUF012
@@ -89,6 +93,8 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         transformer: LatteTransformer | None = None,
         scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | None = None,
         neural_prior: LatteTransformer | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         problem = _component_problem(vae, transformer, scheduler, neural_prior)
@@ -98,6 +104,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
             check_scheduler(scheduler)
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -150,9 +157,9 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
         self,
         image: ImageInput,
         class_label: ClassInput,
-        num_inference_steps: int = 1000,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float | None = None,
         num_videos_per_image: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -172,11 +179,12 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
                 centre is cropped, as in training.
             class_label: One class for all images or one for each: names that the model knows, or labels; "" is no
                 class.
-            num_inference_steps: Calls of the network (twice as many with guidance); 1000 as the reference. A neural
-                prior alone is called once.
+            num_inference_steps: Calls of the network (twice as many with guidance); by default what the model says,
+                else 1000 as the reference. A neural prior alone is called once.
             timesteps: Their times, in place of their number: indices of the bridge, falling.
             guidance_scale: Weight w of uncond + w (cond - uncond) on the network's output, where uncond has the null
-                label; 1 or less switches it off. The neural prior is called without guidance.
+                label; 1 or less switches it off. By default what the model says, else 7. The neural prior is called
+                without guidance.
             num_videos_per_image: Videos for each pair of image and class.
             generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
             latents: Where the sampler starts, [B, F, C, h, w], in place of the scheduler's own start.
@@ -194,6 +202,7 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
             FrameBridgeError: If the model does not know a class, or a number or a size does not fit.
         """
         check_output_type(output_type)
+        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, guidance_scale)
         for name in callback_on_step_end_tensor_inputs or []:
             if name not in self._callback_tensor_inputs:
                 raise FrameBridgeError(f"the callback can have {', '.join(self._callback_tensor_inputs)}, not {name}")
@@ -277,7 +286,6 @@ class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
             labels = torch.cat([torch.full_like(class_labels, self.transformer.null_label), class_labels])
             image = torch.cat([image_latents] * 2)
             coarse = None if neural_prior is None else torch.cat([neural_prior] * 2)
-        self._guidance_scale = guidance_scale
         return sample_latents(
             self,
             lambda noisy, time: call_latte(self.transformer, noisy, time, labels, image, coarse),

@@ -19,7 +19,9 @@ from framebridge_plugin.model_folders.checks import (
     LORA_INFO_FILE,
     ModelKind,
     find_saved_model,
+    find_transformer,
     model_kind,
+    read_json,
 )
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
 
+_CALL_SETTINGS = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,9 +107,10 @@ def _prepare_call(pipeline: Pipeline, request: SampleRequest) -> dict[str, Any]:
         )
     else:
         say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
-    call: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    call: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
     if kind is COGVIDEOX:
         call |= {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+        call["use_dynamic_cfg"] = request.use_dynamic_cfg
     return call
 
 
@@ -122,8 +126,8 @@ def open_pipeline(
 
     Args:
         model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id.
-        transformer: A fine-tuned CogVideoX `transformer/` folder or id to put into `model`, with the bridge settings
-            beside it if there are any, and those of the reference if not.
+        transformer: Folder or id of a fine-tuned CogVideoX transformer, or of a model or a run that holds one, to put
+            into `model`, with the bridge settings beside it if there are any, and those of the reference if not.
         torch_dtype: Precision of the weights; float32 by default.
         base_model: Where the model that a LoRA was trained on is now.
         allow_other_base: Whether that may be another model.
@@ -146,12 +150,23 @@ def open_pipeline(
                 f"{found} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
             )
         with opening(transformer):
-            replaced["transformer"] = CogVideoXTransformer3DModel.from_pretrained(transformer, dtype=torch_dtype)
-            if _class_name(Path(transformer).parent / "model_index.json") == FrameBridgeCogVideoXPipeline.__name__:
-                replaced["scheduler"] = load_scheduler(Path(transformer).parent / "scheduler")
+            replaced = _load_fine_tuned(transformer, torch_dtype)
     return pipeline_class.from_pretrained(
         model, dtype=torch_dtype, base_model=base_model, allow_other_base=allow_other_base, **replaced
     )
+
+
+def _load_fine_tuned(source: str, torch_dtype: torch.dtype | None) -> dict[str, Any]:
+    """A fine-tuned transformer, and what the model around it says of its bridge and its clips, if there is one."""
+    # Of a whole model on the hub these parts alone.
+    patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*"]
+    folder = find_transformer(local_folder(source, patterns=patterns))
+    found: dict[str, Any] = {"transformer": CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype)}
+    if _class_name(folder.parent / "model_index.json") == FrameBridgeCogVideoXPipeline.__name__:
+        index = read_json(folder.parent / "model_index.json")
+        found |= {name: index[name] for name in _CALL_SETTINGS if index.get(name) is not None}
+        found["scheduler"] = load_scheduler(folder.parent / "scheduler")
+    return found
 
 
 def _class_name(config: Path) -> str | None:

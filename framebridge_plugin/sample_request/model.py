@@ -14,7 +14,9 @@ from framebridge_plugin.model_folders.checks import (
     ClipShapeRule,
     ModelKind,
     clip_shape_rule,
+    file_problem,
     find_saved_model,
+    find_transformer,
     folder_problem,
     local_path,
     model_kind,
@@ -69,7 +71,7 @@ def examine_model(
     if path is None:
         return None, _transformer_problems(transformer)
     if not path.is_dir():
-        return None, [f"--model {path}: {'is a file, not a folder' if path.exists() else 'no such folder'}"]
+        return None, [f"--model {file_problem(path)}" if path.exists() else f"--model {path}: no such folder"]
     folder = find_saved_model(path)
     if folder is None:
         what = "is neither a model in diffusers' format nor a run that has saved one"
@@ -116,8 +118,13 @@ def _unknown_kind(folder: Path) -> str:
     return f"{folder} holds a {name}, which is no FrameBridge model (CogVideoX or Latte)"
 
 
+def _local_transformer(transformer: str | None) -> Path | None:
+    path = None if transformer is None else local_path(transformer)
+    return None if path is None else find_transformer(path)
+
+
 def _transformer_problems(transformer: str | None) -> list[str]:
-    folder = None if transformer is None else local_path(transformer)
+    folder = _local_transformer(transformer)
     if folder is not None and (problem := part_problem(folder, "transformer")):
         return [f"--transformer {problem}"]
     if folder is not None and (problem := plain_problem(folder)):
@@ -133,7 +140,7 @@ def _cogvideox_parts(folder: Path, transformer: str | None) -> tuple[dict[str, P
     elif transformer is None and (problem := plain_problem(folder / "transformer")):
         remedy = "train it with `finetrainers train`, or give a fine-tuned --transformer"
         problems.append(f"--model {folder}: {problem}; {remedy}")
-    own = None if transformer is None else local_path(transformer)
+    own = _local_transformer(transformer)
     return {"vae": folder / "vae", "transformer": own or folder / "transformer"}, problems
 
 

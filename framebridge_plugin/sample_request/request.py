@@ -26,33 +26,29 @@ Sampler = Literal["sde", "dbim"]
 Grid = Literal["trailing", "linspace", "lambda"]
 Start = Literal["booted", "clean_prior"]
 
-_SAMPLER_OPTIONS = ("steps", "sampler", "order", "eta", "grid", "start", "guidance_scale")
+_SAMPLER_OPTIONS = ("sampler", "order", "eta", "grid", "start")
 
 
 class SamplerSettings(NamedTuple):
     """How a video is sampled.
 
     Attributes:
-        steps: Network evaluations (twice that with guidance), 1 to 1000.
         sampler: `sde` (the reference's) or `dbim`.
         order: 1, or 2 for the multistep of `dbim`.
         eta: Noise added by `dbim`, 0 (none) to 1 (as the SDE); None is the sampler's own.
         grid: Where the steps lie in time.
         start: `booted` from the prior with its noise, or from the `clean_prior` (as the reference).
-        guidance_scale: Classifier-free guidance; 1 is none.
     """
 
-    steps: int
     sampler: Sampler
     order: int
     eta: float | None
     grid: Grid
     start: Start
-    guidance_scale: float
 
 
-_COGVIDEOX_DEFAULTS = SamplerSettings(50, "sde", 1, None, "trailing", "booted", 6.0)
-_LATTE_DEFAULTS = SamplerSettings(1000, "sde", 1, None, "linspace", "booted", 7.0)
+_COGVIDEOX_DEFAULTS = SamplerSettings("sde", 1, None, "trailing", "booted")
+_LATTE_DEFAULTS = SamplerSettings("sde", 1, None, "linspace", "booted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +63,18 @@ class SampleRequest:
         prompts: For CogVideoX: one for all images, or one per image.
         class_names: For Latte: one for all images, or one per image.
         labels: For Latte, in place of `class_names`: the classes' numbers.
-        transformer: Folder (or id) of a fine-tuned transformer to put into a CogVideoX `model`.
+        transformer: Folder (or id) of a fine-tuned transformer, or of a model that holds one, to put into a CogVideoX
+            `model`.
         base: Where the model that a LoRA was trained on is now, a folder or an id; None takes what the LoRA says.
         allow_other_base: Whether that may be another model than the one it was trained on.
-        steps: See `SamplerSettings`; None, here and below, takes the default of the model's kind.
-        sampler: See `SamplerSettings`.
+        steps: Network evaluations (twice that with guidance), 1 to 1000; None takes the model's.
+        sampler: See `SamplerSettings`; None, here and below, takes the default of the model's kind.
         order: See `SamplerSettings`.
         eta: See `SamplerSettings`.
         grid: See `SamplerSettings`.
         start: See `SamplerSettings`.
-        guidance_scale: See `SamplerSettings`.
+        guidance_scale: Classifier-free guidance, 1 is none; None takes the model's.
+        use_dynamic_cfg: Whether the guidance changes from step to step, as in diffusers' CogVideoX pipelines.
         seed: Seed of the first video; video number i takes seed + i.
         num_frames: Frames; None takes the model's.
         height: Pixels; None takes the model's.
@@ -105,6 +103,7 @@ class SampleRequest:
     grid: Grid | None = None
     start: Start | None = None
     guidance_scale: float | None = None
+    use_dynamic_cfg: bool = False
     seed: int = 42
     num_frames: int | None = None
     height: int | None = None
@@ -230,7 +229,10 @@ class SampleRequest:
         problems = []
         if self.transformer is not None:
             problems.append("--transformer: is for CogVideoX; name a Latte model's whole folder by --model")
-        given = [f"--{name.replace('_', '-')}" for name in _SAMPLER_OPTIONS if getattr(self, name) is not None]
+        if self.use_dynamic_cfg:
+            problems.append("--use-dynamic-cfg: is for CogVideoX; a Latte's guidance is the same at every step")
+        options = ("steps", *_SAMPLER_OPTIONS, "guidance_scale")
+        given = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
         if kind is LATTE_NEURAL_PRIOR and given:
             what = "a neural prior gives its video in one call, without a sampler"
             problems.append(f"{', '.join(given)}: {what}; leave {'it' if len(given) == 1 else 'them'} out")

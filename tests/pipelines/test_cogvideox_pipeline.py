@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,41 @@ def test_a_callback_sees_and_replaces_tensors(pipeline):
     assert seen == [(0, 999.0, names, 2, 6.0), (1, 499.0, names, 2, 6.0)]
 
 
+def test_dynamic_guidance_is_diffusers_formula_of_the_time_that_the_network_is_told(pipeline):
+    told, weights = [], []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+
+    def note(pipe: Any, step: int, time: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights.append(pipe.guidance_scale)
+        return {}
+
+    call = {"num_inference_steps": 4, "guidance_scale": 5.0, "callback_on_step_end": note}
+    dynamic = latents_of(pipeline, use_dynamic_cfg=True, **call)
+    assert not told[0].is_integer()  # the aligned time of index 999
+    assert weights == [1 + 2.5 * (1 - math.cos(math.pi * ((4 - time) / 4) ** 5)) for time in told]
+    assert not torch.equal(dynamic, latents_of(pipeline, **call))
+    assert weights[4:] == [5.0] * 4
+
+
+def test_steps_and_guidance_come_from_the_model_where_it_has_them(bridge_folder, tmp_path):
+    def calls(pipeline: Any, **given: Any) -> list[int]:
+        sizes: list[int] = []
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        pipeline(picture(), PROMPT, output_type="latent", generator=generator(), **given)
+        hook.remove()
+        return sizes
+
+    open_folder(bridge_folder, num_inference_steps=3, guidance_scale=0.0).save_pretrained(tmp_path)
+    saved = open_folder(tmp_path)
+    assert calls(saved) == [1] * 3
+    assert calls(saved, num_inference_steps=2, guidance_scale=2.0) == [2] * 2
+    assert calls(open_folder(bridge_folder)) == [2] * 50
+
+
 def test_a_callback_may_interrupt(pipeline):
     def interrupt(pipe: Any, step: int, time: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
         pipe._interrupt = True
@@ -412,6 +448,10 @@ def test_without_image_channels_the_baseline_is_diffusers_own_pipeline(plain_fol
         projection.weight.zero_()
         projection.weight[:, :4] = plain.transformer.patch_embed.proj.weight
     torch.testing.assert_close(pipeline(picture(), **call, generator=generator(1)).frames, expected)
+    call |= {"use_dynamic_cfg": True, "guidance_scale": 4.0}
+    dynamic = plain(**call, height=64, width=64, max_sequence_length=16, generator=generator(1)).frames
+    assert not torch.allclose(dynamic, expected, atol=1e-3)
+    torch.testing.assert_close(pipeline(picture(), **call, generator=generator(1)).frames, dynamic)
 
 
 # Saving and loading

@@ -114,23 +114,33 @@ def test_the_newest_checkpoint_of_an_unfinished_run_is_sampled(sample, inputs, t
     assert f"the run has not ended: its newest checkpoint {unfinished / 'step_000010'} is used" in result.said
 
 
-def test_a_fine_tuned_transformer_alone_in_a_base_model(sample, inputs, tmp_path):
+@pytest.mark.parametrize("base", ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXFunControlPipeline"])
+def test_a_fine_tuned_transformer_alone_in_a_base_model(sample, inputs, tmp_path, base):
     """As the authors release it: no bridge settings beside it, so the reference's are taken, and said."""
     alone = copy_of(inputs / "full/model/transformer", tmp_path / "released/transformer")
-    result = sample("model", "--transformer", str(alone), "--num-frames=9")
-    assert len(result.videos()) == 1
-    assert "the model has no bridge settings: the reference's are used" in result.said
-    config = open_pipeline(str(inputs / "model"), transformer=str(alone)).scheduler.config
+    model = copy_of(inputs / "model", tmp_path / "base")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": base}))
+    if base == "CogVideoXPipeline":
+        result = sample(model, "--transformer", str(alone.parent), "--num-frames=9", f"--height={SIZE}")
+        assert result.videos()[0].shape == (9, SIZE, 256, 3)
+        assert "the model has no bridge settings: the reference's are used" in result.said
+    pipeline = open_pipeline(str(model), transformer=str(alone))
+    assert [pipeline.config[name] for name in ("num_frames", "height", "width")] == [17, 256, 256]
+    config = pipeline.scheduler.config
     assert (config.target, config.alignment, config.alignment_edge) == ("v", "variance_preserving", "reference")
     assert (config.beta_min, config.beta_max) == (0.01, 50.0)
 
 
-def test_a_transformer_of_a_run_brings_its_settings(sample, inputs):
-    transformer = inputs / "full/model/transformer"
-    result = sample("model", "--transformer", str(transformer), "--num-frames=9")
-    assert len(result.videos()) == 1
+@pytest.mark.parametrize("folder", ["full", "full/model", "full/model/transformer"])
+def test_a_transformer_of_a_run_brings_its_settings(sample, inputs, folder):
+    result = sample("model", "--transformer", str(inputs / folder))
+    (video,) = result.videos()
+    assert video.shape == (9, SIZE, SIZE, 3)
     assert "bridge settings" not in result.said
-    assert open_pipeline(str(inputs / "model"), transformer=str(transformer)).scheduler.config.beta_max == 40.0
+    pipeline = open_pipeline(str(inputs / "model"), transformer=str(inputs / folder))
+    assert pipeline.scheduler.config.beta_max == 40.0
+    assert (pipeline.config.num_inference_steps, pipeline.config.guidance_scale) == (50, 6.0)
 
 
 @pytest.mark.parametrize("model", ["full", "full/checkpoints/step_000002", "lora", "lora/lora"])
@@ -201,6 +211,7 @@ def default_video(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> np.
         ("--sampler=dbim", "--eta=1", "--start=clean_prior"),
         ("--sampler=dbim", "--eta=0.5", "--grid=trailing"),
         ("--guidance-scale=1",),
+        ("--use-dynamic-cfg",),
     ],
 )
 def test_every_option_of_the_sampler_makes_a_difference(sample, default_video, options):

@@ -450,7 +450,12 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 name: (library, class_name, self._component_folder(name))
                 for name, (library, class_name) in COGVIDEOX_COMPONENTS.items()
             },
-            settings={"num_frames": num_frames, "height": height, "width": width},
+            settings={
+                "num_frames": num_frames,
+                "height": height,
+                "width": width,
+                **FrameBridgeCogVideoXPipeline.default_call,
+            },
         )
 
     def _save_lora_weights(

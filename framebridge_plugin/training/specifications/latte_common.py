@@ -346,6 +346,7 @@ class LatteSpecification(LatteLoading):
             network_state_dict=transformer_state_dict,
             scheduler=scheduler if self.saves_scheduler else None,
             linked_components=self._linked_components(),
+            settings=FrameBridgeLattePipeline.default_call if self.saves_scheduler else None,
         )
 
     def _save_lora_weights(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import local_path
+from framebridge_plugin.model_folders.checks import file_problem, local_path
 from framebridge_plugin.model_folders.latte import find_neural_prior
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.whole_weights import missing_tensors
@@ -119,6 +119,8 @@ def find_neural_prior_network(name: str) -> tuple[str, str]:
         return name, FOLDER_OF_STAGE["neural_prior"]
     network = folder if (folder / "config.json").is_file() else find_neural_prior(folder)
     if network is None:
+        if folder.is_file():
+            raise FrameBridgeError(f"neural_prior: {file_problem(folder)}")
         problem = "is no folder" if not folder.is_dir() else "holds no neural prior"
         raise FrameBridgeError(f"neural_prior: {folder} {problem}; give {_EXPECTED['neural_prior']}")
     return str(network), ""
