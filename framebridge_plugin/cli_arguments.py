@@ -59,7 +59,7 @@ prior; the file says which). Says which keys were missing or left over; a file t
   finetrainers convert --from reference prior.pt --to models/prior
   finetrainers convert --from reference ucf_prior.pt --to models/ucf101_prior --neural-prior models/prior
 
-Or make one LoRA file of a LoRA of version 0.1.0, whose input projection lies in a second file:
+Or make one LoRA file of a LoRA of an earlier version, whose input projection lies in a second file:
 
   finetrainers convert --from two-file-lora runs/old/lora --to runs/old/lora-converted"""
 

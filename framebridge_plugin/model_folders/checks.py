@@ -18,7 +18,7 @@ from typing import Any
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
-"""Beside the LoRA file of version 0.1.0: the trained input projection."""
+"""Beside the LoRA file of an earlier version: the trained input projection."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _DIFFUSION_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")

@@ -28,7 +28,7 @@ from framebridge_plugin.model_folders.fingerprint import component_fingerprint, 
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
 TWO_FILE_LORA = "two-file-lora"
-"""Name of the format of LoRA folders up to version 0.1.0, for `finetrainers convert --from`."""
+"""What `finetrainers convert --from` calls the LoRA folders of an earlier version, in two files."""
 INPUT_PROJECTION = "patch_embed.proj"
 """The layer of a CogVideoX transformer that sees the image, and that a LoRA therefore has to hold."""
 
@@ -152,7 +152,7 @@ def lora_problem(folder: Path) -> str | None:
 
 
 def two_file_problem(folder: Path) -> str | None:
-    """Tell a LoRA folder of version 0.1.0, whose input projection lies in a file of its own.
+    """Tell a LoRA folder of an earlier version, whose input projection lies in a file of its own.
 
     Args:
         folder: The folder of the LoRA.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from framebridge_plugin.model_folders.checks import (
     read_json,
     version_problem,
 )
+from framebridge_plugin.model_folders.lora import two_file_problem
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.common import (
@@ -43,6 +45,7 @@ from framebridge_plugin.pipelines.common import (
 )
 from framebridge_plugin.pipelines.conditioning import encode_image, latent_scale
 from framebridge_plugin.pipelines.opening import find_model, load_components, opening, say
+from framebridge_plugin.pipelines.saving import SavingWithoutLora
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 _LOADERS: dict[str, Callable[..., Any]] = {
@@ -54,7 +57,7 @@ _LOADERS: dict[str, Callable[..., Any]] = {
 _REFERENCE_CLIP = {"num_frames": 17, "height": 256, "width": 256}
 
 
-class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
+class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
     """Image-to-video pipeline for a CogVideoX transformer with doubled input channels.
 
     With a `FrameBridgeScheduler` it runs the bridge backwards, from the latent of the still image to the video
@@ -387,3 +390,21 @@ class FrameBridgeCogVideoXPipeline(CogVideoXPipeline):
         """
         latents_BCTHW = latents.transpose(1, 2) / latent_scale(self.vae)
         return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads LoRA layers as diffusers does; refuses the folder of an earlier version, where they are not all.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: As in diffusers.
+            *args: As in diffusers: `adapter_name`, ...
+            **kwargs: As in diffusers.
+
+        Raises:
+            FrameBridgeError: If the trained input projection lies in a file of its own.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | os.PathLike):
+            folder = Path(source).parent if os.path.isfile(source) else Path(source, kwargs.get("subfolder") or "")
+            if (problem := two_file_problem(folder)) is not None:
+                raise FrameBridgeError(problem)
+        super().load_lora_weights(source, *args, **kwargs)

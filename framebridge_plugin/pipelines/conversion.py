@@ -1,4 +1,4 @@
-"""What `finetrainers convert` makes: models of the authors' checkpoints, LoRA folders of those of version 0.1.0."""
+"""What `finetrainers convert` makes: models of the authors' checkpoints, LoRA folders of those in two files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def convert_reference_checkpoint(
 
 
 def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) -> Path:
-    """Writes a LoRA folder of version 0.1.0, with the input projection beside the LoRA file, as one LoRA file.
+    """Writes a LoRA folder of an earlier version, with the input projection beside the LoRA file, as one LoRA file.
 
     The network is the same: what the projection had learned, its bias included, becomes a LoRA layer of full rank.
 

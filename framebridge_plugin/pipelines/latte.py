@@ -38,6 +38,7 @@ from framebridge_plugin.pipelines.common import (
 )
 from framebridge_plugin.pipelines.conditioning import decode_frames, encode_frames
 from framebridge_plugin.pipelines.opening import find_model, load_components, opening
+from framebridge_plugin.pipelines.saving import SavingWithoutLora
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ClassInput = int | str | list[int] | list[str]
@@ -61,7 +62,7 @@ class FrameBridgeLattePipelineOutput(BaseOutput):
     frames: torch.Tensor | np.ndarray | list[list[Image.Image]]
 
 
-class FrameBridgeLattePipeline(DiffusionPipeline, LoraBaseMixin):
+class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMixin):
     """Image and class to video with a Latte network, frame by frame in the latents of an image autoencoder.
 
     With a `FrameBridgeScheduler` it runs the bridge backwards (FrameBridge, arXiv 2410.15371): from the image's

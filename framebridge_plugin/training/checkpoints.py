@@ -203,7 +203,10 @@ class Checkpointer:
             FrameBridgeError: If a file is missing, damaged or of another model.
         """
         if (problem := two_file_problem(folder / "lora")) is not None:
-            raise FrameBridgeError(f"cannot resume from {folder}: {problem}")
+            raise FrameBridgeError(
+                f"cannot resume from {folder}, whose optimizer is of an earlier version; begin a new run from its "
+                f"LoRA (framebridge.start_from): {problem}"
+            )
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
             difference = settings_difference(content["settings"], self.settings)

@@ -186,6 +186,16 @@ def test_a_file_without_metadata_is_exact_where_alpha_is_the_rank(inputs, tmp_pa
         plain.unload_lora_weights()
 
 
+def test_a_pipeline_with_a_lora_is_saved_once_it_is_merged(trainer, reloaded, tmp_path):
+    with pytest.raises(FrameBridgeError, match="fuse_lora"):
+        reloaded.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    reloaded.fuse_lora(components=["transformer"])
+    reloaded.unload_lora_weights()
+    reloaded.save_pretrained(tmp_path)
+    assert_is(FrameBridgeCogVideoXPipeline.from_pretrained(tmp_path).transformer, output(trainer.transformer))
+
+
 def test_layers_that_are_not_there_are_refused_although_the_projection_is(inputs):
     specification = make_specification(inputs / "model")
     network = specification.load_diffusion_models()["transformer"]
