@@ -185,7 +185,7 @@ def _add_data_check(commands: argparse._SubParsersAction) -> None:
 def _add_prepare_ucf101(commands: argparse._SubParsersAction) -> None:
     summary = "unpack UCF-101 with whichever tool is there, and count the clips"
     add = _add_command(commands, "ucf101", summary, _PREPARE_HELP).add_argument
-    add("--archive", required=True, type=Path, metavar="RAR", help="UCF101.rar")
+    add("--archive", required=True, type=Path, metavar="FILE", help="UCF101.rar, or a .zip of it")
     add("--to", required=True, type=Path, metavar="FOLDER", help="the folder that UCF-101 comes to lie in")
     add("--splits", type=Path, metavar="ZIP", help="UCF101TrainTestSplits-RecognitionTask.zip, to be unpacked too")
 

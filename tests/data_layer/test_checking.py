@@ -21,10 +21,8 @@ from framebridge_plugin.errors import FrameBridgeError
 from tests.data_layer.broken_files import CLIP, KINDS, write_corpus
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH
 
-PRESENT = [name for name in KINDS if name != "missing"]  # A listed file that is missing is refused before.
 
-
-def write_data(folder: Path, kinds: Iterable[str] = PRESENT) -> dict[str, Path]:
+def write_data(folder: Path, kinds: Iterable[str] = KINDS) -> dict[str, Path]:
     paths = write_corpus(folder, kinds)
     write_table(folder, paths)
     return paths
@@ -71,8 +69,10 @@ def test_the_table_and_the_list(recipe, tmp_path, capsys):
         assert {entry["path"]: entry["kind"] for entry in found} == expected
         assert [entry["path"] for entry in found] == list(expected)
         assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["data_check.jsonl"]
-        first, *table, last = capsys.readouterr().out.splitlines()
-        total, bad = len(PRESENT), len(expected)
+        note, first, *table, last = capsys.readouterr().out.splitlines()
+        total, bad = len(KINDS), len(expected)
+        missing = paths["missing"].name
+        assert note == f"{tmp_path / 'clips'}: 1 of {total} listed clips are missing, first {missing!r}: bad files"
         assert first == f"{total} clips: {total - bad} can be read, {bad} cannot"
         counts = {line.split()[0]: int(line.split()[1]) for line in table}
         faults = list(expected.values())

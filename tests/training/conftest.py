@@ -40,7 +40,7 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("validation")
     Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "red.png")
-    lines = ["caption,image_path,num_inference_steps", f"a red square,{folder / 'red.png'},2"]
+    lines = ["caption,image_path,num_inference_steps", f"null,{folder / 'red.png'},2"]  # a caption is text
     (folder / "validation.csv").write_text("\n".join(lines) + "\n")
     return folder / "validation.csv"
 
