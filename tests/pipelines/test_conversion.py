@@ -72,6 +72,7 @@ def test_a_bridge(tmp_path, vae):
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
     settings = {"target": "eps_psi", "alignment": "none", "backbone": None, "sampler": "sde", "grid": "linspace"}
     assert settings.items() <= dict(pipeline.scheduler.config).items()
+    assert (pipeline.config.num_inference_steps, pipeline.config.guidance_scale) == (1000, 7.0)
     assert pipeline.neural_prior is None
     assert pipeline.transformer.config.class_names == NAMES
     output = pipeline.transformer(VECTORS["x"], VECTORS["t_frac"], VECTORS["y"]).sample
