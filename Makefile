@@ -1,17 +1,19 @@
-# Each of the three goals does everything on a fresh machine: virtual environment, constraints, and the job itself.
+# Each of these goals does everything on a fresh machine: virtual environment, constraints, and the job itself.
 #   make quickstart       the main job: fine-tune a tiny CogVideoX into a FrameBridge model on real clips, and sample
 #   make ucf101-example   from scratch: neural prior, bridge, and bridge on the neural prior, on clips with classes
 #   make test             lint, types, docstrings and all tests
+#   make wheel            dist/framebridge_plugin-*.whl, which `pip install` takes after torch
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DIST := dist
 
 # Threads that wait asleep: with other programs on the machine, spinning ones take ten times as long.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart ucf101-example test lint clean
+.PHONY: quickstart ucf101-example test lint wheel clean
 
 # The first frame of the scene that nothing was trained on.
 quickstart: IMAGE = quickstart-data/images/carphone_pristine-040-centre.png
@@ -57,6 +59,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet framebridge_plugin
 
+wheel: $(STAMP)
+	rm -rf $(DIST)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
+	@ls $(DIST)/*.whl
+
 # torch first: pip then takes the build that fits this machine, and the packages that need it find it there.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,4 +73,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs quickstart-data ucf101-data
+	rm -rf $(VENV) $(DIST) runs quickstart-data ucf101-data

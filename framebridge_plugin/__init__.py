@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from framebridge_plugin import library_messages
+
 if TYPE_CHECKING:
     from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
     from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from framebridge_plugin.training.registration import register
 
 __version__ = "0.1.0"
+
+library_messages.hold_back()
 
 _MODULE_OF_ATTRIBUTE = {
     "FrameBridgeCogVideoXPipeline": "framebridge_plugin.pipelines.cogvideox",

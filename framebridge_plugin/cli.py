@@ -7,17 +7,17 @@ recipe is refused before torch is loaded.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from framebridge_plugin import library_messages
 from framebridge_plugin.cli_arguments import parse
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.model_folders.lora import TWO_FILE_LORA
+from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         debug = debug or arguments.debug
-        if not debug:
-            _quieten_libraries()
-        return _RUNS[arguments.run](arguments)
+        if debug:
+            library_messages.show()
+        with alone():
+            return _RUNS[arguments.run](arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -56,22 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _quieten_libraries() -> None:
-    """Mutes what libraries say about optional kernels that are not there, and about each other, at every start."""
-    for name in ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # diffusers gives it to huggingface_hub, which no longer takes it.
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.recipe import load_recipe, resolve_recipe
 
     if arguments.dry_run:
-        recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides)
-        print(recipe.to_yaml(), end="")
-        for warning in missing:
-            print(f"warning: {warning}", file=sys.stderr)
+        recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides, os.environ)
+        if os.environ.get("RANK", "0") == "0":
+            print(recipe.to_yaml(), end="", flush=True)
+        if missing:
+            raise UsageError("\n".join(missing))
+
+        from framebridge_plugin.training.rehearsal import rehearse
+
+        rehearse(recipe)
+        print("dry run: nothing found that a start would refuse; no weights were loaded", file=sys.stderr)
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, os.environ)
 

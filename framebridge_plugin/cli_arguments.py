@@ -150,7 +150,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and stop; only warn of missing files"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, say what a start would refuse, and stop before weights are loaded; the exit "
+        "code is that of the start",
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from packaging.requirements import Requirement
 
+from framebridge_plugin import library_messages
 from framebridge_plugin.errors import FrameBridgeError
 
 DISTRIBUTION = "framebridge-plugin"
@@ -37,6 +38,7 @@ def run_doctor() -> int:
     _report_devices(problems)
     _report_decoders(problems)
     _report_repairs(problems)
+    _report_held_back()
     if not problems.preventing and not problems.other:
         print("\nNo problems found.")
     for title, lines in (("Problems that prevent training", problems.preventing), ("Other problems", problems.other)):
@@ -128,6 +130,13 @@ def _report_repairs(problems: Problems) -> None:
     states = {True: "active", False: "not needed", None: "not reached"}
     for repair, needed in repair_status():
         print(f"  {states[needed]:<11} {repair.name}: {repair.reason}")
+
+
+def _report_held_back() -> None:
+    if messages := library_messages.held_back():
+        print("\nWhat libraries say of each other, and is not shown elsewhere")
+        for message, meaning in messages.items():
+            print(f"  {message[:140]}\n    {meaning}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+_FOLDER = "is a folder; name the pictures in it, such as {}/*.png"
 _QUALITY = 9  # of 10, imageio's scale: these files are for judging pictures
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 _ROUNDING = 1e-6  # of floats that were computed
@@ -63,7 +64,7 @@ def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
             raise FrameBridgeError(f"image: {error}") from None
     path = Path(picture)
     if not path.is_file():
-        raise UsageError(f"{path}: {'is a folder; give a picture' if path.is_dir() else 'no such file'}")
+        raise UsageError(f"{path}: {'no such file' if not path.is_dir() else _FOLDER.format(path)}")
     try:
         with Image.open(path) as image:
             return _levels_of_image(image)
@@ -242,6 +243,7 @@ def contact_sheet(
     path: str | Path,
     columns: int = 8,
     labels: Sequence[str] = (),
+    images: Sequence[Image.Image] = (),
 ) -> None:
     """Lay videos out as one PNG: a row per video, frames from left to right.
 
@@ -250,6 +252,7 @@ def contact_sheet(
         path: The file; its folder is created.
         columns: At most so many frames of each video, spread evenly from the first to the last.
         labels: A line of text above each row; none by default.
+        images: What each video was made from, put before its frames at their height; none by default.
 
     Raises:
         FrameBridgeError: If there is no video.
@@ -264,7 +267,12 @@ def contact_sheet(
         frames = to_uint8(video)
         rows.append(frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)])
     gap, text_height = 2, 14 if labels else 0
-    width = max(len(row) * (row.shape[2] + gap) for row in rows) - gap
+    inputs = [
+        read_image(image).resize((max(1, round(image.width * row.shape[1] / image.height)), row.shape[1]))
+        for image, row in zip(images, rows, strict=False)
+    ]
+    margin = max((image.width + 4 * gap for image in inputs), default=0)
+    width = margin + max(len(row) * (row.shape[2] + gap) for row in rows) - gap
     height = sum(row.shape[1] + gap + text_height for row in rows) - gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -273,8 +281,10 @@ def contact_sheet(
         if i < len(labels):
             draw.text((1, top + 1), labels[i], fill="black")
         top += text_height
+        if i < len(inputs):
+            sheet.paste(inputs[i], (0, top))
         for j, frame in enumerate(row):
-            sheet.paste(Image.fromarray(frame), (j * (row.shape[2] + gap), top))
+            sheet.paste(Image.fromarray(frame), (margin + j * (row.shape[2] + gap), top))
         top += row.shape[1] + gap
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")

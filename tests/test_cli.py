@@ -99,16 +99,20 @@ def test_dry_run_prints_the_resolved_recipe(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_warns_of_missing_files(recipe, tmp_path, capsys):
+def test_dry_run_prints_the_recipe_and_refuses_what_a_start_would(recipe, tmp_path, capsys):
     missing = ["framebridge.data.data_root=nowhere", "model.pretrained_model_name_or_path=./nowhere"]
-    assert main(["train", "--recipe", str(recipe), "--dry-run", *missing]) == 0
+    missing.append("parallelism.dp_degree=2")
+    assert main(["train", "--recipe", str(recipe), "--dry-run", *missing]) == 2
     output = capsys.readouterr()
     (tmp_path / "mine.yaml").write_text(output.out)
-    assert output.err.splitlines() == [
-        "warning: command line: framebridge.data.data_root: no such folder: nowhere",
-        "warning: command line: model.pretrained_model_name_or_path: no such folder: nowhere",
+    lines = output.err.splitlines()
+    assert lines[:2] == [
+        "error: command line: framebridge.data.data_root: no such folder: nowhere",
+        "error: command line: model.pretrained_model_name_or_path: no such folder: nowhere",
     ]
-    assert main(["train", "--recipe", str(tmp_path / "mine.yaml")]) == 2  # a real run needs them
+    assert "torchrun --nproc-per-node 2" in lines[2]
+    assert main(["train", "--recipe", str(tmp_path / "mine.yaml")]) == 2
+    assert [line.partition("mine.yaml")[2] for line in capsys.readouterr().err.splitlines()] != lines
     assert main(["train", "--recipe", str(recipe), "--dry-run", *missing, "training.batch_size=0"]) == 2
     output = capsys.readouterr()
     assert output.out == ""

@@ -95,6 +95,11 @@ def test_contact_sheet(tmp_path):
     assert labelled.shape[0] == sheet.shape[0] + 2 * 14
     assert np.array_equal(labelled[14:30, :24], first[0])
     assert labelled[:14].min() < 128  # the text
+    image = Image.new("RGB", (20, 10), (255, 0, 0))  # at the frames' height it is 32 wide
+    contact_sheet([first, second], tmp_path / "inputs.png", columns=5, images=[image, Image.new("L", (8, 8))])
+    with_inputs = np.asarray(Image.open(tmp_path / "inputs.png"))
+    assert (with_inputs[:16, :32] == (255, 0, 0)).all()
+    assert np.array_equal(with_inputs[:, 40:], sheet)
     with pytest.raises(FrameBridgeError, match="at least one video"):
         contact_sheet([], tmp_path / "none.png")
 

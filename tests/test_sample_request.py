@@ -239,4 +239,8 @@ def test_pictures_that_are_none(arguments, tmp_path):
     ):
         image.write_bytes(broken)
         assert message in problems_of(arguments)[0]
-    assert problems_of(arguments, images=(tmp_path,)) == [f"--image {tmp_path}: is a folder; give a picture"]
+    (tmp_path / "clips.mp4").mkdir()
+    for folder in (tmp_path, tmp_path / "clips.mp4"):
+        assert problems_of(arguments, images=(folder,)) == [
+            f"--image {folder}: is a folder; name the pictures in it, such as {folder}/*.png"
+        ]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
 from framebridge_plugin.data.clip_errors import ClipError
@@ -20,6 +19,7 @@ from framebridge_plugin.data.clips import ClipSettings, frame_window
 from framebridge_plugin.data.folders import ClipIndex, index_datasets
 from framebridge_plugin.data.isolation import read_video_isolated
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.progress import Progress
 
 CLIPS_AT_A_TIME = 8
 """A reading process takes so many at a time; what Ctrl-C loses is no more than a few of these."""
@@ -176,13 +176,13 @@ def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]
         worker_init_fn=_leave_interrupts_to_main_process,
     )
     bad = 0
-    with tqdm(total=len(rows), initial=start, desc="Checking", unit="clip") as bar:
+    with Progress(len(rows), "Checking", initial=start, unit="clip") as bar:
         try:
             for found in loader:
                 yield found
                 bad += sum(entry is not None for entry in found)
                 bar.update(len(found))
-                bar.set_postfix(bad=bad, refresh=False)
+                bar.set_postfix(bad=bad)
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise

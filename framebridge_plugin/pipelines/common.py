@@ -18,6 +18,7 @@ from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import pictures_levels
+from framebridge_plugin.progress import Progress
 from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -249,7 +250,7 @@ def sample_latents(
     times = scheduler.timesteps
     pipeline._num_timesteps = len(times)
     old_pred_original_sample = None
-    with pipeline.progress_bar(total=len(times)) as progress_bar:
+    with sampling_progress(pipeline, len(times)) as progress_bar:
         for i, t in enumerate(times):
             if pipeline.interrupt:
                 continue
@@ -289,3 +290,9 @@ def sample_latents(
             progress_bar.update()
     pipeline._current_timestep = None
     return latents
+
+
+def sampling_progress(pipeline: Any, steps: int) -> Progress:
+    """The progress of a call, as `pipeline.set_progress_bar_config` says."""
+    config = dict(getattr(pipeline, "_progress_bar_config", {}))
+    return Progress(steps, config.pop("desc", None) or "Sampling", **{"unit": "step", **config})

@@ -78,7 +78,8 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
         videos.append(video)
         labels.append(f"{path.name}: seed {seed}, {condition}")
         say(f"video: {path}")
-    contact_sheet(videos, request.contact_sheet_path(), labels=labels)
+    images = [inputs[number // request.num_videos].image for number in range(len(paths))]
+    contact_sheet(videos, request.contact_sheet_path(), labels=labels, images=images)
     say(f"contact sheet: {request.contact_sheet_path()}")
     return paths
 

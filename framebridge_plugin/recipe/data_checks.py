@@ -273,7 +273,7 @@ def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
         path = row.get(name)
         if path is None or str(path).startswith("http"):
             continue
-        if not Path(str(path)).is_file():
+        if not Path(str(path)).exists() or (name == "video_path" and Path(str(path)).is_dir()):
             yield f"{name}: no such file: {path}"
         elif name == "image_path":
             try:

@@ -19,6 +19,7 @@ from framebridge_plugin.errors import UsageError
 from framebridge_plugin.recipe.checks import launch_problems, recipe_problems
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "resolve_recipe", "shipped_recipes"]
@@ -113,20 +114,26 @@ def load_recipe(
     return recipe
 
 
-def resolve_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Read a recipe as `load_recipe` does, whether or not the files that it names are there yet.
+def resolve_recipe(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> tuple[Recipe, list[str]]:
+    """Read a recipe as `load_recipe` does, whether or not the files that it names and its processes are there yet.
 
     Args:
         name_or_path: See `find_recipe`.
         overrides: See `load_recipe`.
+        environment: See `load_recipe`.
 
     Returns:
-        The recipe, and a line for each file or folder that is missing, damaged or not writable.
+        The recipe, and a line for each file or folder that is missing, damaged or not writable, and for a number of
+        processes that it is not for.
 
     Raises:
         UsageError: As `load_recipe`, if anything else is wrong.
     """
-    recipe, problems = _examine(name_or_path, overrides, None)
+    recipe, problems = _examine(name_or_path, overrides, environment)
     if recipe is None or not all(on_disk for _, on_disk in problems):
         raise UsageError("\n".join(text for text, _ in problems))
     return recipe, [text for text, _ in problems]
@@ -150,7 +157,8 @@ def _examine(
     reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
     # Without the model's name, which most of the rules depend on, they would be those of another model.
     if recipe is not None and not reported & {"model", "model.model_name"}:
-        found = [*recipe_problems(recipe), *(launch_problems(recipe, environment) if environment is not None else ())]
+        launched = launch_problems(recipe, environment) if environment is not None else ()
+        found = [*recipe_problems(recipe), *(problem._replace(on_disk=True) for problem in launched)]
         problems += [problem for problem in found if not _is_within(problem.where, reported)]
     located = [
         (_line_of(document, overridden, where), f"{where}: {message}", on_disk) for where, message, on_disk in problems
@@ -288,6 +296,8 @@ def _nearest_key(path: str) -> str:
     same_name = [key for key in known if key.rpartition(".")[2] == name]
     if same_name:
         return same_name[0]  # the right key in the wrong section
+    if meant := synonym_of(name):
+        return meant
     siblings = [key for key in known if key.rpartition(".")[0] == parent]
     for keys, cutoff in ((siblings, 0.6), (known, 0.75), (siblings or known, 0.0)):
         by_name = {key.rpartition(".")[2]: key for key in keys}

@@ -11,7 +11,7 @@ class Problem(NamedTuple):
     Attributes:
         where: A dotted path.
         message: What is wrong there, and what to do about it.
-        on_disk: Whether the recipe itself is fine, and a file or folder is not there as it says.
+        on_disk: Whether the recipe itself is fine, and a file, a folder or a process is not there as it says.
     """
 
     where: str

@@ -168,7 +168,11 @@ class Recipe(Section):
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
         from framebridge_plugin.recipe.yaml_text import dump_yaml
 
-        return dump_yaml(self.model_dump(exclude={name: True for name in self._unused_sections()} | _SECRETS))
+        return dump_yaml(self.without_secrets())
+
+    def without_secrets(self) -> dict[str, Any]:
+        """The whole recipe, defaults included, by section; `hub_token` is left out."""
+        return self.model_dump(exclude={name: True for name in self._unused_sections()} | _SECRETS)
 
     def _unused_sections(self) -> set[str]:
         # finetrainers' parser knows the adapters' arguments only in a LoRA run.

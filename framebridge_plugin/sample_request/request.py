@@ -285,7 +285,7 @@ class SampleRequest:
     def _file_problems(self) -> list[str]:
         problems = []
         for path in self.images:
-            if is_video(path.name):
+            if is_video(path.name) and not path.is_dir():
                 if not path.is_file():
                     problems.append(f"--image {path}: no such file")
                 continue  # decoded when the libraries are loaded

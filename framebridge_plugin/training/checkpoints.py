@@ -97,7 +97,7 @@ class Checkpointer:
         self.export = export
         self.trainable_only = trainable_only
         self.limit = limit
-        self.settings = json.loads(json.dumps(settings, default=float))  # as they are when they are read back
+        self.settings = _as_read_back(settings)
         self.average = average
         self.network_name = network_name
         self.is_main_process = is_main_process
@@ -170,16 +170,7 @@ class Checkpointer:
         Raises:
             FrameBridgeError: If there is none.
         """
-        found = self.existing()
-        if which == "latest" and found:
-            return found[max(found)]
-        if which != "latest" and int(which) in found:
-            return found[int(which)]
-        available = ", ".join(map(str, sorted(found))) or "none"
-        raise FrameBridgeError(
-            f"no checkpoint {which!r} in {self.root} (steps there: {available}); give one of these steps as "
-            "checkpoints.resume_from_checkpoint, or leave it out to start anew"
-        )
+        return find_checkpoint(self.root, which)
 
     def existing(self) -> dict[int, Path]:
         """Complete checkpoints of the run.
@@ -187,8 +178,7 @@ class Checkpointer:
         Returns:
             Folders by step.
         """
-        folders = self.root.iterdir() if self.root.is_dir() else ()
-        return {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
+        return _complete_checkpoints(self.root)
 
     def load(self, folder: Path) -> TrainingState:
         """Restores weights, their average, optimizer and learning-rate schedule.
@@ -202,16 +192,9 @@ class Checkpointer:
         Raises:
             FrameBridgeError: If a file is missing, damaged or of another model.
         """
-        if (problem := two_file_problem(folder / "lora")) is not None:
-            raise FrameBridgeError(
-                f"cannot resume from {folder}, whose optimizer is of an earlier version; begin a new run from its "
-                f"LoRA (framebridge.start_from): {problem}"
-            )
+        check_settings(folder, stored_settings(folder), self.settings)
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
-            difference = settings_difference(content["settings"], self.settings)
-            if difference is not None:
-                raise ValueError(difference)
             stored = self._read_weights(folder)
             # What is not stored would silently stay as it is in the fresh network.
             expected: dict[str, Any] = get_model_state_dict(
@@ -237,11 +220,7 @@ class Checkpointer:
             self.lr_scheduler.load_state_dict(content["lr_scheduler"])
             return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FrameBridgeError(
-                f"cannot resume from {folder}: {line}; resume with the settings of the run's recipe.yaml, or, if the "
-                "folder is damaged, remove it to go on from the checkpoint before it"
-            ) from error
+            raise _cannot_resume(folder, error) from error
 
     @property
     def _stores_weights(self) -> bool:
@@ -261,6 +240,87 @@ class Checkpointer:
         found = self.existing()
         for step in sorted(found)[: -self.limit]:
             shutil.rmtree(found[step], ignore_errors=True)
+
+
+def find_checkpoint(root: Path, which: int | str) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        root: The run's `checkpoints` folder.
+        which: Its step, or "latest".
+
+    Returns:
+        The folder; it is complete, since it has its final name.
+
+    Raises:
+        FrameBridgeError: If there is none.
+    """
+    found = _complete_checkpoints(root)
+    if which == "latest" and found:
+        return found[max(found)]
+    if which != "latest" and int(which) in found:
+        return found[int(which)]
+    available = ", ".join(map(str, sorted(found))) or "none"
+    raise FrameBridgeError(
+        f"no checkpoint {which!r} in {root} (steps there: {available}); give one of these steps as "
+        "checkpoints.resume_from_checkpoint, or leave it out to start anew"
+    )
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was trained with.
+
+    Args:
+        folder: What `find_checkpoint` returned.
+
+    Returns:
+        What `run_settings` returned then.
+
+    Raises:
+        FrameBridgeError: If its state is missing or damaged, or it is a LoRA of two files.
+    """
+    if (problem := two_file_problem(folder / "lora")) is not None:
+        raise FrameBridgeError(
+            f"cannot resume from {folder}, whose optimizer is of an earlier version; begin a new run from its "
+            f"LoRA (framebridge.start_from): {problem}"
+        )
+    try:
+        return json.loads((folder / "trainer" / "state.json").read_text())["settings"]
+    except (OSError, KeyError, ValueError) as error:
+        raise _cannot_resume(folder, error) from error
+
+
+def check_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Compares the settings of a checkpoint with those of a run that would go on with it.
+
+    Args:
+        folder: The checkpoint's, for the error.
+        stored: Those of the checkpoint.
+        settings: Those of the run.
+
+    Raises:
+        FrameBridgeError: If one differs.
+    """
+    difference = settings_difference(stored, _as_read_back(settings))
+    if difference is not None:
+        raise _cannot_resume(folder, difference)
+
+
+def _as_read_back(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=float))
+
+
+def _complete_checkpoints(root: Path) -> dict[int, Path]:
+    folders = root.iterdir() if root.is_dir() else ()
+    return {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
+
+
+def _cannot_resume(folder: Path, reason: BaseException | str) -> FrameBridgeError:
+    line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+    return FrameBridgeError(
+        f"cannot resume from {folder}: {line}; resume with the settings of the run's recipe.yaml, or, if the folder "
+        "is damaged, remove it to go on from the checkpoint before it"
+    )
 
 
 def _plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

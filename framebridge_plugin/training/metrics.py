@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from framebridge_plugin.training.validation import ValidationVideo
 
 
 class MetricsLogger:
@@ -20,9 +24,10 @@ class MetricsLogger:
         output_dir: The run's folder: `metrics.jsonl` and `tensorboard/` go there.
         enabled: Whether this is the main process.
         first_step: The step after which this run starts.
+        settings: The run's settings, as text in Markdown, for TensorBoard.
     """
 
-    def __init__(self, output_dir: Path, *, enabled: bool, first_step: int = 0) -> None:
+    def __init__(self, output_dir: Path, *, enabled: bool, first_step: int = 0, settings: str = "") -> None:
         self.path = output_dir / "metrics.jsonl"
         self._enabled = enabled
         if not enabled:
@@ -33,6 +38,8 @@ class MetricsLogger:
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a")
         self._tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=first_step + 1)
+        if settings:
+            self._tensorboard.add_text("settings", settings, first_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of one step.
@@ -47,6 +54,23 @@ class MetricsLogger:
         self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def log_validation(self, step: int, written: Sequence[ValidationVideo]) -> None:
+        """Writes the contact sheets of one validation, with their captions, for TensorBoard.
+
+        Args:
+            step: The update that they belong to.
+            written: The samples.
+        """
+        if not self._enabled:
+            return
+        for item in written:
+            with Image.open(item.sheet) as sheet:
+                self._tensorboard.add_image(
+                    f"validation/{item.number:02d}", np.asarray(sheet), step, dataformats="HWC"
+                )
+            self._tensorboard.add_text(f"validation/{item.number:02d}/caption", item.caption, step)
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files."""

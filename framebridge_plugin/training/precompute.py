@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.fingerprint import run_fingerprint
 from framebridge_plugin.training.latent_store import (
@@ -238,7 +238,7 @@ class _Job:
                     progress.update()
                 write_shard(self.store / shard.name, rows, captions, skipped)
                 if shard is mine[0]:
-                    self._say_how_large(shard, sum(shard.count for shard in missing))
+                    self._say_how_large(progress, shard, sum(shard.count for shard in missing))
 
     def _share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
         return shards[self.processes.rank :: self.processes.world_size]
@@ -279,19 +279,19 @@ class _Job:
         )
         return components
 
-    def _progress(self, name: str, shards: Sequence[Shard]) -> tqdm:
+    def _progress(self, name: str, shards: Sequence[Shard]) -> Progress:
         processes = self.processes
         share = f" (process 1 of {processes.world_size})" if processes.world_size > 1 else ""
         total = sum(shard.count for shard in shards)
-        return tqdm(total=total, desc=name + share, unit="", disable=processes.rank > 0 or not shards)
+        return Progress(total, name + share, unit="", disable=processes.rank > 0 or not shards)
 
-    def _say_how_large(self, shard: Shard, clips: int) -> None:
+    def _say_how_large(self, progress: Progress, shard: Shard, clips: int) -> None:
         if self.processes.rank == 0:
             wanted = (self.store / shard.name).stat().st_size / shard.count * clips
             free = shutil.disk_usage(self.store).free
             if wanted > free:
                 message = f"warning: the clips take about {wanted / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-                tqdm.write(message, file=sys.stderr)
+                progress.write(message)
 
 
 def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:

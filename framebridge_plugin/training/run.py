@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def train(recipe: Recipe) -> None:
         FrameBridgeError: If a file cannot be read or the loss is not finite.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
-    _refuse_overwriting(recipe, output_dir)
+    refuse_start(recipe)
     if recipe.checkpoints.resume_from_checkpoint is None:
         _train(recipe, output_dir, output_dir)
     else:
@@ -69,6 +70,10 @@ def train(recipe: Recipe) -> None:
             shutil.rmtree(staging, ignore_errors=True)
     if _is_main_process():
         _write_loss_curve(output_dir)
+        print(
+            f"model: {output_dir / ('lora' if recipe.training.training_type == 'lora' else 'model')}", file=sys.stderr
+        )
+        print(f"sample from it: {sample_line(recipe)}", file=sys.stderr)
 
 
 def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
@@ -93,7 +98,8 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
         staging.rmdir()
         args.dataset_config = str(output_dir / dataset_config.name)
 
-    FrameBridgeTrainer(args, build_specification(recipe, args), on_prepared=publish).run()
+    settings = recipe.without_secrets()
+    FrameBridgeTrainer(args, build_specification(recipe, args), on_prepared=publish, settings=settings).run()
 
 
 def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
@@ -118,12 +124,36 @@ def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
     return specification_class(args.pretrained_model_name_or_path, objective=args.framebridge_objective, **settings)
 
 
-def _refuse_overwriting(recipe: Recipe, output_dir: Path) -> None:
+def refuse_start(recipe: Recipe) -> None:
+    """Refuses a run over another one, and one whose results could not be sent where it says.
+
+    Args:
+        recipe: A checked recipe.
+
+    Raises:
+        UsageError: If the folder holds another run, or there is no login.
+    """
+    output_dir = Path(recipe.checkpoints.output_dir)
     if recipe.checkpoints.resume_from_checkpoint is None and any((output_dir / "checkpoints").glob("step_*")):
         raise UsageError(
             f"checkpoints.output_dir: {output_dir} holds the checkpoints of another run; choose another folder, or go "
             "on with that run by checkpoints.resume_from_checkpoint=latest"
         )
+    if not _is_main_process():
+        return
+    if recipe.tracking.report_to == "wandb" and not sys.stdin.isatty():  # in a terminal it asks
+        import wandb
+
+        if wandb.setup().settings.mode in ("online", "run", "shared") and not wandb.login(prompt=False):
+            raise UsageError(
+                "tracking.report_to: wandb has no login here; run `wandb login`, or set WANDB_MODE=offline to write "
+                "files that `wandb sync` sends later"
+            )
+    if recipe.hub.push_to_hub:
+        from huggingface_hub import get_token
+
+        if recipe.hub.hub_token is None and get_token() is None:
+            raise UsageError("hub.push_to_hub: there is no login here; run `hf auth login`, or set this false")
 
 
 def _rank() -> str:
@@ -158,6 +188,29 @@ def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
     partial.write_text(content)
     partial.replace(path)
     return path
+
+
+def sample_line(recipe: Recipe) -> str:
+    """A command that samples from the run's model.
+
+    Args:
+        recipe: The run's recipe.
+
+    Returns:
+        The line, for a shell: from the first validation sample whose image is a file, else from the data's first row.
+    """
+    from framebridge_plugin.data.validation_rows import read_validation_rows
+
+    output_dir, file = recipe.checkpoints.output_dir, recipe.validation.validation_dataset_file
+    options = ["--data-index", "0"]
+    for row in read_validation_rows(Path(file)) if file is not None else ():
+        image = str(row.get("image_path") or row.get("video_path"))
+        if Path(image).is_file():
+            condition = "--class-name" if recipe.is_latte else "--prompt"
+            options = ["--image", image, condition, str(row["caption"])]
+            break
+    output = str(Path(output_dir, "sample.mp4"))
+    return shlex.join(["finetrainers", "sample", "--model", output_dir, *options, "--output", output])
 
 
 def _write_loss_curve(output_dir: Path) -> None:

@@ -26,12 +26,12 @@ from finetrainers.trainer import SFTTrainer
 from huggingface_hub import upload_folder
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.pipelines.saving import link_or_copy_tree
+from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
@@ -69,6 +69,7 @@ class FrameBridgeTrainer(SFTTrainer):
         args: finetrainers' arguments.
         model_specification: A specification with the interface of finetrainers'.
         on_prepared: Called once nothing more can refuse the run, before its first update.
+        settings: What trackers show as the run's settings; by default finetrainers' arguments.
 
     Raises:
         UsageError: If the arguments ask for what does not work.
@@ -77,13 +78,20 @@ class FrameBridgeTrainer(SFTTrainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, args: Any, model_specification: Any, on_prepared: Callable[[], None] = lambda: None) -> None:
-        _refuse_unsupported(args)
+    def __init__(
+        self,
+        args: Any,
+        model_specification: Any,
+        on_prepared: Callable[[], None] = lambda: None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
         # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
         self._on_prepared = on_prepared
+        self._settings = settings
         self.average: WeightAverage | None = None
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
@@ -92,6 +100,8 @@ class FrameBridgeTrainer(SFTTrainer):
     # Preparation
 
     def _get_training_info(self) -> dict[str, Any]:
+        if self._settings is not None:
+            return dict(self._settings)
         info = super()._get_training_info()
         info["miscellaneous_arguments"].pop("hub_token", None)  # this goes to the trackers
         return info
@@ -133,19 +143,7 @@ class FrameBridgeTrainer(SFTTrainer):
         )
 
     def _prepare_dataset(self) -> None:
-        specification = self.model_specification
-        if hasattr(specification, "check_datasets"):
-            specification.check_datasets(self._datasets)
-        if self.args.validation_dataset_file is not None:
-            self._validation_samples = read_validation_file(self.args.validation_dataset_file)
-            for sample in self._validation_samples:
-                if sample.get("image") is None and sample.get("video") is None:
-                    raise UsageError(
-                        f"{self.args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be "
-                        "read; give an image_path (or video_path) in every row"
-                    )
-        if hasattr(specification, "check_validation_samples"):
-            specification.check_validation_samples(self._validation_samples)
+        self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
 
     def _prepare_checkpointing(self) -> None:
         is_lora = self.args.training_type == TrainingType.LORA
@@ -195,25 +193,33 @@ class FrameBridgeTrainer(SFTTrainer):
     # Training
 
     def _train(self) -> None:
+        args, backend, output_dir = self.args, self.state.parallel_backend, Path(self.args.output_dir)
+        settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
+        first_step = self.progress.step
+        with MetricsLogger(
+            output_dir, enabled=backend.is_main_process, first_step=first_step, settings=settings
+        ) as metrics:
+            folder = self._update(metrics) or self.checkpointer.save(self.progress)
+            self._publish(folder, output_dir)
+            self._validate(self.progress.step, metrics, final_validation=True)
+        is_main_process = backend.is_main_process
+        backend.destroy()
+        if args.push_to_hub and is_main_process:
+            folder = output_dir / self._export_name
+            upload_folder(repo_id=self.state.repo_id, folder_path=folder, token=args.hub_token)
+
+    def _update(self, metrics: MetricsLogger) -> Path | None:
+        """Makes the updates; returns the checkpoint of the last one, if there is one."""
         args, backend, progress = self.args, self.state.parallel_backend, self.progress
-        output_dir = Path(args.output_dir)
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
         self.transformer.train()
         batches = self._batches()
         saved_step = progress.step or None
-        progress_bar = tqdm(
-            total=args.train_steps,
-            initial=progress.step,
-            desc="Training",
-            unit="update",
-            disable=not backend.is_local_main_process,
+        progress_bar = Progress(
+            args.train_steps, "Training", initial=progress.step, unit="update", disable=not backend.is_main_process
         )
-        with (
-            explained_reading_errors(),
-            progress_bar,
-            MetricsLogger(output_dir, enabled=backend.is_main_process, first_step=progress.step) as metrics,
-        ):
+        with explained_reading_errors(), progress_bar:
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -236,8 +242,8 @@ class FrameBridgeTrainer(SFTTrainer):
                 progress.samples_seen += clips_per_update
 
                 speed = clips_per_update / (time.monotonic() - started)
-                progress_bar.update()
                 progress_bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", clips_per_s=f"{speed:.2f}")
+                progress_bar.update()
                 if step % args.logging_steps == 0:
                     numbers = {
                         "loss": loss,
@@ -253,16 +259,8 @@ class FrameBridgeTrainer(SFTTrainer):
                     self.checkpointer.save(progress)
                     saved_step = step
                 if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
-                    self._validate(step)
-
-        folder = self.checkpointer.find(progress.step) if saved_step == progress.step else None
-        self._publish(folder or self.checkpointer.save(progress), output_dir)
-        self._validate(progress.step, final_validation=True)
-        is_main_process = backend.is_main_process
-        backend.destroy()
-        if args.push_to_hub and is_main_process:
-            folder = output_dir / self._export_name
-            upload_folder(repo_id=self.state.repo_id, folder_path=folder, token=args.hub_token)
+                    self._validate(step, metrics)
+        return self.checkpointer.find(progress.step) if saved_step == progress.step else None
 
     def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
         """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
@@ -332,7 +330,7 @@ class FrameBridgeTrainer(SFTTrainer):
 
     # Validation
 
-    def _validate(self, step: int, final_validation: bool = False) -> None:
+    def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> None:
         if not self._validation_samples:
             return
         args, backend = self.args, self.state.parallel_backend
@@ -368,8 +366,9 @@ class FrameBridgeTrainer(SFTTrainer):
             shares: list[Any] = [None] * self._data_world_size
             torch.distributed.all_gather_object(shares, written)
             written = [item for share in shares for item in share]
+        metrics.log_validation(step, written)
         if args.report_to == "wandb" and backend.is_main_process:
-            videos = [wandb.Video(str(path), caption=prompt) for path, prompt in written]
+            videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
             backend.log({"final" if final_validation else "validation": videos}, step=step)
         backend.wait_for_everyone()
         if args.enable_model_cpu_offload:
@@ -387,7 +386,43 @@ class FrameBridgeTrainer(SFTTrainer):
         return self.state.parallel_backend.rank
 
 
-def _refuse_unsupported(args: Any) -> None:
+def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str, Any]]:
+    """Refuses clips and validation samples that the model is not for.
+
+    Args:
+        args: finetrainers' arguments.
+        specification: The model's.
+        datasets: What `load_dataset_config` returned.
+
+    Returns:
+        The validation samples.
+
+    Raises:
+        FrameBridgeError: If there are any.
+    """
+    if hasattr(specification, "check_datasets"):
+        specification.check_datasets(datasets)
+    samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
+    for sample in samples:
+        if sample.get("image") is None and sample.get("video") is None:
+            raise UsageError(
+                f"{args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be read; give an "
+                "image_path (or video_path) in every row"
+            )
+    if hasattr(specification, "check_validation_samples"):
+        specification.check_validation_samples(samples)
+    return samples
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuses what does not work with any specification.
+
+    Args:
+        args: finetrainers' arguments.
+
+    Raises:
+        UsageError: If they ask for it.
+    """
     for name in ("pp_degree", "cp_degree", "tp_degree"):
         if getattr(args, name) > 1:
             raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,6 +13,23 @@ from diffusers.utils import load_image, load_video
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.specifications.samples import validation_image
+
+
+class ValidationVideo(NamedTuple):
+    """A sample of the validation set.
+
+    Attributes:
+        number: Its row in the validation file, from 0.
+        caption: Its prompt, or class.
+        video: The mp4.
+        sheet: The contact sheet, a PNG that begins with the input image.
+    """
+
+    number: int
+    caption: str
+    video: Path
+    sheet: Path
 
 
 def sample_validation_videos(
@@ -25,7 +42,7 @@ def sample_validation_videos(
     seed: int,
     rank: int,
     world_size: int,
-) -> list[tuple[Path, str]]:
+) -> list[ValidationVideo]:
     """Samples the validation set, a share on every rank, and writes the videos and contact sheets.
 
     All ranks make the same number of calls, repeating samples where the number does not divide: a sharded network
@@ -43,7 +60,7 @@ def sample_validation_videos(
         world_size: Number of those processes.
 
     Returns:
-        (video file, prompt) of the samples that this rank wrote.
+        The samples that this rank wrote.
     """
     written = []
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -58,8 +75,10 @@ def sample_validation_videos(
         stem = output_dir / f"{label}-{number:02d}"
         videos = [artifact.value for artifact in artifacts]
         write_video(videos[0], stem.with_suffix(".mp4"), fps=fps)
-        contact_sheet(videos, stem.with_suffix(".png"))
-        written.append((stem.with_suffix(".mp4"), sample["prompt"]))
+        image = validation_image(sample["prompt"], sample.get("image"), sample.get("video"))
+        item = ValidationVideo(number, str(sample["prompt"]), stem.with_suffix(".mp4"), stem.with_suffix(".png"))
+        contact_sheet(videos, item.sheet, labels=[item.caption] * len(videos), images=[image] * len(videos))
+        written.append(item)
     return written
 
 

@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+from framebridge_plugin.recipe.loading import _keys
+from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.synonyms import SYNONYMS
 from tests.recipe.helpers import problems_of
 
 
@@ -24,7 +27,7 @@ def test_all_errors_at_once_with_path_nearest_name_and_line(minimal, tmp_path):
     expected = [
         ("command line", "framebridge.data.num_frames", "the nearest is 17"),
         ("command line", "validation.validation_dataset_file", "no such file: nowhere.csv"),
-        (first + 2, "optimization.learning_rate", "unknown key; the nearest is optimization."),
+        (first + 2, "optimization.learning_rate", "unknown key; the nearest is optimization.lr"),
         (first + 3, "optimization.beta1", "less than 1"),
         (first + 4, "optimization.lr", f"again, after line {first + 1}"),
         (first + 5, "optimization.optimizer", "did you mean adam"),
@@ -108,9 +111,29 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
         ("train_steps=10", "train_steps", "optimization.train_steps"),
         ("training.lr=10", "training.lr", "optimization.lr"),
         ("zzz=10", "zzz", "the nearest is"),
+        ("learning_rate=1", "learning_rate", "the nearest is optimization.lr"),
+        ("training.max_train_steps=1", "training.max_train_steps", "the nearest is optimization.train_steps"),
+        ("training.num_train_epochs=1", "training.num_train_epochs", "the nearest is optimization.train_steps"),
+        ("optimization.warmup_steps=1", "optimization.warmup_steps", "the nearest is optimization.lr_warmup_steps"),
+        ("batch_size_=1", "batch_size_", "the nearest is training.batch_size"),
+        ("training.train_batch_size=1", "training.train_batch_size", "the nearest is training.batch_size"),
+        ("training.grad_accum=1", "training.grad_accum", "the nearest is training.gradient_accumulation_steps"),
+        ("lora.alpha=1", "lora.alpha", "the nearest is lora.lora_alpha"),
+        ("lora.r=1", "lora.r", "the nearest is lora.rank"),
+        ("training.Output_Dir=x", "training.Output_Dir", "the nearest is checkpoints.output_dir"),
+        ("checkpoints.save_steps=1", "checkpoints.save_steps", "the nearest is checkpoints.checkpointing_steps"),
+        ("mixed_precision=bf16", "mixed_precision", "the nearest is precision.transformer_dtype"),
+        ("framebridge.data.instance_data_dir=x", "framebridge.data.instance_data_dir", "framebridge.data.data_root"),
     ],
 )
 def test_wrong_values(minimal, override, path, message):
     (problem,) = problems_of(minimal, override)
     assert problem.startswith(f"command line: {path}: ")
     assert message in problem
+
+
+def test_every_synonym_stands_for_a_key_and_for_one_alone():
+    keys, names = set(_keys(Recipe)), [name for text in SYNONYMS.values() for name in text.split()]
+    assert set(SYNONYMS) <= keys
+    assert len(names) == len(set(names))
+    assert not {key.rpartition(".")[2] for key in keys} & set(names)

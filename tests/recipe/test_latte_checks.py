@@ -239,10 +239,14 @@ def test_an_autoencoder_of_other_latents(latte, models, tmp_path):
 # ------------------------------------------------------------------------------------------- dry runs
 
 
-def is_a_warning(recipe: Path, *overrides: str) -> bool:
-    """Whether a dry run only warns of what a run refuses."""
+def is_resolved(recipe: Path, *overrides: str) -> bool:
+    """Whether a dry run prints the recipe all the same, because only files are not there."""
     problems_of(recipe, *overrides)
-    return main(["train", "--recipe", str(recipe), "--dry-run", *overrides]) == 0
+    try:
+        resolve_recipe(recipe, overrides)
+    except UsageError:
+        return False
+    return True
 
 
 def test_a_dry_run_refuses_a_model_of_another_kind(latte, models, model, capsys):
@@ -252,38 +256,38 @@ def test_a_dry_run_refuses_a_model_of_another_kind(latte, models, model, capsys)
     for other in (bridge, model, models / "lora"):
         assert main(["train", "--recipe", str(latte), "--dry-run", f"framebridge.neural_prior={other}"]) == 2
         assert "without a neural prior" in capsys.readouterr().err
-    assert not is_a_warning(latte, *use(model))
-    assert not is_a_warning(latte, *use(prior))
-    assert not is_a_warning(latte, f"model.transformer_id={bridge / 'vae'}")
-    assert not is_a_warning(latte, f"model.vae_id={bridge / 'transformer'}")
+    assert not is_resolved(latte, *use(model))
+    assert not is_resolved(latte, *use(prior))
+    assert not is_resolved(latte, f"model.transformer_id={bridge / 'vae'}")
+    assert not is_resolved(latte, f"model.vae_id={bridge / 'transformer'}")
     change_config(bridge / "transformer", _class_name="CogVideoXTransformer3DModel")
-    assert not is_a_warning(latte, *use(bridge))
+    assert not is_resolved(latte, *use(bridge))
     change_config(prior / "neural_prior", stage="bridge")
-    assert not is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert not is_resolved(latte, f"framebridge.neural_prior={prior}")
     change_config(prior / "neural_prior", stage="neural_prior", _class_name="LatteTransformer2")
-    assert not is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert not is_resolved(latte, f"framebridge.neural_prior={prior}")
 
 
-def test_a_dry_run_warns_of_a_model_that_is_missing_or_damaged(latte, models, tmp_path):
+def test_a_dry_run_resolves_a_model_that_is_missing_or_damaged(latte, models, tmp_path):
     bridge, prior = models / "bridge", models / "neural_prior"
     (tmp_path / "run" / "logs").mkdir(parents=True)
     for name in ("nowhere", "run"):
-        assert is_a_warning(latte, f"framebridge.neural_prior={tmp_path / name}")
-    assert is_a_warning(latte, *use(tmp_path / "nowhere"))
+        assert is_resolved(latte, f"framebridge.neural_prior={tmp_path / name}")
+    assert is_resolved(latte, *use(tmp_path / "nowhere"))
     for path in (bridge / "transformer", bridge / "vae", prior / "neural_prior"):
         (path / "diffusion_pytorch_model.safetensors").unlink()
-    assert is_a_warning(latte, *use(bridge))
-    assert is_a_warning(latte, f"model.transformer_id={bridge / 'transformer'}")
-    assert is_a_warning(latte, f"model.vae_id={bridge / 'vae'}")
-    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert is_resolved(latte, *use(bridge))
+    assert is_resolved(latte, f"model.transformer_id={bridge / 'transformer'}")
+    assert is_resolved(latte, f"model.vae_id={bridge / 'vae'}")
+    assert is_resolved(latte, f"framebridge.neural_prior={prior}")
     (bridge / "transformer" / "config.json").write_text("{")
-    assert is_a_warning(latte, *use(bridge))
+    assert is_resolved(latte, *use(bridge))
     (prior / "neural_prior" / "config.json").unlink()
-    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert is_resolved(latte, f"framebridge.neural_prior={prior}")
     shutil.rmtree(prior / "neural_prior")  # its model_index.json says that it should be there
-    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert is_resolved(latte, f"framebridge.neural_prior={prior}")
     (prior / "model_index.json").write_text("{")
-    assert is_a_warning(latte, f"framebridge.neural_prior={prior}")
+    assert is_resolved(latte, f"framebridge.neural_prior={prior}")
 
 
 # ------------------------------------------------------------------------------------------- the neural prior

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
+from tests.training.test_told import sample_as_told
 from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
 
 KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
@@ -69,7 +70,9 @@ def options(inputs: Path, kind: str) -> tuple[str, ...]:
 def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path, kind, training_type):
     chosen = (*options(inputs, kind), *(LORA if training_type == "lora" else ()))
     validating = (f"validation.validation_dataset_file={inputs / 'validation.csv'}", "validation.validation_steps=3")
-    assert succeeded(train(*chosen, *validating, output="whole"))
+    result = train(*chosen, *validating, output="whole")
+    assert succeeded(result)
+    sample_as_told(result.stderr)
     assert succeeded(train(*chosen, "optimization.train_steps=2", output="parts"))
     assert succeeded(train(*chosen, "checkpoints.resume_from_checkpoint=latest", output="parts"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

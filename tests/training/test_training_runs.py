@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import RepoUrl
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.training.bridge_runs import make_specification
 from tests.training.conftest import command_environment, small_files_only
+from tests.training.test_told import sample_as_told
 
 LORA = ("training.training_type=lora", "lora.rank=4", "lora.lora_alpha=8")
 CONSTANT_RATE = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
@@ -139,7 +141,9 @@ def expected_update(
 def test_trains_saves_and_resumes_bit_for_bit(train, dropout_model, tmp_path, kind, backend):
     model = f"model.pretrained_model_name_or_path={dropout_model}"
     options = (*kind, model, f"parallelism.parallel_backend={backend}")
-    assert succeeded(train(*options, output="whole"))
+    result = train(*options, output="whole")
+    assert succeeded(result)
+    sample_as_told(result.stderr)
     name = "lora" if kind else "model"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert len(metrics(whole)) == 4
@@ -354,6 +358,12 @@ def test_a_resume_with_another_objective_is_refused(train, tmp_path):
     result = train("checkpoints.resume_from_checkpoint=latest", "framebridge.target=eps_psi")
     assert result.returncode == 1
     assert "it was trained with target 'v'" in result.stderr
+    dry = train("checkpoints.resume_from_checkpoint=latest", "framebridge.target=eps_psi", "--dry-run")
+    assert (dry.returncode, dry.stderr.splitlines()[-1]) == (1, result.stderr.splitlines()[-1])
+    assert train("checkpoints.resume_from_checkpoint=latest", "--dry-run").returncode == 0
+    missing = train("checkpoints.resume_from_checkpoint=7", "--dry-run")
+    assert missing.returncode == 1
+    assert "(steps there: 2)" in missing.stderr
 
 
 def test_the_model_is_pushed_to_the_hub_and_the_token_written_nowhere(train, tmp_path, monkeypatch):
@@ -414,8 +424,31 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(train, tmp_path, mon
 def test_a_run_is_not_overwritten(train, tmp_path):
     assert succeeded(train("optimization.train_steps=2"))
     again = train()
-    assert again.returncode == 2
+    dry = train("--dry-run")
+    assert again.returncode == dry.returncode == 2
     assert "holds the checkpoints of another run" in again.stderr
+    assert dry.stderr == again.stderr
+    assert yaml.safe_load(dry.stdout)["optimization"]["train_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ((*LORA, "lora.target_modules=[nonsense]"), "error: lora.target_modules: "),
+        (("validation.enable_model_cpu_offload=true",), "error: enable_model_cpu_offload: there is no accelerator"),
+        (("tracking.report_to=wandb",), "error: tracking.report_to: wandb has no login here"),
+        (("hub.push_to_hub=true",), "error: hub.push_to_hub: "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_start_would(train, tmp_path, monkeypatch, overrides, message):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = train("--dry-run", *overrides)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(message)
+    assert yaml.safe_load(result.stdout)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(train, tmp_path):

@@ -116,6 +116,11 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         alone = getattr(self, f"{component}_id")
         return (self.pretrained_model_name_or_path, component) if alone is None else (alone, "")
 
+    def blank_network(self) -> CogVideoXTransformer3DModel:
+        """The network without weights: its modules, by which LoRA layers find their places."""
+        with torch.device("meta"):
+            return CogVideoXTransformer3DModel.from_config(self.transformer_config)
+
     def load_diffusion_models(self) -> dict[str, Any]:
         """The widened transformer and the scheduler of the objective.
 

@@ -102,6 +102,10 @@ class LatteLoading(ModelSpecification):
             # Else the trainer has yet to say which clips the network is for; then it is checked when it is loaded.
             self._check_network()
 
+    def blank_network(self) -> LatteTransformer:
+        """The network without weights: its modules, by which LoRA layers find their places."""
+        return self._blank_network
+
     def _set_blank_network(self, network: LatteTransformer) -> None:
         """Keeps the network's config and classes."""
         self._blank_network = network

@@ -1,0 +1,57 @@
+"""What libraries say about each other when they are loaded although nothing here is amiss, and what it means.
+
+`finetrainers doctor` repeats what was held back. Importing this module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+# Logger, beginning of its message, and what it means. No version of torchao goes without: 0.17 and later try their
+# CUDA kernels beside every torch, earlier ones say that they do not fit this torch.
+_MEANINGS = {
+    ("torchao", "Failed to load "): "kernels for quantised models on CUDA GPUs, which nothing here uses",
+    ("torchao.kernel.intmm", "Warning: Detected no triton"): "kernels for GPUs, which need Triton",
+    ("torch.utils._pytree", "<enum "): "torchao registers what torch now knows by itself",
+    (
+        "diffusers.quantizers.torchao.torchao_quantizer",
+        "Unable to import `torchao` Tensor objects",
+    ): "diffusers looks for classes of an earlier torchao; only models that torchao has quantised would need them",
+    (
+        "bitsandbytes.backends.cpu.ops",
+        "Failed to load CPU gemm_4bit_forward",
+    ): "a faster product for models in 4 bits on CPUs, which nothing here uses",
+}
+
+_held_back: dict[str, str] = {}
+_show = False
+
+
+def hold_back() -> None:
+    """Keeps the messages from being shown, from here on."""
+    for name in {logger for logger, _ in _MEANINGS}:
+        logging.getLogger(name).addFilter(_is_shown)
+    # diffusers gives it to huggingface_hub, which no longer takes it.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+
+
+def show() -> None:
+    """Lets all messages through again."""
+    global _show
+    _show = True
+
+
+def held_back() -> dict[str, str]:
+    """The messages that were held back in this process, each with what it means."""
+    return dict(_held_back)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    for (logger, beginning), meaning in _MEANINGS.items():
+        if record.name == logger and message.startswith(beginning):
+            _held_back[re.sub(r"/\S*/", "", message.partition(": Could not")[0])] = meaning
+            return _show
+    return True

@@ -1,0 +1,67 @@
+"""What a start would say, short of loading weights: `finetrainers train --dry-run` where the files are there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from framebridge_plugin.data import load_bad_file_policy, load_dataset_config
+from framebridge_plugin.data.bad_files import read_bad_files
+from framebridge_plugin.data.folders import common_clip_shape
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.recipe import Recipe
+from framebridge_plugin.training.fingerprint import run_fingerprint
+from framebridge_plugin.training.latent_store import LatentStore
+from framebridge_plugin.training.registration import parse_arguments, register
+from framebridge_plugin.training.resume_settings import run_settings
+from framebridge_plugin.training.run import build_specification, refuse_start
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Goes through a start of the recipe up to where weights would be loaded; writes nothing in the run's folder.
+
+    Args:
+        recipe: A checked recipe.
+
+    Raises:
+        FrameBridgeError: What the start would raise.
+    """
+    refuse_start(recipe)
+    register()  # before finetrainers is imported
+
+    from framebridge_plugin.training.checkpoints import check_settings, find_checkpoint, stored_settings
+    from framebridge_plugin.training.trainer import check_samples, refuse_unsupported
+
+    with tempfile.TemporaryDirectory() as folder:
+        dataset_config = Path(folder, "dataset_config.json")
+        dataset_config.write_text(json.dumps(recipe.dataset_config()), encoding="utf-8")
+        args: Any = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
+        refuse_unsupported(args)
+        specification: Any = build_specification(recipe, args)
+        datasets = load_dataset_config(dataset_config)
+        specification.clip_shape = common_clip_shape(datasets)
+        if hasattr(specification, "_load_scheduler"):
+            specification._load_scheduler()
+        if args.precomputed is not None:
+            LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
+        if (quarantine := load_bad_file_policy(dataset_config).quarantine_file) is not None:
+            read_bad_files(Path(quarantine))
+    _check_lora_targets(args, specification)
+    check_samples(args, specification, datasets)
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
+        check_settings(checkpoint, stored_settings(checkpoint), run_settings(args, specification, datasets))
+
+
+def _check_lora_targets(args: Any, specification: Any) -> None:
+    if args.training_type != "lora" or not hasattr(specification, "blank_network"):
+        return
+    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules)
+    try:
+        specification.blank_network().add_adapter(config)
+    except ValueError as error:
+        raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
