@@ -118,7 +118,6 @@ def write_lora(folder: Path, pipeline: FrameBridgeLattePipeline, name: str) -> P
         info=LoraInfo("unused", pipeline_class="FrameBridgeLattePipeline", network_name=name),
         lora_state_dict=state,
         adapter_metadata={"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
-        extra_state_dict={},
         scheduler=pipeline.scheduler,
     )
     return folder
