@@ -28,6 +28,9 @@ from framebridge_plugin.model_folders.checks import (
 VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]}
 """What diffusers takes for these where the configuration of an `AutoencoderKL` leaves them out."""
 
+LATTE_SIZES = {"Ti": (6, 192, 6), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+"""Blocks (half of them spatial, half temporal), width, heads. Ti is this package's own, for trials on a CPU."""
+
 _STAGES = {"bridge": "a bridge", "neural_prior": "a neural prior"}
 # What a neural prior and the bridge that takes its videos have in common.
 _SHARED = {

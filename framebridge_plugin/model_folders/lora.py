@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import (
@@ -165,3 +166,26 @@ def two_file_problem(folder: Path) -> str | None:
     source = os.path.abspath(folder)
     command = shlex.join(["finetrainers", "convert", "--from", TWO_FILE_LORA, source, "--to", f"{source}-converted"])
     return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"
+
+
+def lora_settings(folder: Path) -> dict[str, Any]:
+    """Read what the LoRA file of a folder says of its layers.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        `rank`, `lora_alpha` and `target_modules` (sorted names, or one regular expression), as a recipe says them;
+        empty if the file says nothing.
+    """
+    header = safetensors_header(folder / LORA_FILE) or {}
+    try:
+        content = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+        settings = {key.partition(".")[2]: value for key, value in content.items()}
+        targets = settings["target_modules"]
+        if isinstance(targets, str):
+            targets = [targets.removesuffix(f"|{INPUT_PROJECTION}")]
+        names = sorted({*targets} - {INPUT_PROJECTION})
+        return {"rank": settings["r"], "lora_alpha": settings["lora_alpha"], "target_modules": names}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}

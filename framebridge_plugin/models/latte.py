@@ -25,9 +25,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.latte import LATTE_SIZES
 
-# Blocks (half of them spatial, half temporal), width, heads. Ti is this package's own, for trials on a CPU.
-LATTE_SIZES = {"Ti": (6, 192, 6), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCH_SIZES = (2, 4, 8)
 STAGES = ("bridge", "neural_prior")
 

@@ -18,10 +18,16 @@ from framebridge_plugin.model_folders.checks import (
 from framebridge_plugin.model_folders.latte import is_another_part, is_of_another_kind
 from framebridge_plugin.model_folders.lora import two_file_problem
 from framebridge_plugin.recipe.data_checks import content_problems, data_problems, validation_problems
-from framebridge_plugin.recipe.latte_checks import latte_clip_rule, latte_problems, latte_sample_rules
+from framebridge_plugin.recipe.latte_checks import (
+    latte_clip_rule,
+    latte_part_folders,
+    latte_problems,
+    latte_sample_rules,
+)
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.sections import MODEL_DEFAULTS, DiffusionSection
+from framebridge_plugin.recipe.start_checks import start_problems
 
 # What a user would expect to change the run, and does not: for all models, and by the beginning of the model's name.
 _ONE_TEXT_ENCODER = "no model here has more than one text encoder"
@@ -91,11 +97,14 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _attention_problems(recipe)
     if recipe.is_latte:
         yield from latte_problems(recipe)
+        yield from start_problems(recipe, latte_part_folders(recipe))
         yield from data_problems(recipe, latte_clip_rule(recipe))
         yield from validation_problems(recipe, *latte_sample_rules(recipe))
     else:
         rule = clip_shape_rule(_part_folder(recipe, "vae"), _part_folder(recipe, "transformer"))
         yield from _cogvideox_problems(recipe)
+        parts = ("transformer", "vae", "text_encoder", "tokenizer")
+        yield from start_problems(recipe, {part: _part_folder(recipe, part) for part in parts})
         yield from data_problems(recipe, rule)
         yield from validation_problems(recipe, rule, lambda caption: None)
     if problem := writing_problem(Path(recipe.checkpoints.output_dir)):
@@ -257,7 +266,7 @@ def _cogvideox_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _part_folder(recipe: Recipe, part: str) -> Path | None:
-    replacement = getattr(recipe.model, f"{part}_id")
+    replacement = recipe.transformer_source if part == "transformer" else getattr(recipe.model, f"{part}_id")
     if replacement is not None:
         return local_path(replacement)
     whole = recipe.model.pretrained_model_name_or_path

@@ -23,6 +23,7 @@ from framebridge_plugin.model_folders.checks import (
     read_json,
 )
 from framebridge_plugin.model_folders.latte import (
+    LATTE_SIZES,
     VAE_DEFAULTS,
     LatteFacts,
     find_neural_prior,
@@ -133,6 +134,22 @@ def data_clip_shape(recipe: Recipe) -> tuple[int, int, int] | None:
         return None  # reported with the data
 
 
+def latte_part_folders(recipe: Recipe) -> dict[str, Path | None]:
+    """Find the components of the model that a run trains.
+
+    Args:
+        recipe: A recipe of a Latte whose single values are right.
+
+    Returns:
+        Their folders, by name; None for those on the hub, and for a network from scratch.
+    """
+    folders = {"vae": _vae_folder(recipe), _network_name(recipe): _network_folder(recipe)}
+    name, whole = recipe.framebridge.neural_prior, recipe.model.pretrained_model_name_or_path
+    if recipe.model.model_name == "latte_bridge" and (source := local_path(name or whole or "a/b")) is not None:
+        folders["neural_prior"] = find_neural_prior(source)
+    return folders
+
+
 def _class_roots(recipe: Recipe) -> list[Any]:
     """The folder of the class folders of every data set, None for one that is named in another way."""
     if recipe.framebridge.data is not None:
@@ -154,7 +171,8 @@ def _pretrained_problems(recipe: Recipe) -> Iterator[Problem]:
     is_bridge = model.model_name == "latte_bridge"
     kind = LATTE_BRIDGE if is_bridge else LATTE_NEURAL_PRIOR
     part, other = ("transformer", "neural_prior") if is_bridge else ("neural_prior", "transformer")
-    if recipe.framebridge.latte_size is not None:
+    size, start_from = recipe.framebridge.latte_size, recipe.framebridge.start_from
+    if size is not None and start_from is None:
         yield Problem("framebridge.latte_size", "has no effect: the trained network has its size; remove it")
     whole = None if model.pretrained_model_name_or_path is None else local_path(model.pretrained_model_name_or_path)
     if whole is not None:
@@ -164,14 +182,28 @@ def _pretrained_problems(recipe: Recipe) -> Iterator[Problem]:
         if problem := folder_problem(whole, kind):
             yield Problem(_PRETRAINED, problem, on_disk=not is_of_another_kind(whole, kind))
             return
-    alone = None if model.transformer_id is None else local_path(model.transformer_id)
+    given = recipe.transformer_source
+    where = "model.transformer_id" if model.transformer_id is not None else "framebridge.start_from"
+    alone = None if given is None else local_path(given)
     if alone is not None and (problem := part_problem(alone, part, kind)):
-        yield Problem("model.transformer_id", problem, on_disk=not is_another_part(alone, part, kind))
+        yield Problem(where, problem, on_disk=not is_another_part(alone, part, kind))
         return
     folder = _network_folder(recipe)
     if config := _config(folder):
-        where = _PRETRAINED if model.transformer_id is None else "model.transformer_id"
+        where = _PRETRAINED if given is None else where
+        if size is not None and start_from is not None and (problem := _size_problem(size, config)):
+            yield Problem("framebridge.latte_size", f"the network in {folder} {problem}")
         yield from _network_problems(recipe, config, where, f"the network in {folder}")
+
+
+def _size_problem(size: str, config: dict[str, Any]) -> str | None:
+    """Compare the size that a recipe names with that of the network it starts from."""
+    name, _, patch = size.partition("/")
+    wanted = (*LATTE_SIZES[name], int(patch))
+    layers, heads, width = (config.get(key) for key in ("num_layers", "num_attention_heads", "attention_head_dim"))
+    if (layers, (heads or 0) * (width or 0), heads, config.get("patch_size")) == wanted:
+        return None
+    return f"has another size than {size}: remove it, or start from a network of that size"
 
 
 def _network_problems(recipe: Recipe, config: dict[str, Any], where: str, what: str) -> Iterator[Problem]:
@@ -256,11 +288,14 @@ def _bridge_config(recipe: Recipe) -> dict[str, Any]:
 
 def _network_folder(recipe: Recipe) -> Path | None:
     model = recipe.model
-    if model.transformer_id is not None:
-        return local_path(model.transformer_id)
+    if (alone := recipe.transformer_source) is not None:
+        return local_path(alone)
     whole = None if model.pretrained_model_name_or_path is None else local_path(model.pretrained_model_name_or_path)
-    name = "transformer" if model.model_name == "latte_bridge" else "neural_prior"
-    return None if whole is None else whole / name
+    return None if whole is None else whole / _network_name(recipe)
+
+
+def _network_name(recipe: Recipe) -> str:
+    return "transformer" if recipe.model.model_name == "latte_bridge" else "neural_prior"
 
 
 def _vae_folder(recipe: Recipe) -> Path | None:

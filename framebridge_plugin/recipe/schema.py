@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import model_validator
 
 from framebridge_plugin.model_folders.checks import local_path, read_json
+from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.recipe.sections import (
     MODEL_DEFAULTS,
     AttentionSection,
@@ -66,7 +67,8 @@ class Recipe(Section):
         if not isinstance(model, dict) or not isinstance(ours, dict):
             return data  # reported by the fields
         defaults = dict(MODEL_DEFAULTS.get(str(model.get("model_name")), {}))
-        if defaults and model.get("pretrained_model_name_or_path") is None and model.get("transformer_id") is None:
+        trained = model.get("pretrained_model_name_or_path"), model.get("transformer_id"), ours.get("start_from")
+        if defaults and all(name is None for name in trained):
             defaults["latte_size"] = "S/2"
         given = {name: value for name, value in ours.items() if not (name in defaults and value is None)}
         return data | {"framebridge": defaults | given}
@@ -79,8 +81,23 @@ class Recipe(Section):
     @property
     def is_from_scratch(self) -> bool:
         """Whether the run starts from a freshly initialised network."""
-        model = self.model
-        return self.is_latte and model.pretrained_model_name_or_path is None and model.transformer_id is None
+        trained = self.model.pretrained_model_name_or_path, self.model.transformer_id, self.framebridge.start_from
+        return self.is_latte and all(name is None for name in trained)
+
+    @property
+    def transformer_source(self) -> str | None:
+        """Folder or id of a network that is not the model's own: `transformer_id`, or that of `start_from`."""
+        start = find_start(self.framebridge.start_from)
+        alone, kind = self.model.transformer_id, (self.model.model_name, self.training.training_type)
+        if alone is not None or start is None or start.is_lora or start.kind_problem(*kind):
+            return alone
+        return str(start.network)
+
+    @property
+    def goes_on_without_start(self) -> bool:
+        """Whether a resumed run has all weights in its checkpoint, so that what it once began with may be gone."""
+        is_resumed = self.checkpoints.resume_from_checkpoint is not None
+        return is_resumed and self.training.training_type == "full-finetune" and not self.is_latte
 
     def dataset_config(self) -> dict[str, Any]:
         """The content of finetrainers' dataset JSON, with `framebridge.bad_files` in it.

@@ -344,6 +344,11 @@ class FrameBridgeSection(Section):
         default=None,
         description="latte_bridge only: run or model of a latte_neural_prior, whose video is where the bridge begins",
     )
+    start_from: PathText | None = Field(
+        default=None,
+        description="earlier run (or its model or LoRA) whose weights the new run begins with, at update 0 and with a "
+        "fresh optimizer; LoRA for LoRA, a whole model for either",
+    )
     data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
     bad_files: BadFilesSection = BadFilesSection()
     precomputed: PathText | None = Field(

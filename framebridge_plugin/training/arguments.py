@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.training.objective import ObjectiveSettings
 
 if TYPE_CHECKING:
@@ -56,14 +58,15 @@ class FrameBridgeArgs:
     """Our arguments, in the form of finetrainers' `ArgsConfigMixin`.
 
     They arrive as `args.framebridge_objective` (an `ObjectiveSettings`), `args.framebridge_trainer` (a
-    `TrainerSettings`), `args.latte_size`, `args.neural_prior` and `args.precomputed`. What is not given takes the
-    default of the model that `--model_name` names: `default_objective` and `default_trainer_settings` of its
-    specification.
+    `TrainerSettings`), `args.latte_size`, `args.neural_prior`, `args.start_from` and `args.precomputed`. What is not
+    given takes the default of the model that `--model_name` names: `default_objective` and
+    `default_trainer_settings` of its specification.
     """
 
     latte_size = "S/2"
     neural_prior: str | None = None
     precomputed: str | None = None
+    start_from: str | None = None
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
@@ -86,6 +89,7 @@ class FrameBridgeArgs:
                 group.add_argument(f"--{name}", type=type(default))
         group.add_argument("--latte_size", default=FrameBridgeArgs.latte_size, help="size and patch from scratch")
         group.add_argument("--neural_prior", help="folder of a latte_neural_prior run, or of its model")
+        group.add_argument("--start_from", help="earlier run, model or LoRA whose weights this run begins with")
         group.add_argument("--precomputed", help="folder that `finetrainers precompute` wrote")
 
     def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
@@ -106,7 +110,31 @@ class FrameBridgeArgs:
         mapped_args.framebridge_objective = self.objective
         mapped_args.framebridge_trainer = self.trainer
         mapped_args.latte_size, mapped_args.neural_prior = self.latte_size, self.neural_prior
+        self._map_start(argparse_args, mapped_args)
         mapped_args.precomputed = self.precomputed = argparse_args.precomputed
+
+    def _map_start(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
+        """A whole model takes the place of `transformer_id`; a LoRA is left to the trainer, which loads its layers."""
+        mapped_args.start_from = self.start_from = name = argparse_args.start_from
+        if name is None:
+            return
+        from framebridge_plugin.pipelines.saving import local_folder
+
+        is_lora_run = argparse_args.training_type == "lora"
+        if argparse_args.resume_from_checkpoint is not None and not is_lora_run and not os.path.isdir(name):
+            return  # gone, and the checkpoint has all weights
+        start = find_start(str(local_folder(name)))
+        if start is None:
+            raise UsageError(f"start_from: {name} holds no saved model or LoRA; give a run that has saved one")
+        problem = start.kind_problem(argparse_args.model_name, argparse_args.training_type)
+        if problem is None and not start.is_lora and argparse_args.transformer_id is not None:
+            problem = "excludes transformer_id, which replaces the same weights; leave one of them out"
+        if problem is not None:
+            raise UsageError(f"start_from: {problem}")
+        if start.is_lora:
+            mapped_args.start_from = str(start.folder)
+        else:
+            mapped_args.transformer_id = str(start.network)
 
     def over(self, default: Any) -> Any:
         """Returns `default`, a dataclass of settings, with what the command line names in place of its values."""
@@ -118,7 +146,8 @@ class FrameBridgeArgs:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values that were parsed last, for finetrainers' trackers."""
-        others = {name: getattr(self, name) for name in ("latte_size", "neural_prior", "precomputed")}
+        names = ("latte_size", "neural_prior", "precomputed", "start_from")
+        others = {name: getattr(self, name) for name in names}
         return {**dataclasses.asdict(self.objective), **dataclasses.asdict(self.trainer), **others}
 
 

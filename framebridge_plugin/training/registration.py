@@ -116,7 +116,7 @@ def _register_arguments() -> None:
     # For arguments that no parser made.
     BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
     BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
-    BaseArgs.precomputed = ours.precomputed
+    BaseArgs.precomputed, BaseArgs.start_from = ours.precomputed, ours.start_from
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 

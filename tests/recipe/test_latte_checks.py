@@ -236,6 +236,24 @@ def test_an_autoencoder_of_other_latents(latte, models, tmp_path):
     assert "is for latents of 4 channels, the autoencoder has 16: give its own" in problem
 
 
+def test_a_run_may_start_from_an_earlier_one(latte, models):
+    """In place of a seed; its size need not be said, and is checked if it is."""
+    start = f"framebridge.start_from={models / 'bridge'}"
+    recipe = load_recipe(latte, [start])
+    assert (recipe.is_from_scratch, recipe.framebridge.latte_size) == (False, None)
+    assert recipe.transformer_source == str(models / "bridge/transformer")
+    (problem,) = problems_of(latte, start, "framebridge.latte_size=S/2")
+    assert "framebridge.latte_size: the network in" in problem
+    change_config(models / "bridge/transformer", num_layers=12, num_attention_heads=6, attention_head_dim=64)
+    load_recipe(latte, [start, "framebridge.latte_size=S/2"])
+    (problem,) = problems_of(latte, f"framebridge.start_from={models / 'neural_prior'}")
+    assert "framebridge.start_from: " in problem
+    assert "is not from a run of latte_bridge" in problem
+    change_config(models / "bridge/transformer", class_names=["left", "right", "down"])
+    (problem,) = problems_of(latte, start)
+    assert "the model knows no class 'up'" in problem
+
+
 # ------------------------------------------------------------------------------------------- dry runs
 
 

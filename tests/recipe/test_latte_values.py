@@ -126,7 +126,7 @@ def test_the_parser_sees_every_value_of_the_section(kind, latte, parse, tmp_path
     assert (args.latte_size, args.neural_prior, args.precomputed) == (recipe.framebridge.latte_size, None, None)
     settings = dataclasses.asdict(args.framebridge_objective) | dataclasses.asdict(args.framebridge_trainer)
     assert settings == recipe.framebridge.model_dump(include=set(settings))
-    sent = set(settings) | {"latte_size", "neural_prior", "precomputed", "data", "bad_files"}
+    sent = set(settings) | {"latte_size", "neural_prior", "precomputed", "start_from", "data", "bad_files"}
     assert sent == set(FrameBridgeSection.model_fields)
 
 
