@@ -87,26 +87,31 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
     videos, others, left_out = _list_videos(root)
     total = without_file = without_caption = with_both = 0
 
-    def locate(video: str, folder: str) -> str | None:
-        nested = f"{folder}/{video}"
+    prefix = f"{root}/"
+
+    def locate(name: str, folder: str) -> str | None:
+        nested = f"{folder}/{name}"
         if nested in videos:
-            return f"{root}/{nested}{_SUFFIX}"
-        found = (others.get(_nfc(video)) or others.get(_nfc(nested))) if others else None
-        return None if found is None else f"{root}/{found}"
+            return f"{prefix}{nested}{_SUFFIX}"
+        found = (others.get(_nfc(name)) or others.get(_nfc(nested))) if others else None
+        return None if found is None else f"{prefix}{found}"
 
     for columns in (block for path in files for block in read_table(path, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS)):
         ids, _, _, folders, captions = columns
-        places = list(zip(ids, folders, strict=True))
-        found = [f"{root}/{name}{_SUFFIX}" if name in videos else locate(name, folder) for name, folder in places]
+        paths = [
+            f"{prefix}{name}{_SUFFIX}" if name in videos else locate(name, folder)
+            for name, folder in zip(ids, folders, strict=True)
+        ]
         has_caption = [bool(caption.strip()) for caption in captions]
         total += len(ids)
-        without_file += found.count(None)
+        without_file += paths.count(None)
         without_caption += has_caption.count(False)
-        with_both += sum(path is not None and named for path, named in zip(found, has_caption, strict=True))
-        paths = [
-            path or f"{root}/{f'{folder}/{name}' if folder else name}{_SUFFIX}"
-            for path, (name, folder) in zip(found, places, strict=True)
-        ]
+        with_both += sum(path is not None and named for path, named in zip(paths, has_caption, strict=True))
+        if None in paths:
+            paths = [
+                path or f"{prefix}{folder}{'/' if folder else ''}{name}{_SUFFIX}"
+                for path, name, folder in zip(paths, ids, folders, strict=True)
+            ]
         table = pa.table([pa.array(cells, pa.string()) for cells in (*columns, paths)], [*WEBVID_COLUMNS, "path"])
         yield table if all(has_caption) else table.filter(pa.array(has_caption))
     left = f"; left out of {root}: {left_out}" if left_out.counts else ""
