@@ -159,6 +159,13 @@ def test_saved_lora_layers_give_the_trained_output(models, tmp_path, kind):
     pipeline = open_pipeline(str(tmp_path / "lora"))
     name = "neural_prior" if kind == "neural_prior" else "transformer"
     torch.testing.assert_close(output(getattr(pipeline, name), specification), trained)
+    # With its base model in another place, and not with another one.
+    moved, other = shutil.copytree(models / kind, tmp_path / "moved"), make_tiny_latte(tmp_path / "o", kind, seed=5)
+    pipeline = FrameBridgeLattePipeline.from_pretrained(tmp_path / "lora", base_model=moved)
+    torch.testing.assert_close(output(getattr(pipeline, name), specification), trained)
+    with pytest.raises(FrameBridgeError, match=f"was trained on: {name}.diffusion_pytorch_model.safetensors"):
+        FrameBridgeLattePipeline.from_pretrained(tmp_path / "lora", base_model=other)
+    FrameBridgeLattePipeline.from_pretrained(tmp_path / "lora", base_model=other, allow_other_base=True)
     by_hand = make_latte_specification(kind, models / kind).load_pipeline()
     by_hand.load_lora_weights(str(tmp_path / "lora"))
     torch.testing.assert_close(output(getattr(by_hand, name), specification), trained)
