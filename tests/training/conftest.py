@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,25 +96,22 @@ def run_in_two_processes(module: str, runs: Sequence[Any], **environment: str) -
     """Has torchrun start a program once, which makes all runs: the imports take longer than they do.
 
     Args:
-        module: The program; it takes a free port for each run, and the runs, both as JSON.
+        module: The program; it takes a folder to agree on ports in, and the runs as JSON.
         runs: What it is to run.
         **environment: More variables.
 
     Returns:
         What it printed.
     """
-    sockets = [socket.create_server(("localhost", 0)) for _ in runs]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module)
-    result = subprocess.run(
-        [sys.executable, "-m", *torchrun, json.dumps(ports), json.dumps(runs)],
-        env={**command_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    with tempfile.TemporaryDirectory() as ports:
+        result = subprocess.run(
+            [sys.executable, "-m", *torchrun, ports, json.dumps(runs)],
+            env={**command_environment(), **environment},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 
