@@ -145,6 +145,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         allow_other_base=arguments.allow_other_base,
         steps=arguments.steps,
+        fps=arguments.fps,
         sampler=arguments.sampler,
         order=arguments.order,
         eta=arguments.eta,

@@ -242,6 +242,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, metavar="F", help="default: the model's")
     add("--height", type=int, metavar="H", help="pixels (default: the model's)")
     add("--width", type=int, metavar="W", help="pixels (default: the model's)")
+    add("--fps", type=float, metavar="N", help="frames per second (default: those of the model's training clips)")
     add("--num-videos", type=int, default=1, metavar="N", help="videos per image (default: 1)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, bf16 on a GPU")
 

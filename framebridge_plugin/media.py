@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+DEFAULT_FPS = 8.0
+"""Frames per second of a video where nothing says them: the reference's."""
+
 _FOLDER = "is a folder; name the pictures in it, such as {}/*.png"
 _QUALITY = 9  # of 10, imageio's scale: these files are for judging pictures
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
@@ -214,7 +217,7 @@ def to_uint8(video: Any) -> np.ndarray:
     return (levels * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def write_video(video: Any, path: str | Path, fps: float = 8) -> None:
+def write_video(video: Any, path: str | Path, fps: float = DEFAULT_FPS) -> None:
     """Write an mp4 file (H.264, yuv420p) that every player opens.
 
     H.264 in yuv420p needs even sizes: an odd height or width is extended by one line, repeating the last.

@@ -278,7 +278,7 @@ def make_clips(
     Args:
         folder: Where to write; created if absent.
         count: Number of clips.
-        frames: Frames of each clip, at 8 per second.
+        frames: Frames of each clip, at 12 per second.
         size: Height and width in pixels, or one number for both; even.
         layout: `metadata` (metadata.csv), `pairs` (0.mp4 and 0.txt) or `lists` (prompts.txt and videos.txt).
         captions: Captions, repeated as needed.
@@ -292,7 +292,7 @@ def make_clips(
     names = [f"{index}.mp4" for index in range(count)]
     texts = [captions[index % len(captions)] for index in range(count)]
     for index, name in enumerate(names):
-        write_video(folder / name, moving_square(index, frames, height, width))
+        write_video(folder / name, moving_square(index, frames, height, width), fps=12)
     if layout == "metadata":
         with open(folder / "metadata.csv", "w", newline="") as file:
             csv.writer(file).writerows([("file_name", "caption"), *zip(names, texts, strict=True)])

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from framebridge_plugin.data.clip_errors import ClipError
+from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.decoders import Decoder, read_video
+from framebridge_plugin.data.decoding import damage_as_clip_error, opened
 from framebridge_plugin.data.isolation import read_video_isolated
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
@@ -165,3 +166,27 @@ def frame_window(length: int, settings: ClipSettings, position: float) -> Sequen
         offsets = range(0, span, stride)
     start = int(position * (length - span + 1)) if settings.window == "random" else 0
     return [start + offset for offset in offsets]
+
+
+def clip_rate(path: str, settings: ClipSettings) -> float | None:
+    """Find the rate at which a clip of a file goes by as in life.
+
+    Args:
+        path: A video file, of which only the header is read where that tells the number of frames.
+        settings: How the clip is cut.
+
+    Returns:
+        Frames of the clip per second: the file's mean frame rate over the clip's mean step. None where the file does
+        not say, or its clip has no two frames.
+
+    Raises:
+        ClipError: The file cannot be opened.
+    """
+    check_regular_file(path)
+    with damage_as_clip_error(path), opened(path) as (container, stream):
+        rate = stream.average_rate
+        length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    window = frame_window(length, settings, 0.0)
+    if not rate or window is None or len(window) < 2:
+        return None
+    return float(rate) * (len(window) - 1) / (window[-1] - window[0])

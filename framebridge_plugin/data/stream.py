@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import os
+import statistics
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypedDict
 
@@ -13,11 +15,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
 from framebridge_plugin.data.clip_errors import ClipError
-from framebridge_plugin.data.clips import ClipSettings, read_clip
+from framebridge_plugin.data.clips import ClipSettings, clip_rate, read_clip
 from framebridge_plugin.data.folders import ClipIndex
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.randomness import derive_seed
+
+RATE_CLIPS = 32
+"""Clips whose rate is looked up to say how fast a model's videos are to be shown."""
 
 
 class Sample(TypedDict):
@@ -86,6 +91,21 @@ class ClipStream(IterableDataset[Sample]):
     def epoch_size(self) -> int:
         """Number of rows of all data sets together."""
         return self._ends[-1]
+
+    def clip_rate(self) -> float | None:
+        """Finds the rate at which the run's clips go by as in life, from `RATE_CLIPS` of them.
+
+        Returns:
+            Frames per second, a median; the same for every rank and resume. None where no file says it.
+        """
+        order, rates = KeyedPermutation(self.epoch_size, self.seed, 0), []
+        for offset in range(min(self.epoch_size, RATE_CLIPS)):
+            path, _, settings = self._row(order[offset])
+            if os.path.abspath(path) not in self.known_files:
+                with contextlib.suppress(ClipError):
+                    rates.append(clip_rate(path, settings))
+        known = [rate for rate in rates if rate is not None]
+        return round(statistics.median(known), 3) if known else None
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()

@@ -49,6 +49,7 @@ class LoraInfo:
         num_frames: Frames of the clips that it was trained on.
         height: Their height in pixels.
         width: Their width in pixels.
+        fps: The rate at which they were seen, in frames per second; None if it is not known.
     """
 
     base_model: str
@@ -61,6 +62,7 @@ class LoraInfo:
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
+    fps: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into a LoRA folder.

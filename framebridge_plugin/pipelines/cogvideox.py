@@ -22,6 +22,7 @@ from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     ClipShapeRule,
@@ -77,6 +78,7 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
         width: Width in pixels that it was trained on, the default of a call.
         num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
         guidance_scale: Weight of the guidance with which it is sampled by default.
+        fps: Frames per second at which its videos are to be shown: the rate of its training clips.
     """
 
     default_call: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 6.0}
@@ -93,11 +95,12 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        fps: float = DEFAULT_FPS,
     ) -> None:
         check_scheduler(scheduler)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
-        self.register_to_config(num_frames=num_frames, height=height, width=width)
+        self.register_to_config(num_frames=num_frames, height=height, width=width, fps=fps)
         self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         if transformer is not None and (problem := version_problem(transformer.config)):
             raise FrameBridgeError(f"the transformer {problem}")
@@ -166,6 +169,8 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
                 if of_lora is not None or not has_bridge:
                     components.setdefault(name, of_lora or reference_value)
             pipeline = super().from_pretrained(base, **components)
+            if saved.info is not None and saved.info.fps is not None and "fps" not in kwargs:
+                pipeline.register_to_config(fps=saved.info.fps)
             if saved.lora is not None:
                 pipeline.load_lora_weights(saved.lora)
         return pipeline

@@ -21,6 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, LORA_FILE
 from framebridge_plugin.model_folders.latte import class_problem, neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
@@ -77,6 +78,7 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         neural_prior: The network of stage "neural_prior"; for a transformer that takes its video, or alone.
         num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
         guidance_scale: Weight of the guidance with which it is sampled by default.
+        fps: Frames per second at which its videos are to be shown: the rate of its training clips.
 
     Raises:
         FrameBridgeError: If a component is missing, or two do not fit each other.
@@ -96,6 +98,7 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         neural_prior: LatteTransformer | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        fps: float = DEFAULT_FPS,
     ) -> None:
         super().__init__()
         problem = _component_problem(vae, transformer, scheduler, neural_prior)
@@ -105,7 +108,7 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
             check_scheduler(scheduler)
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
-        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, fps=fps)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -149,6 +152,8 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
                 pipeline = cls(**{name: components[name] for name in names if name in components})
             else:
                 pipeline = super().from_pretrained(saved.base, **components)
+            if saved.info is not None and saved.info.fps is not None and "fps" not in kwargs:
+                pipeline.register_to_config(fps=saved.info.fps)
             if saved.lora is not None:
                 pipeline.load_lora_weights(saved.lora)
         return pipeline

@@ -74,7 +74,7 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
         video = pipeline(
             image, condition, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
         ).frames[0]
-        write_video(video, path)
+        write_video(video, path, fps=request.fps or pipeline.config.fps)
         videos.append(video)
         labels.append(f"{path.name}: seed {seed}, {condition}")
         say(f"video: {path}")

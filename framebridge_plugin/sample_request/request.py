@@ -80,6 +80,7 @@ class SampleRequest:
         height: Pixels; None takes the model's.
         width: Pixels; None takes the model's.
         num_videos: Videos per image.
+        fps: Frames per second of the files; None takes the rate of the clips that the model was trained on.
         dtype: Number format; None takes fp32 on a CPU and bf16 on a GPU.
 
     Raises:
@@ -109,6 +110,7 @@ class SampleRequest:
     height: int | None = None
     width: int | None = None
     num_videos: int = 1
+    fps: float | None = None
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
     def __post_init__(self) -> None:
@@ -251,6 +253,7 @@ class SampleRequest:
             ),
             f"--seed {self.seed}: should be 0 to 2^63 - 1": 0 <= self.seed < 2**63,
             f"--num-videos {self.num_videos}: should be 1 or more": self.num_videos >= 1,
+            f"--fps {self.fps}: should be more than 0, at most 1000": self.fps is None or 0 < self.fps <= 1000,
             f"--num-frames {self.num_frames}: should be 1 or more": self.num_frames is None or self.num_frames >= 1,
             f"--height {self.height}: should be 1 or more": self.height is None or self.height >= 1,
             f"--width {self.width}: should be 1 or more": self.width is None or self.width >= 1,

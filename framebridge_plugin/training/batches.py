@@ -65,12 +65,16 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         )
         place = {"rank": data_rank, "world_size": data_world_size, "start": start}
         stream: ClipStream | StoredStream
+        self.clip_rate: float | None
+        """Frames per second at which the clips are seen; None if nothing says it."""
         if store is None:
             known_files = self.bad_files.known_files
             stream = ClipStream(
                 datasets, args.seed, **place, max_attempts=policy.max_attempts, known_files=known_files
             )
+            self.clip_rate = stream.clip_rate()
         else:
+            self.clip_rate = store.manifest.clip_rate
             drop_caption = getattr(specification, "drop_caption", take_empty)
             dropout = args.framebridge_objective.caption_dropout
             stream = StoredStream(store, args.seed, dropout, **place, drop_caption=drop_caption)

@@ -79,6 +79,7 @@ class Manifest:
         empty_caption: Number of the empty one.
         shard_size: Samples or captions in a file.
         fingerprint: See `run_fingerprint`.
+        clip_rate: Frames per second at which the clips are seen; None if nothing says it.
     """
 
     rows: int
@@ -87,6 +88,7 @@ class Manifest:
     empty_caption: int
     shard_size: int
     fingerprint: Mapping[str, Any]
+    clip_rate: float | None = None
 
     def clip_shards(self) -> Iterator[Shard]:
         """Yields the files of samples, variant by variant."""

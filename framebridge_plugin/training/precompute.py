@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Dataset
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
-from framebridge_plugin.data.bad_files import BadFile
+from framebridge_plugin.data.bad_files import BadFile, read_bad_files
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
@@ -100,7 +100,10 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     if hasattr(specification, "check_datasets"):
         specification.check_datasets(datasets)
     captions = Captions([index for index, _ in datasets])
-    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size)
+    quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
+    known_files = {os.path.abspath(entry["path"]) for entry in read_bad_files(quarantine)} if quarantine else ()
+    stream = ClipStream(datasets, args.seed, known_files=known_files)
+    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, stream)
     return _Job(args, specification, datasets, captions, store, manifest, processes)
 
 
@@ -114,12 +117,18 @@ def _parse_arguments(recipe: Recipe) -> Any:
 
 
 def _plan(
-    store: Path, captions: Captions, fingerprint: Mapping[str, Any], variants: int | None, shard_size: int | None
+    store: Path,
+    captions: Captions,
+    fingerprint: Mapping[str, Any],
+    variants: int | None,
+    shard_size: int | None,
+    stream: ClipStream,
 ) -> Manifest:
     found = read_manifest(store)
     if found is None:
         size = shard_size or SHARD_SIZE
-        return Manifest(captions.rows, variants or 1, len(captions), captions.number(""), size, fingerprint)
+        number, rate = captions.number(""), stream.clip_rate()
+        return Manifest(captions.rows, variants or 1, len(captions), number, size, fingerprint, rate)
     check_fingerprint(store, found, fingerprint)
     if shard_size not in (None, found.shard_size):
         raise UsageError(f"--shard-size {shard_size}: {store} has files of {found.shard_size}; leave it out")

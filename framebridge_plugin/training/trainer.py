@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.progress import Progress
@@ -55,7 +56,8 @@ class FrameBridgeTrainer(SFTTrainer):
     update sees `batch_size * gradient_accumulation_steps` clips on every data-parallel rank.
 
     Besides finetrainers' interface, a specification has `clip_shape`, which is set to (frames, height, width) of the
-    clips before anything is loaded, and it may have
+    clips before anything is loaded, and `clip_rate`, set to the frames per second at which they are seen (or None)
+    before the first update; and it may have
 
     - `network_name`: folder of the trained network in the model's folder; "transformer" by default;
     - `check_datasets(datasets)` and `check_validation_samples(rows)`: refuse data that the model is not for, given
@@ -220,6 +222,7 @@ class FrameBridgeTrainer(SFTTrainer):
         clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
         self.transformer.train()
         batches = self._batches()
+        self.model_specification.clip_rate = batches.clip_rate
         saved_step = progress.step or None
         progress_bar = Progress(
             args.train_steps, "Training", initial=progress.step, unit="update", disable=not backend.is_main_process
@@ -361,6 +364,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 pipeline,
                 self.model_specification.validation,
                 Path(args.output_dir) / "validation",
+                fps=self.model_specification.clip_rate or DEFAULT_FPS,
                 label="final" if final_validation else f"step{step:06d}",
                 seed=args.seed,
                 rank=self._data_rank,

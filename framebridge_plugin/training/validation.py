@@ -38,6 +38,7 @@ def sample_validation_videos(
     validate: Callable[..., list[Any]],
     output_dir: Path,
     *,
+    fps: float,
     label: str,
     seed: int,
     rank: int,
@@ -54,6 +55,7 @@ def sample_validation_videos(
         pipeline: The pipeline with the network in training.
         validate: The specification's `validation`.
         output_dir: Folder for the files.
+        fps: Frames per second of a video whose row has no `export_fps`.
         label: First part of their names.
         seed: The run's seed.
         rank: This process among those that share the work.
@@ -68,13 +70,13 @@ def sample_validation_videos(
         number = first + rank
         sample = dict(samples[number % len(samples)])
         generator = torch.Generator().manual_seed(derive_seed("validation", seed, number % len(samples)))
-        fps = int(sample.pop("export_fps", 8))
+        row_fps = float(sample.pop("export_fps", None) or fps)
         artifacts = validate(pipeline=pipeline, generator=generator, **sample)
         if number >= len(samples):
             continue
         stem = output_dir / f"{label}-{number:02d}"
         videos = [artifact.value for artifact in artifacts]
-        write_video(videos[0], stem.with_suffix(".mp4"), fps=fps)
+        write_video(videos[0], stem.with_suffix(".mp4"), fps=row_fps)
         image = validation_image(sample["prompt"], sample.get("image"), sample.get("video"))
         item = ValidationVideo(number, str(sample["prompt"]), stem.with_suffix(".mp4"), stem.with_suffix(".png"))
         contact_sheet(videos, item.sheet, labels=[item.caption] * len(videos), images=[image] * len(videos))

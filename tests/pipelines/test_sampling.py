@@ -86,6 +86,11 @@ def read_video(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def rate_of(result: Sampled) -> float:
+    with av.open(str(result.folder / "video.mp4")) as container:
+        return float(container.streams.video[0].average_rate or 0)
+
+
 def copy_of(folder: Path, target: Path) -> Path:
     """A copy with files of its own: those of a run may be hard links."""
     return Path(shutil.copytree(folder, target))
@@ -99,9 +104,16 @@ def test_a_run_is_sampled_with_its_own_settings(sample, inputs, model):
     result = sample(model)
     (video,) = result.videos()
     assert video.shape == (9, SIZE, SIZE, 3)
+    assert rate_of(result) == 12
     assert Image.open(result.folder / "video.png").size[0] > 8 * SIZE
     assert "bridge settings" not in result.said
     assert open_pipeline(str(inputs / model)).scheduler.config.beta_max == 40.0
+
+
+def test_the_rate_of_the_file_can_be_given(sample):
+    result = sample("full", "--fps=2.5")
+    assert len(result.videos()) == 1
+    assert rate_of(result) == 2.5
 
 
 def test_the_newest_checkpoint_of_an_unfinished_run_is_sampled(sample, inputs, tmp_path):
@@ -124,6 +136,7 @@ def test_a_fine_tuned_transformer_alone_in_a_base_model(sample, inputs, tmp_path
     if base == "CogVideoXPipeline":
         result = sample(model, "--transformer", str(alone.parent), "--num-frames=9", f"--height={SIZE}")
         assert result.videos()[0].shape == (9, SIZE, 256, 3)
+        assert rate_of(result) == 8, "nothing says it"
         assert "the model has no bridge settings: the reference's are used" in result.said
     pipeline = open_pipeline(str(model), transformer=str(alone))
     assert [pipeline.config[name] for name in ("num_frames", "height", "width")] == [17, 256, 256]

@@ -77,6 +77,7 @@ def test_the_reloaded_pipeline_is_the_trainers(trainer, inputs, reloaded):
     pipeline = specification.load_pipeline(transformer=trainer.transformer, scheduler=trainer.scheduler)
     torch.testing.assert_close(sampled(reloaded), sampled(pipeline), rtol=0, atol=1e-6)
     assert (reloaded.config.num_frames, reloaded.config.height, reloaded.config.width) == (9, SIZE, SIZE)
+    assert reloaded.config.fps == 12.0
     assert settings_of(reloaded.scheduler) == settings_of(trainer.scheduler)
 
 

@@ -73,6 +73,8 @@ def test_cogvideox_on_a_store_is_the_live_run(train, precompute, tmp_path, monke
     assert losses(tmp_path / "stored") == losses(tmp_path / "live")
     assert len(losses(tmp_path / "stored")) == 5
     assert_same_weights(tmp_path / "stored/model", tmp_path / "live/model")
+    indexes = [json.loads((tmp_path / run / "model/model_index.json").read_text()) for run in ("live", "stored")]
+    assert [index["fps"] for index in indexes] == [12.0, 12.0]
     assert bad_files(tmp_path / "stored") == bad_files(tmp_path / "live") == [("2.mp4", "not_video")]
     assert metrics(tmp_path / "stored")[-1]["bad_files"] == metrics(tmp_path / "live")[-1]["bad_files"] == 1
 
@@ -102,6 +104,8 @@ def test_latte_bridge_and_neural_prior_share_a_store(
         with monkeypatch.context() as patch:
             patch.setattr(LatteBridgeSpecification.__mro__[2], "load_latent_models", refuse_to_load)
             assert succeeded(train(*chosen, f"framebridge.precomputed={tmp_path / 'store'}", output=f"{kind}-stored"))
+        for run in ("live", "stored"):
+            assert json.loads((tmp_path / f"{kind}-{run}/model/model_index.json").read_text())["fps"] == 8.0
         assert losses(tmp_path / f"{kind}-stored") == losses(tmp_path / f"{kind}-live")
         assert_same_weights(tmp_path / f"{kind}-stored/model", tmp_path / f"{kind}-live/model")
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -195,6 +196,8 @@ def test_validation_changes_nothing_and_writes_videos(train, dropout_model, vali
     assert_same_weights(tmp_path / "with/model", tmp_path / "without/model")
     videos = {path.name for path in (tmp_path / "with/validation").glob("*.mp4")}
     assert videos == {"step000001-00.mp4", "step000002-00.mp4", "step000003-00.mp4", "final-00.mp4"}
+    with av.open(str(tmp_path / "with/validation/final-00.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12, "not the rate of the training clips"
 
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])

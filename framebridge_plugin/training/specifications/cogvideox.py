@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ from framebridge_plugin.training.specifications.loading import (
     load_config,
     load_text_encoder,
     load_tokenizer,
+    rate_setting,
     set_switches,
 )
 from framebridge_plugin.training.specifications.samples import (
@@ -90,6 +92,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         super().__init__(pretrained_model_name_or_path, **kwargs)
         self.objective = objective or parsed_objective(self.default_objective)
         self.clip_shape: tuple[int, int, int] | None = None
+        self.clip_rate: float | None = None
         """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
 
     # Loading
@@ -190,7 +193,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         Returns:
             A `FrameBridgeCogVideoXPipeline`.
         """
-        components = {name: kwargs.get(name) for name in (*COGVIDEOX_COMPONENTS, "scheduler")}
+        components: dict[str, Any] = {name: kwargs.get(name) for name in (*COGVIDEOX_COMPONENTS, "scheduler")}
         if transformer is None:
             transformer = self.load_diffusion_models()["transformer"]
         if components["scheduler"] is None:
@@ -460,6 +463,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 "height": height,
                 "width": width,
                 **FrameBridgeCogVideoXPipeline.default_call,
+                **rate_setting(self),
             },
         )
 
@@ -478,7 +482,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         rank = len(layers[f"{INPUT_PROJECTION}.lora_A.weight"])
         save_lora_folder(
             directory,
-            info=self._lora_info,
+            info=dataclasses.replace(self._lora_info, fps=self.clip_rate),
             lora_state_dict=layers,
             adapter_metadata=settings | full_rank_settings(rank, settings["target_modules"]),
             scheduler=scheduler,

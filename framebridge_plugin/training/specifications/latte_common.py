@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, C channels, H and W height and width, h and w 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.pipelines.saving import describe_base, local_folder, save_lora_folder, save_model_folder
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
-from framebridge_plugin.training.specifications.loading import set_switches
+from framebridge_plugin.training.specifications.loading import rate_setting, set_switches
 from framebridge_plugin.training.specifications.samples import (
     drops_caption,
     one_caption,
@@ -346,7 +347,10 @@ class LatteSpecification(LatteLoading):
             network_state_dict=transformer_state_dict,
             scheduler=scheduler if self.saves_scheduler else None,
             linked_components=self._linked_components(),
-            settings=FrameBridgeLattePipeline.default_call if self.saves_scheduler else None,
+            settings={
+                **(FrameBridgeLattePipeline.default_call if self.saves_scheduler else {}),
+                **rate_setting(self),
+            },
         )
 
     def _save_lora_weights(
@@ -360,7 +364,7 @@ class LatteSpecification(LatteLoading):
         assert metadata is not None
         save_lora_folder(
             directory,
-            info=self._lora_info,
+            info=dataclasses.replace(self._lora_info, fps=self.clip_rate),
             lora_state_dict=transformer_state_dict,
             adapter_metadata=json.loads(metadata["lora_config"]),
             scheduler=scheduler if self.saves_scheduler else None,

@@ -69,6 +69,7 @@ class LatteLoading(ModelSpecification):
         self.latte_size = latte_size or parsed_arguments().latte_size
         self.class_names = list(UCF101_CLASSES if class_names is None else class_names)
         self.clip_shape = clip_shape
+        self.clip_rate: float | None = None
         """(frames, height, width) of the training clips, once they are known; saved with LoRA layers."""
         self.seed = seed
         super().__init__(pretrained_model_name_or_path or "", **kwargs)

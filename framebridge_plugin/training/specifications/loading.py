@@ -168,3 +168,15 @@ def load_text_encoder(source: str, subfolder: str, dtype: torch.dtype, **hub_set
             return T5EncoderModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
     except LOADING_ERRORS as error:
         raise cannot_load("text encoder", source, error) from error
+
+
+def rate_setting(specification: Any) -> dict[str, float]:
+    """The pipeline's setting `fps`, where the rate of the training clips is known.
+
+    Args:
+        specification: The model's, with `clip_rate`.
+
+    Returns:
+        It, or nothing.
+    """
+    return {} if specification.clip_rate is None else {"fps": specification.clip_rate}
