@@ -13,10 +13,12 @@ from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     LATTE_BRIDGE,
     LATTE_NEURAL_PRIOR,
+    LORA_FILE,
     LORA_INFO_FILE,
     find_saved_model,
     local_path,
     model_kind,
+    safetensors_header,
 )
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.model_folders.lora import read_lora_info
@@ -60,6 +62,13 @@ class Start:
             return (
                 f"{self.folder} is a LoRA, and this run trains all weights: set training.training_type=lora, or merge "
                 "it (from_pretrained, fuse_lora, unload_lora_weights, save_pretrained) and start from that folder"
+            )
+        file = self.folder / LORA_FILE
+        if self.is_lora and file.is_file() and any(n.endswith(".lora_B.bias") for n in safetensors_header(file) or ()):
+            return (
+                f"{self.folder} has trained biases (it was converted from two files), and a run trains none: "
+                "merge it (from_pretrained, fuse_lora, unload_lora_weights, save_pretrained) and take that folder as "
+                "model.pretrained_model_name_or_path"
             )
         return None
 

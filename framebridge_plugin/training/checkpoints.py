@@ -281,8 +281,8 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     """
     if (problem := two_file_problem(folder / "lora")) is not None:
         raise FrameBridgeError(
-            f"cannot resume from {folder}, whose optimizer is of an earlier version; begin a new run from its "
-            f"LoRA (framebridge.start_from): {problem}"
+            f"cannot resume from {folder}, whose optimizer is of an earlier version; sample from its LoRA, "
+            f"or merge it and begin a new run on that: {problem}"
         )
     try:
         return json.loads((folder / "trainer" / "state.json").read_text())["settings"]

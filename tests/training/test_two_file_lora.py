@@ -56,7 +56,7 @@ def command_in(line: str) -> list[str]:
     return shlex.split(line[line.index("finetrainers convert") :])
 
 
-def test_the_command_that_a_refusal_gives_makes_the_same_network(old, model):
+def test_the_command_that_a_refusal_gives_makes_the_same_network(old, model, train):
     expected = load_bridge_transformer(str(model), subfolder="transformer")
     base = output(expected)
     # What that version did.
@@ -79,6 +79,10 @@ def test_the_command_that_a_refusal_gives_makes_the_same_network(old, model):
     torch.testing.assert_close(
         pipeline.transformer.patch_embed.proj.bias, expected.patch_embed.proj.bias, rtol=0, atol=1e-7
     )
+
+    begun = train(*LORA, f"model.pretrained_model_name_or_path={model}", f"framebridge.start_from={converted}")
+    assert begun.returncode == 2
+    assert "has trained biases" in begun.stderr
 
 
 def test_nothing_else_takes_it(old, model, train, tmp_path, capfd):
