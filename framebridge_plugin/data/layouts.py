@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, FileFinder, LeftOut, extension, is_video, name_key
-from framebridge_plugin.data.tables import parse_json, read_json_lines, read_lines, read_table, read_text
+from framebridge_plugin.data.tables import check_header, parse_json, read_json_lines, read_lines, read_table, read_text
 from framebridge_plugin.errors import FrameBridgeError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
@@ -116,6 +116,8 @@ def find_clips(root: Path) -> Clips:
         if len(missing) == len(names):
             raise FrameBridgeError(f"{root}: {count}; add the files")
         notes.append(f"{count}: bad files")
+    if empty := [name for name, caption in zip(names, captions, strict=True) if not caption.strip()]:
+        notes.append(f"{len(empty)} of {len(names)} clips have an empty caption, first {empty[0]!r}: used as it is")
     if left_out.counts:
         notes.append(f"left out: {left_out}")
     return Clips([file or name for name, file in zip(names, found, strict=True)], captions, notes)
@@ -142,6 +144,7 @@ def _read_metadata(path: Path) -> tuple[list[str], list[str]]:
         name = row.get("file_name")
         caption = next((row[key] for key in CAPTION_COLUMNS if key in row), None)
         if not isinstance(name, str) or not isinstance(caption, str):
+            check_header(where, list(row), [("file_name",), CAPTION_COLUMNS])
             raise FrameBridgeError(f"{where} needs file_name and one of {', '.join(CAPTION_COLUMNS)}, both text")
         names.append(name)
         captions.append(caption)

@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     line, width = 1, 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(_without_nul(path, file), strict=True)
+            reader = csv.reader(_checked(path, file), strict=True)
             for row in reader:
                 if row and (row[0].strip() or "".join(row).strip()):
                     width = width or len(row)
@@ -125,13 +125,18 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _without_nul(path: Path, file: Iterator[str]) -> Iterator[str]:
+def _checked(path: Path, file: Iterator[str]) -> Iterator[str]:
+    """Passes lines on, of which none holds what a CSV reader takes without a word and reads wrongly."""
     for number, text in enumerate(file, 1):
         if "\0" in text:
             raise _no_table(path, number, _NUL)
+        if ', "' in text and _SPACE_BEFORE_QUOTE.search(text):
+            raise _no_table(path, number, "a space stands between a comma and a quote; remove it")
         yield text
 
 
+# Within quotes a quote is doubled, or the last of its cell.
+_SPACE_BEFORE_QUOTE = re.compile(r', "(?!"|,|\s*$)')
 _NUL = "it holds a NUL byte (UTF-16, or a damaged file); save it as UTF-8"
 
 
@@ -142,7 +147,7 @@ def _no_table(path: Path, line: int, problem: str) -> TextError:
 def _find_columns(
     path: Path, header: Sequence[str], columns: Sequence[Sequence[str]], optional: Collection[str]
 ) -> list[int | None]:
-    check_header(path, header, columns)
+    check_header(f"{path}:1", header, columns)
     names = [next((name for name in choices if name in header), None) for choices in columns]
     missing = [
         " or ".join(choices)
@@ -156,11 +161,11 @@ def _find_columns(
     return [None if name is None else header.index(name) for name in names]
 
 
-def check_header(path: Path, header: Sequence[str], columns: Iterable[Sequence[str]]) -> None:
+def check_header(where: str, header: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
     """Refuse a table whose columns are not what they seem to be.
 
     Args:
-        path: The table.
+        where: Where they stand, for the error.
         header: Names of its columns.
         columns: What the columns that mean something may be called.
 
@@ -170,14 +175,16 @@ def check_header(path: Path, header: Sequence[str], columns: Iterable[Sequence[s
     """
     for names in columns:
         if doubled := next((name for name in names if header.count(name) > 1), None):
-            raise TextError(f"{path}:1 has the column {doubled} {header.count(doubled)} times; keep one of them")
+            raise TextError(f"{where} has the column {doubled} {header.count(doubled)} times; keep one of them")
         wanted = {_plain(name): name for name in names}
         near = next((cell for cell in header if _plain(cell) in wanted), None)
         if near is not None and not set(names) & set(header):
-            raise TextError(f"{path}:1 calls a column {near!r}; rename it to {wanted[_plain(near)]}")
+            raise TextError(f"{where} calls a column {near!r}; rename it to {wanted[_plain(near)]}")
+    if {name for names in columns for name in names} & set(header):
+        return
     for mark, word in _SEPARATORS.items():
-        if len(header) == 1 and mark in header[0]:
-            raise TextError(f"{path}:1 has {word} between its cells; save it with commas")
+        if mark in "".join(header):
+            raise TextError(f"{where} has {word} between its cells; save it with commas")
 
 
 def _plain(name: str) -> str:
@@ -248,6 +255,9 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+_ESCAPES = re.compile(r"\\(?:ud[89ab]..\\ud[c-f]..|(?P<half>ud[89a-f]..)|.)", re.IGNORECASE)
+
+
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON.
 
@@ -262,16 +272,23 @@ def parse_json(text: str, where: str) -> Any:
         UsageError: It is no such JSON.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is no valid JSON: {error}") from error
-    if r"\ud" in text.lower():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise UsageError(f"{where} holds half a surrogate pair, {half}; write the character itself") from error
+    for escape in _ESCAPES.finditer(text) if r"\ud" in text.lower() else ():
+        if escape["half"]:
+            line = f" in line {text.count(chr(10), 0, escape.start()) + 1}" if "\n" in text.strip() else ""
+            raise UsageError(f"{where} holds half a surrogate pair, {escape[0]}{line}; write the character itself")
     return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} stands twice in one object")
+        found[name] = value
+    return found
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,4 +83,5 @@ def read_split(path: Path) -> list[str]:
         raise FrameBridgeError(
             f"no such file: {path}; unpack UCF101TrainTestSplits-RecognitionTask.zip and give its folder as splits_dir"
         )
-    return [line.split()[0] for line in read_lines(path) if line]
+    names = (re.sub(r"\s+\d+$", "", line).replace("\\", "/") for line in read_lines(path) if line)
+    return [posixpath.normpath(name) for name in names]

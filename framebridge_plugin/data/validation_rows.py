@@ -31,7 +31,7 @@ def read_validation_rows(path: Path) -> list[dict[str, Any]]:
     if suffix == ".csv":
         rows = table_rows(path)
         _, header = next(rows, (1, []))
-        check_header(path, header, [(name,) for name in _COLUMNS])
+        check_header(f"{path}:1", header, [(name,) for name in _COLUMNS])
         return [
             {name: _number(cell) if name in NUMBERS else cell for name, cell in zip(header, row, strict=True) if cell}
             for _, row in rows
@@ -60,7 +60,7 @@ def read_validation_rows(path: Path) -> list[dict[str, Any]]:
 
 def _without_nulls(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    check_header(path, list({name: None for row in rows for name in row}), [(name,) for name in _COLUMNS])
+    check_header(str(path), list({name: None for row in rows for name in row}), [(name,) for name in _COLUMNS])
     return rows
 
 

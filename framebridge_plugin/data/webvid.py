@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from framebridge_plugin.data.building import build_or_open, file_stamp
-from framebridge_plugin.data.listing import LeftOut, is_utf8, printable
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, extension, is_utf8, printable
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, csv_files, read_table
 from framebridge_plugin.errors import FrameBridgeError
 
@@ -37,11 +37,12 @@ def load_webvid(
     """Load WebVid-2M or -10M, or any table of the same form.
 
     A row's video is `<video_root>/<videoid>.mp4`, or `<video_root>/<page_dir>/<videoid>.mp4`, wherever it is found,
-    also as .MP4 or in another Unicode normal form. A row whose file is missing stays, as a bad file; rows without a
-    caption are left out, and so are, in `video_root`, hidden files, links that lead nowhere, folders that may not be
-    listed and names that are not UTF-8. All of this is counted and logged. The index is built once, by listing each
-    folder once; later calls open it from the cache and look at neither the table's content nor the folders. It is
-    built again when a CSV file, or the list of files and folders directly in `video_root`, has changed.
+    also with another extension of videos, with capitals in it or in another Unicode normal form. A row whose file is
+    missing stays, as a bad file; rows without a caption are left out, and so are, in `video_root`, hidden files, links
+    that lead nowhere, folders that may not be listed and names that are not UTF-8. All of this is counted and logged.
+    The index is built once, by listing each folder once; later calls open it from the cache and look at neither the
+    table's content nor the folders. It is built again when a CSV file, or the list of files and folders directly in
+    `video_root`, has changed.
 
     Args:
         csv: CSV files with the columns videoid and name, and if they have them contentUrl, duration and page_dir: one
@@ -90,7 +91,7 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
     prefix = f"{root}/"
 
     def locate(name: str, folder: str) -> str | None:
-        nested = f"{folder}/{name}"
+        nested = f"{folder.rstrip('/')}/{name}"
         if nested in videos:
             return f"{prefix}{nested}{_SUFFIX}"
         found = (others.get(_nfc(name)) or others.get(_nfc(nested))) if others else None
@@ -130,15 +131,15 @@ def _list_videos(root: Path) -> tuple[set[str], dict[str, str], LeftOut]:
         root: The folder.
 
     Returns:
-        The names, relative to it and without ".mp4", of those that are called so; the whole names of those with .MP4
-        or in another Unicode normal form, by their normal form without the extension; and what was left out.
+        The names, relative to it and without ".mp4", of those that are called so; the whole names of those with
+        another extension or normal form, by their normal form without extension; and what was left out.
 
     Raises:
         OSError: The disk fails.
     """
     left_out, unlistable = LeftOut(), []
     with os.scandir(root) as entries:
-        listed = [(entry.name, entry.name.lower().endswith(_SUFFIX)) for entry in entries]
+        listed = [(entry.name, _has_video_extension(entry.name)) for entry in entries]
 
     def list_folder(folder: str) -> list[str]:
         try:
@@ -149,7 +150,7 @@ def _list_videos(root: Path) -> tuple[set[str], dict[str, str], LeftOut]:
             elif error.errno != errno.ENOTDIR:
                 raise
             return []
-        return [name for name in found if name.lower().endswith(_SUFFIX)]
+        return [name for name in found if _has_video_extension(name)]
 
     folders = [name for name, is_video in listed if not is_video and not name.startswith(".")]
     names = left_out.usable(name for name, is_video in listed if is_video)
@@ -163,8 +164,15 @@ def _list_videos(root: Path) -> tuple[set[str], dict[str, str], LeftOut]:
         left_out.add("links or folders that cannot be listed", what)
     length = len(_SUFFIX)
     videos = {name[:-length] for name in names if name.endswith(_SUFFIX)}
-    others = {_nfc(name[:-length]): name for name in names if not (name.isascii() and name.endswith(_SUFFIX))}
+    others: dict[str, str] = {}
+    odd = (name for name in names if not (name.isascii() and name.endswith(_SUFFIX)))
+    for name in sorted(odd, key=lambda name: VIDEO_EXTENSIONS.index(extension(name))):
+        others.setdefault(_nfc(name.rpartition(".")[0]), name)
     return videos, others, left_out
+
+
+def _has_video_extension(name: str) -> bool:
+    return name.endswith(_SUFFIX) or extension(name) in VIDEO_EXTENSIONS
 
 
 def _nfc(name: str) -> str:

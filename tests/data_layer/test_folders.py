@@ -329,6 +329,8 @@ def test_captions_stay_as_they_are(tmp_path, kind, end):
         ),
         ("metadata.csv", 'file_name,caption\na.mp4,x\na.mp4,"cat\na.mp4,"dog"\n', ":3 ", "a quote opens a cell"),
         ("metadata.csv", "file_name;caption\na.mp4;cat\n", ":1 ", "has semicolons between its cells"),
+        ("metadata.csv", "file_name;caption;x,y\na.mp4;cat;1,2\n", ":1 ", "has semicolons between its cells"),
+        ("metadata.csv", 'file_name,caption\na.mp4,x\na.mp4, "cat"\n', ":3 ", "a space stands between a comma and"),
         ("metadata.csv", "file_name\tcaption\na.mp4\tcat\n", ":1 ", "has tabs between its cells"),
         ("metadata.csv", "file_name,Caption\na.mp4,cat\n", ":1 ", "calls a column 'Caption'; rename it to caption"),
         ("metadata.csv", "file_name, caption\na.mp4,cat\n", ":1 ", "calls a column ' caption'"),
@@ -341,6 +343,20 @@ def test_captions_stay_as_they_are(tmp_path, kind, end):
         ("metadata.csv", b"file_name,caption\ra.mp4,\xe9\r", ":2 ", "byte 0xe9 is of another encoding"),
         ("metadata.jsonl", b'{"file_name": "a.mp4", "caption": "a"}\n"\xe9"\n', ":2 ", "byte 0xe9"),
         ("metadata.jsonl", '\n{"file_name": "a.mp4", "caption": 2024}\n', ":2 ", "both text"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "Caption": "a"}\n', ":1 ", "calls a column 'Caption'"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.mp4", "caption": "a", "caption": "b"}\n',
+            ":1 ",
+            "'caption' stands twice",
+        ),
+        (
+            "metadata.json",
+            '[{"file_name": "a.mp4", "caption": "\\ud83d\\ude00 \\\\ud83d"},\n'
+            ' {"file_name": "a.mp4", "caption": "\\ud83d"}]',
+            " ",
+            r"half a surrogate pair, \ud83d in line 2",
+        ),
         ("metadata.json", r'[{"file_name": "a.mp4", "caption": "\udc00"}]', " ", r"half a surrogate pair, \udc00"),
         ("a.txt", b"ok\n\xfc", ":2 ", "byte 0xfc"),
     ],
@@ -369,6 +385,16 @@ def test_folders_of_other_systems(case, clips, left_out):
     assert index.description == left_out
 
 
+def test_quotes_and_spaces_that_are_as_they_should_be(tmp_path, caplog):
+    touch(tmp_path, "a.mp4")
+    table = 'file_name,caption\na.mp4,"a, ""b"", ""c"", "\na.mp4,\na.mp4," ""d"" e\n, "\n'
+    (tmp_path / "metadata.csv").write_text(table)
+    index = index_dataset({"data_root": str(tmp_path)})
+    assert [caption for _, caption in index] == ['a, "b", "c",', "", '"d" e\n,']
+    assert index.description == "1 of 3 clips have an empty caption, first 'a.mp4': used as it is"
+    assert index.description in caplog.text
+
+
 def test_texts_that_hold_no_text_or_no_end():
     with pytest.raises(FrameBridgeError, match=r"metadata\.jsonl:1 holds half a surrogate pair, \\ud83d; write"):
         index_dataset({"data_root": str(DATA / "cases/surrogate")})
@@ -394,6 +420,7 @@ def test_names_in_another_normal_form(tmp_path, layout):
 
 def test_what_is_left_out_of_a_folder_is_counted_by_reason(tmp_path, caplog):
     touch(tmp_path, "a.mp4", "a.txt", "b.MP4", "c.txt", ".DS_Store", "._a.mp4")
+    (tmp_path / "a.txt").write_text("a")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")).touch()
     index = index_dataset({"data_root": str(tmp_path)})
     assert index.description == (

@@ -87,6 +87,15 @@ def test_lists_with_a_byte_order_mark():
     assert list(rows["label"]) == [2, 100]
 
 
+def test_lists_of_other_systems(tmp_path):
+    (tmp_path / "A class").mkdir()
+    for name in ("a clip.avi", "b.avi", "c 1.avi"):
+        (tmp_path / "A class" / name).touch()
+    (tmp_path / "trainlist01.txt").write_bytes(b"A class\\a clip.avi 1\r\n./A class/b.avi\rA class/c 1.avi\t1\n\n")
+    rows = load_ucf101(tmp_path, "train", splits_dir=tmp_path)
+    assert [os.path.basename(path) for path in rows["path"]] == ["a clip.avi", "b.avi", "c 1.avi"]
+
+
 def test_a_name_in_latin_1_is_named_and_left_out(corpus, caplog):
     Path(os.fsdecode(os.fsencode(corpus) + b"/YoYo/caf\xe9.avi")).touch()
     Path(os.fsdecode(os.fsencode(corpus) + b"/caf\xe9")).mkdir()
