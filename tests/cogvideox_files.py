@@ -30,9 +30,10 @@ def write_model_folder(
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps({"_class_name": CLASSES[part], **config}))
         save_file({"weight": np.zeros(4, np.float32)}, folder / part / "model.safetensors")
-    for part, file in (("tokenizer", "spiece.model"), ("scheduler", "scheduler_config.json")):
+    scheduler = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+    for part, file, content in (("tokenizer", "spiece.model", {}), ("scheduler", "scheduler_config.json", scheduler)):
         (folder / part).mkdir()
-        (folder / part / file).write_text("{}")
+        (folder / part / file).write_text(json.dumps(content))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
     return folder
 

@@ -37,7 +37,7 @@ def write_latte_folder(
         write_network(folder / "transformer", **{"in_channels": in_channels, "stage": "bridge", **(bridge or {})})
         index["transformer"] = ["framebridge_plugin.models.latte", "LatteTransformer"]
         (folder / "scheduler").mkdir()
-        (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+        (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FrameBridgeScheduler"}')
     if kind != "bridge":
         write_network(folder / "neural_prior", **{"stage": "neural_prior", **(neural_prior or {})})
         index["neural_prior"] = ["framebridge_plugin.models.latte", "LatteTransformer"]

@@ -98,7 +98,12 @@ FOREIGN_SCHEDULERS = [
     ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "is for a DPMSolverMultistepScheduler"),
     ({"_class_name": "CogVideoXDPMScheduler", "use_flow_sigmas": True}, "is for flow matching (use_flow_sigmas)"),
     ({"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "epsilon"}, "has prediction_type epsilon"),
-    ({"_class_name": "CogVideoXDDIMScheduler", "beta_schedule": "sigmoid"}, "has beta_schedule sigmoid"),
+    ({"_class_name": "CogVideoXDDIMScheduler"}, "has prediction_type epsilon"),  # diffusers' default
+    (
+        {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "beta_schedule": "sigmoid"},
+        "has beta_schedule sigmoid",
+    ),
+    ({"prediction_type": "v_prediction"}, "names no scheduler"),
     ({"_class_name": "FrameBridgeScheduler", "backbone": {"_class_name": "DDIMScheduler"}}, "is for a DDIMScheduler"),
 ]
 

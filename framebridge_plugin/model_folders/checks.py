@@ -197,7 +197,7 @@ def config_problem(config: Mapping[str, Any], part: str, kind: ModelKind) -> str
     """Examine a component's configuration alone: is it the one that is trained and sampled here?
 
     Args:
-        config: Its configuration; a scheduler's may leave its class out.
+        config: Its configuration.
         part: Which component it should be, one of the kind's.
         kind: Which model it should be a part of.
 
@@ -234,14 +234,16 @@ def version_problem(transformer: Mapping[str, Any]) -> str | None:
 def _scheduler_problem(config: Mapping[str, Any], kind: ModelKind) -> str | None:
     """The bridge is aligned to one kind of process: variance-preserving, in steps, with CogVideoX's shift."""
     if config.get("_class_name") == "FrameBridgeScheduler":
-        config = config.get("backbone") or {}
-    name, prediction = config.get("_class_name"), config.get("prediction_type")
+        if config.get("backbone") is None:
+            return None
+        config = config["backbone"]
+    name, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")  # diffusers' default
     betas = config.get("beta_schedule")
-    if name is not None and name not in _DIFFUSION_SCHEDULERS:
-        found = f"is for a {name}"
+    if name not in _DIFFUSION_SCHEDULERS:
+        found = "names no scheduler" if name is None else f"is for a {name}"
     elif config.get("use_flow_sigmas"):
         found = "is for flow matching (use_flow_sigmas)"
-    elif prediction is not None and prediction not in kind.predictions:
+    elif prediction not in kind.predictions:
         found = f"has prediction_type {prediction}"
     elif betas is not None and betas not in _BETA_SCHEDULES:
         found = f"has beta_schedule {betas}"

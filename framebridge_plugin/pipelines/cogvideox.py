@@ -166,8 +166,7 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
                 )
             for name, reference_value in _REFERENCE_CLIP.items():
                 of_lora = None if saved.info is None else getattr(saved.info, name)
-                if of_lora is not None or not has_bridge:
-                    components.setdefault(name, of_lora or reference_value)
+                components.setdefault(name, of_lora or index.get(name) or reference_value)
             pipeline = super().from_pretrained(base, **components)
             if saved.info is not None and saved.info.fps is not None and "fps" not in kwargs:
                 pipeline.register_to_config(fps=saved.info.fps)

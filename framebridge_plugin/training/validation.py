@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
+from PIL import Image
 
+from framebridge_plugin.data.decoding import read_pictures
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
@@ -94,7 +96,7 @@ def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
         Its rows, with the caption as `prompt` too, and `image` and `video` where they have one.
 
     Raises:
-        FrameBridgeError: It is no such file, or a picture cannot be read.
+        FrameBridgeError: It is no such file, or a picture or video cannot be read.
     """
     samples = []
     for row in read_validation_rows(Path(path)):
@@ -105,6 +107,11 @@ def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
                 picture = load_image(picture, convert_method=lambda image: image)
             sample["image"] = read_image(picture)
         if "video_path" in row:
-            sample["video"] = load_video(row["video_path"])
+            sample["video"] = _read_video(row["video_path"])
         samples.append(sample)
     return samples
+
+
+def _read_video(path: str) -> list[Image.Image]:
+    """All frames of a video as clips are cut from them; diffusers' reader ignores the shape of the pixels."""
+    return load_video(path) if path.startswith("http") else [*map(Image.fromarray, read_pictures(path, range))]

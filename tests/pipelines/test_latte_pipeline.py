@@ -100,7 +100,8 @@ def test_many_videos_each_with_its_own_generator(any_pipeline, guidance_scale):
             guidance_scale=guidance_scale,
             generator=seeded(number),
         )
-        torch.testing.assert_close(videos[number : number + 1], alone, rtol=1e-4, atol=1e-4)
+        # Untrained diffusion latents reach 700, so that rounding is measured by the largest of them.
+        torch.testing.assert_close(videos[number : number + 1], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
 
 
 def test_one_image_serves_for_all_classes_and_one_class_for_all_images(pipeline):

@@ -110,6 +110,16 @@ def test_a_run_is_sampled_with_its_own_settings(sample, inputs, model):
     assert open_pipeline(str(inputs / model)).scheduler.config.beta_max == 40.0
 
 
+def test_a_model_that_does_not_say_its_clips_has_the_references(inputs, tmp_path):
+    model = copy_of(inputs / "full/model", tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    kept = {name: value for name, value in index.items() if name not in ("num_frames", "height", "width")}
+    (model / "model_index.json").write_text(json.dumps(kept))
+    pipeline = open_pipeline(str(model))
+    assert [pipeline.config[name] for name in ("num_frames", "height", "width")] == [17, 256, 256]
+    assert pipeline.scheduler.config.beta_max == 40.0
+
+
 def test_the_rate_of_the_file_can_be_given(sample):
     result = sample("full", "--fps=2.5")
     assert len(result.videos()) == 1

@@ -151,6 +151,9 @@ def test_a_dry_run_refuses_a_model_that_the_bridge_does_not_know(minimal, tmp_pa
     assert main(["train", "--recipe", str(minimal), "--dry-run", use]) == 2
     assert "is for a FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
     scheduler.write_text("{}")
+    assert main(["train", "--recipe", str(minimal), "--dry-run", use]) == 2
+    assert "names no scheduler" in capsys.readouterr().err
+    scheduler.write_text('{"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}')
     transformer.write_text('{"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": 2}')
     for option in (use, f"model.transformer_id={model / 'transformer'}"):
         assert main(["train", "--recipe", str(minimal), "--dry-run", option]) == 2

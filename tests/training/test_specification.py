@@ -15,8 +15,11 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.fingerprint import first_difference
 from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
+from framebridge_plugin.training.validation import read_validation_file
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.bridge_runs import make_specification
+
+DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +340,15 @@ def test_training_and_sampling_use_the_same_rotary_embedding(rotary_folder, heig
 def test_validation_needs_an_image(model_folder):
     with pytest.raises(FrameBridgeError, match="'a cat' has no image; add an image_path"):
         make_specification(model_folder).validation(pipeline=None, prompt="a cat")
+
+
+def test_a_validation_video_is_read_as_clips_are(tmp_path):
+    table, broken = tmp_path / "validation.csv", tmp_path / "broken.mp4"
+    table.write_text(f"caption,video_path\na disc,{DATA / 'sar_16_9.mp4'}\n")
+    ((sample,)) = read_validation_file(table)
+    assert {frame.size for frame in sample["video"]} == {(284, 120)}, "its pixels are not square"
+    assert len(sample["video"]) == 12
+    broken.write_bytes(b"no video")
+    table.write_text(f"caption,video_path\na disc,{broken}\n")
+    with pytest.raises(FrameBridgeError, match=r"broken\.mp4: not a video"):
+        read_validation_file(table)
