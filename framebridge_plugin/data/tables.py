@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
@@ -125,18 +125,23 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _checked(path: Path, file: Iterator[str]) -> Iterator[str]:
+def _checked(path: Path, file: TextIO) -> Iterator[str]:
     """Passes lines on, of which none holds what a CSV reader takes without a word and reads wrongly."""
-    for number, text in enumerate(file, 1):
-        if "\0" in text:
-            raise _no_table(path, number, _NUL)
-        if ', "' in text and _SPACE_BEFORE_QUOTE.search(text):
-            raise _no_table(path, number, "a space stands between a comma and a quote; remove it")
-        yield text
+    number = 1
+    while lines := file.readlines(1 << 16):
+        block = "".join(lines)
+        if "\0" in block or _SPACE_BEFORE_QUOTE.search(block):
+            for line, text in enumerate(lines, number):
+                if "\0" in text:
+                    raise _no_table(path, line, _NUL)
+                if _SPACE_BEFORE_QUOTE.search(text):
+                    raise _no_table(path, line, "a space stands between a comma and a quote; remove it")
+        number += len(lines)
+        yield from lines
 
 
 # Within quotes a quote is doubled, or the last of its cell.
-_SPACE_BEFORE_QUOTE = re.compile(r', "(?!"|,|\s*$)')
+_SPACE_BEFORE_QUOTE = re.compile(r', "(?!["\r\n,]|\Z)')
 _NUL = "it holds a NUL byte (UTF-16, or a damaged file); save it as UTF-8"
 
 

@@ -85,38 +85,36 @@ def _counts(total: int, without_file: int, without_caption: int, used: int) -> s
 
 
 def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iterator[pa.Table]:
-    videos, others, left_out = _list_videos(root)
-    total = without_file = without_caption = with_both = 0
-
-    prefix = f"{root}/"
-
-    def locate(name: str, folder: str) -> str | None:
-        nested = f"{folder.rstrip('/')}/{name}"
-        if nested in videos:
-            return f"{prefix}{nested}{_SUFFIX}"
-        found = (others.get(_nfc(name)) or others.get(_nfc(nested))) if others else None
-        return None if found is None else f"{prefix}{found}"
-
-    for columns in (block for path in files for block in read_table(path, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS)):
-        ids, _, _, folders, captions = columns
+    folders, others, left_out = _list_videos(root)
+    total = without_file = without_caption = 0
+    any_use = False
+    for block in (block for path in files for block in read_table(path, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS)):
+        ids, _, _, page_dirs, captions = block
         paths = [
-            f"{prefix}{name}{_SUFFIX}" if name in videos else locate(name, folder)
-            for name, folder in zip(ids, folders, strict=True)
+            f"{root}/{file}"
+            if (file := f"{name}{_SUFFIX}") in folders[""]
+            else f"{root}/{folder}/{file}"
+            if file in folders.get(folder, ())
+            else None
+            for name, folder in zip(ids, page_dirs, strict=True)
         ]
-        has_caption = [bool(caption.strip()) for caption in captions]
+        for row in [row for row, path in enumerate(paths) if path is None]:
+            found = others.get(_nfc(ids[row])) or others.get(_nfc(f"{page_dirs[row]}/{ids[row]}"))
+            paths[row] = None if found is None else f"{root}/{found}"
         total += len(ids)
         without_file += paths.count(None)
-        without_caption += has_caption.count(False)
-        with_both += sum(path is not None and named for path, named in zip(paths, has_caption, strict=True))
+        any_use = any_use or any(path and caption.strip() for path, caption in zip(paths, captions, strict=True))
         if None in paths:
             paths = [
-                path or f"{prefix}{folder}{'/' if folder else ''}{name}{_SUFFIX}"
-                for path, name, folder in zip(paths, ids, folders, strict=True)
+                path or f"{root}/{folder}{'/' if folder else ''}{name}{_SUFFIX}"
+                for path, name, folder in zip(paths, ids, page_dirs, strict=True)
             ]
-        table = pa.table([pa.array(cells, pa.string()) for cells in (*columns, paths)], [*WEBVID_COLUMNS, "path"])
+        has_caption = [bool(caption.strip()) for caption in captions]
+        without_caption += has_caption.count(False)
+        table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], [*WEBVID_COLUMNS, "path"])
         yield table if all(has_caption) else table.filter(pa.array(has_caption))
     left = f"; left out of {root}: {left_out}" if left_out.counts else ""
-    if not with_both:
+    if not any_use:
         raise FrameBridgeError(
             f"{files[0]}{', ...' if len(files) > 1 else ''}: none of its {total} rows has both a caption and a file "
             f"{root}/<videoid>.mp4 or {root}/<page_dir>/<videoid>.mp4{left}"
@@ -124,51 +122,51 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
     info.description = _counts(total, without_file, without_caption, total - without_caption) + left
 
 
-def _list_videos(root: Path) -> tuple[set[str], dict[str, str], LeftOut]:
-    """Lists the videos in `root` and its folders.
+def _list_videos(root: Path) -> tuple[dict[str, set[str]], dict[str, str], LeftOut]:
+    """Lists the videos in `root`, its folder "", and in its other folders.
 
     Args:
         root: The folder.
 
     Returns:
-        The names, relative to it and without ".mp4", of those that are called so; the whole names of those with
-        another extension or normal form, by their normal form without extension; and what was left out.
+        For each folder the names in it that end in ".mp4"; the paths of videos with another extension or whose path is
+        not ASCII, by their normal form without extension; and what was left out.
 
     Raises:
         OSError: The disk fails.
     """
     left_out, unlistable = LeftOut(), []
-    with os.scandir(root) as entries:
-        listed = [(entry.name, _has_video_extension(entry.name)) for entry in entries]
 
     def list_folder(folder: str) -> list[str]:
         try:
-            found = os.listdir(root / folder)
+            return os.listdir(root / folder)
         except OSError as error:
             if error.errno in _UNLISTABLE:
                 unlistable.append(f"{printable(folder)}: {error.strerror}")
             elif error.errno != errno.ENOTDIR:
                 raise
             return []
-        return [name for name in found if _has_video_extension(name)]
 
-    folders = [name for name, is_video in listed if not is_video and not name.startswith(".")]
-    names = left_out.usable(name for name, is_video in listed if is_video)
+    listed = os.listdir(root)
+    names = [name for name in listed if not _has_video_extension(name) and not name.startswith(".")]
+    folders: dict[str, set[str]] = {}
+    odd: list[str] = []
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-        for folder, found in zip(folders, threads.map(list_folder, folders), strict=True):
-            if is_utf8(folder):
-                names += [f"{folder}/{name}" for name in left_out.usable(found, folder)]
-            else:
+        for folder, found in zip(["", *names], (listed, *threads.map(list_folder, names)), strict=True):
+            if not is_utf8(folder):
                 left_out.add("names not in UTF-8", printable(folder))
+                continue
+            usable = left_out.usable(filter(_has_video_extension, found), folder)
+            folders[folder] = {name for name in usable if name.endswith(_SUFFIX)}
+            if len(folders[folder]) < len(usable) or not "".join([folder, *usable]).isascii():
+                paths = [os.path.join(folder, name) for name in usable]
+                odd += [path for path in paths if not (path.isascii() and path.endswith(_SUFFIX))]
     for what in unlistable:
         left_out.add("links or folders that cannot be listed", what)
-    length = len(_SUFFIX)
-    videos = {name[:-length] for name in names if name.endswith(_SUFFIX)}
     others: dict[str, str] = {}
-    odd = (name for name in names if not (name.isascii() and name.endswith(_SUFFIX)))
     for name in sorted(odd, key=lambda name: VIDEO_EXTENSIONS.index(extension(name))):
         others.setdefault(_nfc(name.rpartition(".")[0]), name)
-    return videos, others, left_out
+    return folders, others, left_out
 
 
 def _has_video_extension(name: str) -> bool:
