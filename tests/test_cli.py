@@ -11,6 +11,7 @@ from framebridge_plugin import __version__
 from framebridge_plugin.cli import main
 from framebridge_plugin.recipe import load_recipe, shipped_recipes
 from tests.cogvideox_files import write_clips, write_model_folder
+from tests.tiny_models import moving_square, write_video
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -92,7 +93,11 @@ def test_a_wrong_command_line(arguments, message, capsys):
 def test_dry_run_prints_the_resolved_recipe(recipe, tmp_path, capsys):
     overrides = ["optimization.lr=2e-5", "framebridge.target=noise"]
     # Overrides may stand anywhere.
-    assert main(["train", overrides[0], "--recipe", str(recipe), "--dry-run", overrides[1]]) == 0
+    command = ["train", overrides[0], "--recipe", str(recipe), "--dry-run", overrides[1]]
+    assert main(command) == 1
+    assert f"{tmp_path / 'clips/a.mp4'}: not_video" in capsys.readouterr().err
+    write_video(tmp_path / "clips/a.mp4", moving_square(0, 17, 64, 64))
+    assert main(command) == 0
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(capsys.readouterr().out)
     assert load_recipe(resolved) == load_recipe(recipe, overrides)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
-from framebridge_plugin.data import load_bad_file_policy, load_dataset_config
-from framebridge_plugin.data.bad_files import read_bad_files
+from framebridge_plugin.data import ClipStream, load_bad_file_policy, load_dataset_config
+from framebridge_plugin.data.bad_files import BadFilePolicy, describe, read_bad_files
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.fingerprint import run_fingerprint
 from framebridge_plugin.training.latent_store import LatentStore
@@ -48,13 +49,25 @@ def rehearse(recipe: Recipe) -> None:
             specification._load_scheduler()
         if args.precomputed is not None:
             LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
-        if (quarantine := load_bad_file_policy(dataset_config).quarantine_file) is not None:
-            read_bad_files(Path(quarantine))
+        _check_first_clip(args, datasets, load_bad_file_policy(dataset_config))
     _check_lora_targets(args, specification)
     check_samples(args, specification, datasets)
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
         check_settings(checkpoint, stored_settings(checkpoint), run_settings(args, specification, datasets))
+
+
+def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:
+    """Reads what the run would read first."""
+    quarantine = [] if policy.quarantine_file is None else read_bad_files(policy.quarantine_file)
+    if args.precomputed is not None:
+        return
+    known_files = {os.path.abspath(entry["path"]) for entry in quarantine}
+    stream = ClipStream(datasets, args.seed, max_attempts=policy.max_attempts, known_files=known_files)
+    sample = stream.sample(0)
+    if not len(sample["video"]):
+        bad_files = [f"  {describe(entry)}" for entry in sample["skipped"][:5]]
+        raise FrameBridgeError("\n".join(["no clip can be read where the run would begin", *bad_files]))
 
 
 def _check_lora_targets(args: Any, specification: Any) -> None:

@@ -9,6 +9,7 @@ from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.cogvideox_files import write_model_folder
 from tests.recipe.helpers import EVERYTHING, problems_of
+from tests.tiny_models import moving_square, write_video
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_the_number_of_processes(minimal):
 
 def test_a_dry_run_refuses_a_model_that_the_bridge_does_not_know(minimal, tmp_path, capsys):
     """From its configurations alone, where a model that is missing is only warned of."""
+    write_video(tmp_path / "clips/a.mp4", moving_square(0, 17, 64, 64))
     model = write_model_folder(tmp_path / "foreign")
     use = f"model.pretrained_model_name_or_path={model}"
     scheduler, transformer = model / "scheduler" / "scheduler_config.json", model / "transformer" / "config.json"
