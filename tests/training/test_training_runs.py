@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from huggingface_hub import RepoUrl
 from PIL import Image
@@ -214,7 +215,8 @@ def test_the_final_validation_uses_the_trained_weights(train, model_folder, vali
         return to_uint8(pipeline(**call, generator=generator, output_type="pil").frames[0]).astype(int)
 
     with Image.open(tmp_path / "run/validation/final-00.png") as sheet:
-        first = np.asarray(sheet)[:64, :64].astype(int)  # the first frame of the contact sheet
+        left = sheet.width - (8 * (64 + 2) - 2)  # eight frames, after the input image and below the caption
+        first = np.asarray(sheet)[-64:, left : left + 64].astype(int)
     assert np.abs(first - frames()[0]).max() <= 1
     pipeline.transformer = load_bridge_transformer(str(model_folder), subfolder="transformer")
     assert np.abs(first - frames()[0]).max() > 1
@@ -447,6 +449,7 @@ def test_a_dry_run_refuses_what_the_start_would(train, tmp_path, monkeypatch, ov
     for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # which keeps the mode of an earlier run of this process
     result = train("--dry-run", *overrides)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(message)
