@@ -16,7 +16,7 @@ from pathlib import Path
 from framebridge_plugin import library_messages
 from framebridge_plugin.cli_arguments import parse
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.lora import TWO_FILE_LORA
+from framebridge_plugin.model_folders.checks import TWO_FILE_LORA
 from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

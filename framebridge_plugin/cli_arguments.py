@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from framebridge_plugin import __version__
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.model_folders.lora import TWO_FILE_LORA
+from framebridge_plugin.model_folders.checks import TWO_FILE_LORA
 
 _TRAIN_HELP = """\
 Train from a recipe: a YAML file that is a whole run.

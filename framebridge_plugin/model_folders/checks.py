@@ -19,6 +19,8 @@ LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 """Beside the LoRA file of an earlier version: the trained input projection."""
+TWO_FILE_LORA = "two-file-lora"
+"""What `finetrainers convert --from` calls the LoRA folders of that version."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _DIFFUSION_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
@@ -145,7 +147,7 @@ def folder_problem(path: Path, kind: ModelKind = COGVIDEOX) -> str | None:
     Returns:
         What is wrong and what to do, or None.
     """
-    if (problem := _not_a_folder(path)) is not None:
+    if (problem := _place_problem(path)) is not None:
         return problem
     try:
         class_name = _class_name(read_json(path / "model_index.json"))
@@ -168,7 +170,7 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
     Returns:
         What is wrong and what to do, or None.
     """
-    if (problem := _not_a_folder(path)) is not None:
+    if (problem := _place_problem(path)) is not None:
         return problem
     if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
         # transformers would make up a vocabulary without a word.
@@ -304,6 +306,22 @@ def find_saved_model(folder: Path) -> Path | None:
     return None if newest is None else find_saved_model(newest)
 
 
+def two_file_problem(folder: Path) -> str | None:
+    """Tell a LoRA folder of an earlier version, whose input projection lies in a file of its own.
+
+    Args:
+        folder: The folder of the LoRA.
+
+    Returns:
+        The command that converts it, in a line; None for any other folder.
+    """
+    if not (folder / EXTRA_WEIGHTS_FILE).is_file():
+        return None
+    source = os.path.abspath(folder)
+    command = shlex.join(["finetrainers", "convert", "--from", TWO_FILE_LORA, source, "--to", f"{source}-converted"])
+    return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"
+
+
 def plain_problem(transformer: Path) -> str | None:
     """Tell a plain CogVideoX from a FrameBridge model, whose network takes the image's latent as well.
 
@@ -395,14 +413,14 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}  # reported by part_problem
 
 
-def _not_a_folder(path: Path) -> str | None:
+def _place_problem(path: Path) -> str | None:
     if not path.exists():
         return f"no such folder: {path}"
     if not path.is_dir():
         return file_problem(path)
     if not any(path.iterdir()):
         return f"{path} is empty"
-    return None
+    return two_file_problem(find_saved_model(path) or path)
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:

@@ -6,8 +6,6 @@ Needs the standard library alone.
 from __future__ import annotations
 
 import json
-import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,20 +14,18 @@ from typing import Any
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
-    EXTRA_WEIGHTS_FILE,
     LORA_FILE,
     LORA_INFO_FILE,
     model_kind,
     read_json,
     safetensors_header,
+    two_file_problem,
     weights_problem,
 )
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint, first_difference
 
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
-TWO_FILE_LORA = "two-file-lora"
-"""What `finetrainers convert --from` calls the LoRA folders of an earlier version, in two files."""
 INPUT_PROJECTION = "patch_embed.proj"
 """The layer of a CogVideoX transformer that sees the image, and that a LoRA therefore has to hold."""
 
@@ -152,22 +148,6 @@ def lora_problem(folder: Path) -> str | None:
             "folder as it was written"
         )
     return None
-
-
-def two_file_problem(folder: Path) -> str | None:
-    """Tell a LoRA folder of an earlier version, whose input projection lies in a file of its own.
-
-    Args:
-        folder: The folder of the LoRA.
-
-    Returns:
-        The command that converts it, in a line; None for any other folder.
-    """
-    if not (folder / EXTRA_WEIGHTS_FILE).is_file():
-        return None
-    source = os.path.abspath(folder)
-    command = shlex.join(["finetrainers", "convert", "--from", TWO_FILE_LORA, source, "--to", f"{source}-converted"])
-    return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:

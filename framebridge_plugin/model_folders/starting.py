@@ -19,6 +19,7 @@ from framebridge_plugin.model_folders.checks import (
     local_path,
     model_kind,
     safetensors_header,
+    two_file_problem,
 )
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.model_folders.lora import read_lora_info
@@ -56,6 +57,8 @@ class Start:
         Returns:
             What is wrong and what to do, or None.
         """
+        if (problem := two_file_problem(self.folder)) is not None:
+            return problem
         if model_kind(self.folder) != _KINDS.get(model_name):
             return f"{self.folder} is not from a run of {model_name}: give one that is"
         if self.is_lora and training_type != "lora":

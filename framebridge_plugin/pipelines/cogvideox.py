@@ -28,9 +28,9 @@ from framebridge_plugin.model_folders.checks import (
     ClipShapeRule,
     plain_problem,
     read_json,
+    two_file_problem,
     version_problem,
 )
-from framebridge_plugin.model_folders.lora import two_file_problem
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.pipelines.common import (

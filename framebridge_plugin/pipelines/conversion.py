@@ -22,9 +22,10 @@ from framebridge_plugin.model_folders.checks import (
     LORA_INFO_FILE,
     find_saved_model,
     read_json,
+    two_file_problem,
 )
 from framebridge_plugin.model_folders.latte import find_neural_prior, neural_prior_problem
-from framebridge_plugin.model_folders.lora import INPUT_PROJECTION, read_lora_info, two_file_problem
+from framebridge_plugin.model_folders.lora import INPUT_PROJECTION, read_lora_info
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.projection_adapter import full_rank_settings, with_identity
 from framebridge_plugin.models.reference_checkpoints import (

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import LORA_FILE, file_problem
+from framebridge_plugin.model_folders.checks import LORA_FILE, file_problem, local_path
 from framebridge_plugin.model_folders.fingerprint import component_fingerprint
 from framebridge_plugin.model_folders.lora import LoraInfo
 
@@ -52,6 +52,8 @@ def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_
         return Path(name_or_path)
     if os.path.isfile(name_or_path):
         raise FrameBridgeError(file_problem(Path(name_or_path)))
+    if local_path(name_or_path) is not None:
+        raise FrameBridgeError(f"no such folder: {name_or_path!r}; check the name")
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, **hub_settings))
     except (OSError, HFValidationError, ValueError) as error:

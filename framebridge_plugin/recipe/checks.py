@@ -9,14 +9,12 @@ from pathlib import Path
 from framebridge_plugin.model_folders.checks import (
     COGVIDEOX,
     clip_shape_rule,
-    find_saved_model,
     folder_problem,
     local_path,
     part_problem,
     writing_problem,
 )
 from framebridge_plugin.model_folders.latte import is_another_part, is_of_another_kind
-from framebridge_plugin.model_folders.lora import two_file_problem
 from framebridge_plugin.recipe.data_checks import content_problems, data_problems, validation_problems
 from framebridge_plugin.recipe.latte_checks import (
     latte_clip_rule,
@@ -253,9 +251,7 @@ def _cogvideox_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("model.pretrained_model_name_or_path", "is required")
         return
     path = local_path(model.pretrained_model_name_or_path)
-    if path is not None and (problem := two_file_problem(find_saved_model(path) or path)) is not None:
-        yield Problem("model.pretrained_model_name_or_path", problem)
-    elif path is not None and (problem := folder_problem(path)) is not None:
+    if path is not None and (problem := folder_problem(path)) is not None:
         on_disk = not is_of_another_kind(path, COGVIDEOX)
         yield Problem("model.pretrained_model_name_or_path", problem, on_disk=on_disk)
     for part in ("transformer", "vae", "text_encoder", "tokenizer"):

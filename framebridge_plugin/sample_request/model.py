@@ -23,6 +23,7 @@ from framebridge_plugin.model_folders.checks import (
     part_problem,
     plain_problem,
     read_json,
+    two_file_problem,
 )
 from framebridge_plugin.model_folders.latte import (
     LatteFacts,
@@ -30,7 +31,7 @@ from framebridge_plugin.model_folders.latte import (
     latte_parts_problem,
     read_latte_facts,
 )
-from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, other_base_error, read_lora_info, two_file_problem
+from framebridge_plugin.model_folders.lora import HOW_TO_SAY_BASE, other_base_error, read_lora_info
 
 
 class SampleModel(NamedTuple):

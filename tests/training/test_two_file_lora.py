@@ -95,9 +95,18 @@ def test_nothing_else_takes_it(old, model, train, tmp_path, capfd):
     assert not (tmp_path / "x.mp4").exists()
 
     for source in (old.parent, old):
-        begun = train(f"model.pretrained_model_name_or_path={source}")
-        assert begun.returncode == 2
-        assert command_in(next(line for line in begun.stderr.splitlines() if "convert" in line)) == wanted
+        for option in (
+            f"model.pretrained_model_name_or_path={source}",
+            f"model.transformer_id={source}",
+            f"framebridge.start_from={source}",
+        ):
+            begun = train(option)
+            assert begun.returncode == 2
+            assert command_in(next(line for line in begun.stderr.splitlines() if "convert" in line)) == wanted
+        assert main(["conformance", "--model-name", "cogvideox_bridge", "--model", str(source)]) == 1
+        assert command_in(capfd.readouterr().err.strip().splitlines()[-1]) == wanted
+        assert main(["sample", "--model", str(model), "--transformer", str(source), *options]) == 2
+        assert command_in(capfd.readouterr().err.strip().splitlines()[-1]) == wanted
 
     pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(model)
     for arguments in ({}, {"weight_name": LORA_FILE}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import COGVIDEOX, ModelKind, config_problem
+from framebridge_plugin.model_folders.checks import (
+    COGVIDEOX,
+    ModelKind,
+    config_problem,
+    find_saved_model,
+    two_file_problem,
+)
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -39,6 +46,8 @@ def cannot_load(
     Returns:
         An error of one line.
     """
+    if problem := two_file_problem(find_saved_model(Path(source)) or Path(source)):
+        return FrameBridgeError(problem)
     line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
     return FrameBridgeError(f"cannot load {what} from {source!r}: {line}; check that the folder is {expected}")
 
