@@ -310,8 +310,10 @@ def add_lora_layers(specification: Any, network: Any, config: Any) -> None:
 
 
 def _register_trainable_parameters() -> None:
-    """Asks a specification what it trains besides the LoRA layers named; finetrainers has no hook for that."""
+    """Asks a specification what it trains besides the LoRA layers named, and loads those of `start_from`."""
     from finetrainers.trainer import SFTTrainer
+
+    from framebridge_plugin.training.starting import load_start
 
     original = SFTTrainer._prepare_trainable_parameters
 
@@ -326,6 +328,7 @@ def _register_trainable_parameters() -> None:
         choose = getattr(specification, "prepare_trainable_parameters", None)
         if choose is not None:
             choose(self.transformer, self.args.training_type)
+        load_start(self.args, specification, self.transformer)
 
     SFTTrainer._prepare_trainable_parameters = prepare
 

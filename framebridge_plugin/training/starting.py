@@ -1,8 +1,9 @@
-"""A LoRA run that begins with the layers of an earlier one."""
+"""The weights of an earlier run, with which either trainer begins a new one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -13,21 +14,36 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.model_folders.checks import LORA_FILE
 from framebridge_plugin.model_folders.fingerprint import first_difference
 from framebridge_plugin.model_folders.lora import LoraInfo, read_lora_info
+from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.training.resume_settings import tensors_difference
 
 
-def load_lora_start(network: nn.Module, folder: Path, base: LoraInfo | None) -> None:
-    """Puts the layers of an earlier LoRA into those that a run is to train.
+def load_start(args: Any, specification: Any, network: nn.Module) -> None:
+    """Begins with the layers of a LoRA; a whole model was loaded as the network's own (`transformer_id`).
 
     Args:
-        network: The network with its LoRA layers, whole.
-        folder: The folder of the earlier LoRA.
-        base: What this run's LoRA says of its base model, if it says something.
+        args: finetrainers' arguments.
+        specification: The model's.
+        network: The network with what is trained, whole.
 
     Raises:
-        UsageError: If the layers are others, or were trained on another model.
+        UsageError: If the layers are others, or were trained on another model, or a program did not hand
+            `transformer_id` on to the specification.
         FrameBridgeError: If a file is missing or damaged.
     """
+    start = None if args.resume_from_checkpoint is not None else find_start(args.start_from)
+    if start is None:
+        return
+    if start.is_lora:
+        _load_lora(network, start.folder, getattr(specification, "_lora_info", None))
+    elif specification.transformer_id != args.transformer_id:
+        raise UsageError(
+            f"start_from: the weights in {start.network} were not loaded: build the specification with "
+            "transformer_id=args.transformer_id"
+        )
+
+
+def _load_lora(network: nn.Module, folder: Path, base: LoraInfo | None) -> None:
     info = read_lora_info(folder)
     if base is not None and info.fingerprint:
         difference = first_difference(info.fingerprint, base.fingerprint)

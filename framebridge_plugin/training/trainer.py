@@ -31,7 +31,6 @@ from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import DEFAULT_FPS
-from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
@@ -43,7 +42,6 @@ from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.resume_settings import run_settings
-from framebridge_plugin.training.starting import load_lora_start
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 
 logger = logging.get_logger()
@@ -67,6 +65,7 @@ class FrameBridgeTrainer(SFTTrainer):
       `_save_lora_weights` gets the trained layers alone, and adds the frozen ones and the settings;
     - `precomputation_facts()`: what its latents and embeddings depend on, without which none can be precomputed;
     - `resume_settings()`: what a resumed run must have in common with the stored one, by name, besides the objective;
+    - `frozen_components(training_type)`: the folders of what is not trained, which must be the same for a resumed run;
     - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
 
     Args:
@@ -126,9 +125,6 @@ class FrameBridgeTrainer(SFTTrainer):
             if self.args.training_type != TrainingType.LORA:
                 raise
             raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
-        start = find_start(self.args.start_from)
-        if start is not None and start.is_lora and self.args.resume_from_checkpoint is None:
-            load_lora_start(self.transformer, start.folder, getattr(self.model_specification, "_lora_info", None))
 
     def _prepare_for_training(self) -> None:
         super()._prepare_for_training()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.cli import main
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training import FrameBridgeTrainer
+from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
 from tests.training.bridge_runs import SIZE, make_inputs, make_trainer, run_trainer
 from tests.training.conftest import LAUNCH_VARIABLES
@@ -94,6 +94,27 @@ def test_a_lora_on_the_model_of_a_full_run(inputs, tmp_path):
     assert_equal(own, trained)
     info = trainer.model_specification._lora_info
     assert info.replaced_components == {"transformer": str(inputs / "full/model/transformer")}
+
+
+def test_finetrainers_own_trainer_begins_there_too(inputs, tmp_path):
+    from finetrainers.trainer import SFTTrainer  # once the repairs were made
+
+    def prepared(kind: str, **settings: Any) -> Any:
+        option = f"--start_from={inputs / kind}"
+        trainer = make_trainer(SFTTrainer, inputs, tmp_path, kind, option, **settings)
+        trainer._prepare_models()
+        trainer._prepare_trainable_parameters()
+        return trainer.transformer
+
+    layers = {f"transformer.{n}": t for n, t in get_peft_model_state_dict(prepared("lora")).items()}
+    assert_equal(layers, load_file(inputs / "lora/lora" / LORA_WEIGHTS))
+    assert_equal(prepared("full").state_dict(), load_file(inputs / "full/model/transformer" / WEIGHTS))
+
+    def of_the_base_alone(name: str, transformer_id: str, **settings: Any) -> Any:
+        return CogVideoXBridgeSpecification(name, **settings)
+
+    with pytest.raises(UsageError, match="transformer_id=args.transformer_id"):
+        prepared("full", specification_class=of_the_base_alone)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
