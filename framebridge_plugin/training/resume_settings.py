@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 
 _SHOWN = 4
 """Differences that fit into an error's line."""
@@ -22,12 +23,14 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
 
     Args:
         args: finetrainers' arguments.
-        specification: The model's; what its `resume_settings` returns is added, if it has that.
+        specification: The model's; what its `resume_settings` returns is added, and digests of its
+            `frozen_components`, if it has these.
         datasets: What `load_dataset_config` returned.
 
     Returns:
         Values that JSON can say, by name: the model and its objective, what is trained how, the average of the weights
-        if there is one, the seed, and of each data set the number of rows and the clip settings.
+        if there is one, the seed, what of the base model is not in a checkpoint, and of each data set the number of
+        rows and the clip settings.
     """
     settings = {
         "model_name": args.model_name,
@@ -43,6 +46,15 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
         settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
     if hasattr(specification, "resume_settings"):
         settings |= specification.resume_settings()
+    if hasattr(specification, "frozen_components"):
+        folders = specification.frozen_components(args.training_type)
+        settings |= {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
+    if hasattr(specification, "_load_scheduler"):
+        config = specification._load_scheduler().config
+        backbone = {
+            name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
+        }
+        settings["noise schedule"] = f"of digest {short_digest(backbone)}"
     for number, (index, clips) in enumerate(datasets):
         facts = {"rows": len(index), **clips.fingerprint()}
         settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}

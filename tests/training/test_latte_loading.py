@@ -15,6 +15,7 @@ from PIL import Image
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.model_folders.fingerprint import component_fingerprint
 from framebridge_plugin.models import LatteTransformer
 from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -224,8 +225,11 @@ def test_it_goes_on_from_a_model_with_the_objective_of_the_recipe(models, base, 
 
 
 def test_a_resumed_run_has_to_have_the_same_clips_classes_and_neural_prior(models, tmp_path):
-    def settings(**changes: Any) -> dict[str, str]:
-        return make_from_scratch("bridge", models, latte_size="S/8", **changes).resume_settings()
+    def settings(**changes: Any) -> dict[str, Any]:
+        specification = make_from_scratch("bridge", models, latte_size="S/8", **changes)
+        frozen = specification.frozen_components("full-finetune")
+        digests = {name: component_fingerprint(folder) for name, folder in frozen.items()}
+        return specification.resume_settings() | digests
 
     plain, on_prior = settings(), settings(neural_prior=str(models / "neural_prior"))
     assert plain["clips"] == "4 frames of 64 x 64"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,37 @@ def test_a_resume_with_other_data_is_refused_and_changes_no_file(train, clips_fo
     assert str(moved) in (tmp_path / "run/dataset_config.json").read_text()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {*entries, "recipe-resumed.yaml"}
     assert files()["recipe.yaml"] == before["recipe.yaml"]
+
+
+def changed(model: Path, folder: Path, file: str) -> str:
+    """The option for a copy of a model that differs in the last byte of one file, or in one setting."""
+    path = shutil.copytree(model, folder) / file
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"0.012", b"0.013") if file.endswith(".json") else content[:-1] + b"\x3c")
+    assert path.read_bytes() != content
+    return f"model.pretrained_model_name_or_path={folder}"
+
+
+def test_a_resume_on_another_model_is_refused_where_the_checkpoint_does_not_hold_it(train, model_folder, tmp_path):
+    weights = "diffusion_pytorch_model.safetensors"
+    network = changed(model_folder, tmp_path / "network", f"transformer/{weights}")
+    vae = changed(model_folder, tmp_path / "vae", f"vae/{weights}")
+    text = changed(model_folder, tmp_path / "text", "text_encoder/model.safetensors")
+    noise = changed(model_folder, tmp_path / "noise", "scheduler/scheduler_config.json")
+    resume, moved = "checkpoints.resume_from_checkpoint=latest", shutil.copytree(model_folder, tmp_path / "moved")
+    for kind, refused in (
+        (LORA, {"transformer": network, "vae": vae}),
+        ((), {"text_encoder": text, "noise schedule": noise}),
+    ):
+        output = f"run{len(kind)}"
+        assert succeeded(train(*kind, "optimization.train_steps=1", output=output))
+        for name, option in refused.items():
+            for dry_run in ((), ("--dry-run",)):
+                result = train(*kind, *dry_run, option, resume, output=output)
+                assert result.returncode == 1
+                assert f"it was trained with {name} 'of digest " in result.stderr.strip().splitlines()[-1]
+        same = network if not kind else f"model.pretrained_model_name_or_path={moved}"
+        assert succeeded(train(*kind, same, resume, "optimization.train_steps=2", output=output))
 
 
 def test_a_resume_with_another_lora_is_refused(train):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framebridge_plugin.model_folders.lora import INPUT_PROJECTION
+from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes
@@ -19,6 +21,7 @@ from tests.training.test_broken_data import BROKEN, add_broken, found
 from tests.training.test_ema import exported, trainer_file
 from tests.training.test_training_runs import (
     CONSTANT_RATE,
+    LORA,
     assert_same_weights,
     expected_update,
     losses,
@@ -46,6 +49,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"whole-{split}", *options)
         train(recipe, f"parts-{split}", *options, "optimization.train_steps=2")
         train(recipe, f"parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
+
+    lora = (*one_clip[:-1], *LORA)
+    for split in SPLITS:
+        options = (*lora, f"parallelism.{split}=2")
+        train(recipe, f"lora-whole-{split}", *options)
+        train(recipe, f"lora-parts-{split}", *options, "optimization.train_steps=2")
+        train(recipe, f"lora-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
 
     clips = shutil.copytree(clips_folder, folder / "some broken")
     add_broken(clips, BROKEN)
@@ -85,6 +95,22 @@ def test_they_resume_bit_for_bit(runs, split):
     whole, parts = runs / f"whole-{split}", runs / f"parts-{split}"
     assert losses(parts) == losses(whole)
     assert_same_weights(whole / "checkpoints/step_000004/trainer", parts / "checkpoints/step_000004/trainer")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_their_lora_resumes_bit_for_bit_and_is_what_they_trained(runs, split):
+    whole, parts = runs / f"lora-whole-{split}", runs / f"lora-parts-{split}"
+    assert losses(parts) == losses(whole)
+    assert losses(whole) == pytest.approx(losses(runs / f"lora-whole-{SPLITS[0]}"), rel=1e-4)
+    assert_same_weights(whole / "checkpoints/step_000004", parts / "checkpoints/step_000004")
+
+    transformer = open_pipeline(str(parts)).transformer
+    trained = load_file(whole / "checkpoints/step_000004/trainer/weights.safetensors")
+    assert trained[f"{INPUT_PROJECTION}.lora_B.default.weight"].abs().max() > 1e-3
+    found = {name.replace(".default_0.", ".default."): t for name, t in transformer.state_dict().items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+    A = found[f"{INPUT_PROJECTION}.lora_A.default.weight"].flatten(1)
+    assert torch.equal(A, torch.eye(len(A)))
 
 
 def test_they_keep_one_account_of_bad_files(runs):

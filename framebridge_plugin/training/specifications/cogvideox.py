@@ -491,8 +491,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     @functools.cached_property
     def _lora_info(self) -> LoraInfo:
         """What a LoRA remembers of its base, as it was when it was loaded."""
-        names = ("transformer", *COGVIDEOX_COMPONENTS)
-        components = {name: (self._source(name)[0], self._component_folder(name)) for name in names}
+        components = {name: (self._source(name)[0], folder) for name, folder in self.frozen_components("lora").items()}
         num_frames, height, width = self.clip_shape or (None, None, None)
         return LoraInfo(
             pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
@@ -502,6 +501,18 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             width=width,
             **describe_base(self.pretrained_model_name_or_path, components),
         )
+
+    def frozen_components(self, training_type: str) -> dict[str, Path]:
+        """What training leaves as it is.
+
+        Args:
+            training_type: "lora" or "full-finetune".
+
+        Returns:
+            The folders of the components; with LoRA layers the network is one of them.
+        """
+        names = ("transformer", *COGVIDEOX_COMPONENTS) if training_type == "lora" else COGVIDEOX_COMPONENTS
+        return {name: self._component_folder(name) for name in names}
 
     def _component_folder(self, name: str) -> Path:
         source, subfolder = self._source(name)

@@ -13,7 +13,6 @@ from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.model_folders.checks import LATTE_BRIDGE
-from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.model_folders.latte import neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
@@ -218,21 +217,6 @@ class LatteBridgeSpecification(LatteSpecification):
             # The trainers move only the models that they know.
             prior.to(still_BFChw.device)
         return call_latte(prior, still_BFChw, None, labels_B)
-
-    def resume_settings(self) -> dict[str, str]:
-        """As for every Latte, and the frozen neural prior, which the checkpoint of a run does not hold.
-
-        Returns:
-            "clips" and "classes", and "neural_prior", a digest of its config and weights, if there is one.
-
-        Raises:
-            FrameBridgeError: If a file of the neural prior cannot be read.
-        """
-        settings = super().resume_settings()
-        if self._blank_network.takes_neural_prior:
-            files = component_fingerprint(self._component_folder(*self._prior_source()))
-            settings[_NEURAL_PRIOR] = f"of digest {short_digest(files)}"
-        return settings
 
     # Validation and saving
 

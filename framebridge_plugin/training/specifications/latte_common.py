@@ -326,6 +326,20 @@ class LatteSpecification(LatteLoading):
         patterns = [str(files / "config.json"), str(files / "*.safetensors*")]
         return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder
 
+    def frozen_components(self, training_type: str) -> dict[str, Path]:
+        """What training leaves as it is.
+
+        Args:
+            training_type: "lora" or "full-finetune".
+
+        Returns:
+            The folders of the components, a neural prior among them; with LoRA layers the network is one, too.
+        """
+        sources = self._component_sources()
+        if training_type != "lora":
+            del sources[self.network_name]
+        return {name: self._component_folder(*source) for name, source in sources.items()}
+
     def _component_sources(self) -> dict[str, tuple[str, str]]:
         """Where each component comes from: folder or hub id, and its subfolder in it ("" for a component alone)."""
         return {name: self._source(name) for name in (self.network_name, "vae")}
@@ -373,10 +387,8 @@ class LatteSpecification(LatteLoading):
     @functools.cached_property
     def _lora_info(self) -> LoraInfo:
         """What a LoRA remembers of its base, as it was when it was loaded."""
-        components = {
-            name: (source, self._component_folder(source, subfolder))
-            for name, (source, subfolder) in self._component_sources().items()
-        }
+        sources = self._component_sources()
+        components = {name: (sources[name][0], folder) for name, folder in self.frozen_components("lora").items()}
         num_frames, height, width = self.clip_shape or (None, None, None)
         return LoraInfo(
             pipeline_class=FrameBridgeLattePipeline.__name__,
