@@ -133,8 +133,9 @@ def _key_frames(container: InputContainer, stream: VideoStream, last_pts: int) -
         if packet.pts is None or packet.pts > last_pts:
             break
         if packet.is_keyframe:
-            yield from stream.decode(packet)
-    yield from stream.decode(None)
+            # As if decoding began with it: with an earlier frame in hand, a decoder passes on what it cannot mend.
+            yield from [*stream.decode(packet), *stream.decode(None)]
+            stream.codec_context.flush_buffers()
 
 
 def _checked_size(path: str, index: PacketIndex, numbers: Sequence[int]) -> tuple[int, int]:

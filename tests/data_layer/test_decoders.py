@@ -44,9 +44,13 @@ def test_the_right_frames_or_a_refusal(tmp_path, kind):
     path = KINDS[kind].write(tmp_path)
     if not KINDS[kind].decord:
         assert_refused(path, "its container is|its codec is|open groups|interlaced|times are|begin at its key")
-        return
     for wanted in WINDOWS:
-        pictures = read_video(str(path), lambda length, w=wanted: w if length == FRAMES else [], decoder="decord")
+        try:
+            pictures = read_video(str(path), lambda length, w=wanted: w if length == FRAMES else [], decoder="decord")
+        except ClipError as error:
+            if KINDS[kind].decord or error.kind != "wrong_container":
+                raise
+            continue
         assert pictures.dtype == np.uint8
         assert pictures.shape == (len(wanted), HEIGHT, WIDTH, 3)
         assert numbers_in(tensor(pictures)) == list(wanted)

@@ -17,7 +17,16 @@ from tests.data_layer.numbered_videos import HEIGHT, WIDTH, write_video
 
 DATA = Path(__file__).parents[1] / "data"
 FRAMES = 40
-WINDOWS = [range(FRAMES), range(1), range(11, 28, 4), range(12, 13), range(23, 40), range(37, 40), [0, 5, 6, 30, 39]]
+WINDOWS = [
+    range(FRAMES),
+    range(1),
+    range(11, 28, 4),
+    range(12, 13),
+    range(4, 20, 5),
+    range(23, 40),
+    range(37, 40),
+    [0, 5, 6, 30, 39],
+]
 
 UNEVEN_TIMES = [0, *itertools.accumulate(itertools.islice(itertools.cycle([4, 1, 9, 4, 30]), FRAMES - 1))]
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"
