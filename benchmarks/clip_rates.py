@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 
 from framebridge_plugin.data import ClipError, ClipSettings, read_clip
 from framebridge_plugin.data.clips import frame_window
-from framebridge_plugin.data.decoding import INTERPOLATION
+from framebridge_plugin.data.showing import INTERPOLATION
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 

@@ -18,17 +18,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
-from framebridge_plugin.data.decoding import (
-    Choose,
-    checked,
-    damage_as_clip_error,
-    opened,
-    pixel_aspect,
-    read_pictures,
-    resized,
-    turn_of,
-)
+from framebridge_plugin.data.decoding import Choose, checked, damage_as_clip_error, opened, read_pictures
 from framebridge_plugin.data.packet_index import DamagedPacketError, NotIndexedError, PacketIndex, packet_index
+from framebridge_plugin.data.showing import pixel_aspect, resized, turn_of
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.sizes import square_pixel_size
 

@@ -19,40 +19,28 @@ Only wanted frames are converted to RGB, which is where most of the time goes ot
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
 from framebridge_plugin.data.mpeg4_packets import PicturePackets, is_mpeg4_avi, picture_packets
 from framebridge_plugin.data.packet_index import NotIndexedError, PacketIndex, packet_index
-from framebridge_plugin.sizes import cover_size, square_pixel_size
+from framebridge_plugin.data.showing import check_size, pixel_aspect, to_rgb
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 7680 * 4320
-"""Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
-
-MAX_PIXEL_ASPECT = 16
-"""Pixels this many times wider than high, or higher than wide, are what a broken header says."""
-
 # While the frames of a file are counted by decoding it, those that may be wanted are kept, up to this many bytes, so
 # that most files are decoded once: a window is drawn only when the length is known.
 HELD_BYTES = 256 * 2**20
-
-# Colours are stored at half the resolution; without the second flag a resize would halve them once more.
-INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 
 Choose = Callable[[int], Sequence[int]]
 """From the number of frames in a file to the numbers of the wanted ones."""
@@ -73,7 +61,7 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
 
     Raises:
         ClipError: The file is missing, no regular file, empty, not a video, damaged where it matters, larger than
-            `MAX_PIXELS`, or changes its size within the clip.
+            8K, or changes its size within the clip.
     """
     import torch  # Not above: decoding processes do without.
 
@@ -152,7 +140,7 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
             raise ClipError(path, "it holds no video stream", "no_video_stream")
         if stream.codec_context is None:
             raise ClipError(path, "its video codec is unknown", "codec")
-        _check_size(path, stream.codec_context.width, stream.codec_context.height)
+        check_size(path, stream.codec_context.width, stream.codec_context.height)
         # FFmpeg's own threads can deadlock on an early stop, and loader workers already fill the cores.
         stream.codec_context.thread_count = 1
         options = {"err_detect": "explode"} if strict else {}
@@ -161,27 +149,6 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
             options["strict"] = "1"
         stream.codec_context.options = options
         yield container, stream
-
-
-def pixel_aspect(path: str, stream: VideoStream) -> Fraction:
-    """How wide the pixels of a file are.
-
-    Args:
-        path: The file.
-        stream: Its video stream.
-
-    Returns:
-        Width of a stored pixel as it is shown, over its height: what the container says, else what the codec says,
-        else 1.
-
-    Raises:
-        ClipError: It is no sensible number.
-    """
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
-        reason = f"its sample aspect ratio is {aspect.numerator}:{aspect.denominator}, which no picture has"
-        raise ClipError(path, reason, "pixel_aspect")
-    return aspect
 
 
 def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> Iterator[VideoFrame]:
@@ -208,56 +175,6 @@ def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> It
         raise ClipError(path, "a new stream begins in the middle of it", "corrupt") from error
 
 
-class Turn(NamedTuple):
-    """What makes stored pictures upright: rows and columns are swapped, then those or these run backwards."""
-
-    is_transposed: bool = False
-    is_upside_down: bool = False
-    is_mirrored: bool = False
-
-    @property
-    def is_reflection(self) -> bool:
-        """Whether it is no rotation."""
-        return self.is_transposed ^ self.is_upside_down ^ self.is_mirrored
-
-    def size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """From the stored to the upright size, or back."""
-        return (size[1], size[0]) if self.is_transposed else size
-
-    def applied(self, pictures_FHWC: np.ndarray) -> np.ndarray:
-        """The upright view of stored pictures [F, H, W, 3]."""
-        if self.is_transposed:
-            pictures_FHWC = pictures_FHWC.transpose(0, 2, 1, 3)
-        return pictures_FHWC[:, :: -1 if self.is_upside_down else 1, :: -1 if self.is_mirrored else 1]
-
-
-def turn_of(path: str, frame: VideoFrame) -> Turn:
-    """How a frame is to be turned before it is shown.
-
-    Args:
-        path: The file.
-        frame: A decoded frame of it.
-
-    Returns:
-        What the file's display matrix says.
-
-    Raises:
-        ClipError: The angle is no multiple of 90 degrees.
-    """
-    side_data: Any = frame.side_data  # A mapping by name, which PyAV's type stub does not say.
-    try:
-        matrix = bytes(side_data["DISPLAYMATRIX"])
-    except KeyError:
-        return Turn()
-    # Nine 32-bit numbers (a b u, c d v, x y w) that send a stored point (p, q) to (a p + c q, b p + d q).
-    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
-    if b == c == 0 and a and d:
-        return Turn(False, is_upside_down=d < 0, is_mirrored=a < 0)
-    if a == d == 0 and b and c:
-        return Turn(True, is_upside_down=b < 0, is_mirrored=c < 0)
-    raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees", "rotation")
-
-
 class _SeekFailedError(Exception):
     """Decoding after a seek did not give the frames of the index."""
 
@@ -280,7 +197,7 @@ def _read_by_index(
                     return None, index
                 numbers = choose(index.length)
                 frames = _frames_after_seek(path, container, stream, index, numbers, strict)
-            return _to_rgb(path, frames, len(numbers), cover, aspect), index
+            return to_rgb(path, frames, len(numbers), cover, aspect), index
     except (av.FFmpegError, NotIndexedError, _SeekFailedError):
         return None, index
     except ClipError as error:
@@ -351,7 +268,7 @@ def _read_from_start(
         aspect = pixel_aspect(path, stream)
         expected = _chosen_of_announced(choose, stream.frames if index is None else index.length)
         for frame in checked(path, container.decode(stream), strict):
-            _check_size(path, frame.width, frame.height)
+            check_size(path, frame.width, frame.height)
             if (expected is None or len(times) in expected) and held_bytes <= HELD_BYTES:
                 held_bytes += sum(plane.buffer_size for plane in frame.planes)
                 held[len(times)] = frame
@@ -360,11 +277,11 @@ def _read_from_start(
         raise ClipError(path, "no frame of it can be decoded", "no_frames")
     places = _places(path, choose(len(times) if index is None else index.length), times, index)
     if all(place in held for place in places):
-        return _to_rgb(path, (held[place] for place in places), len(places), cover, aspect)
+        return to_rgb(path, (held[place] for place in places), len(places), cover, aspect)
     held.clear()
     with opened(path, strict) as (container, stream):
         wanted = _numbered(checked(path, container.decode(stream), strict), places, 0)
-        return _to_rgb(path, wanted, len(places), cover, aspect)
+        return to_rgb(path, wanted, len(places), cover, aspect)
 
 
 def _places(
@@ -390,58 +307,6 @@ def _chosen_of_announced(choose: Choose, length: int) -> set[int] | None:
         return set(choose(length)) if length > 0 else None
     except ClipError:
         return None
-
-
-def _to_rgb(
-    path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None, aspect: Fraction
-) -> np.ndarray:
-    pictures: list[np.ndarray] = []
-    turn = Turn()
-    size = target = (0, 0)
-    reformatter = VideoReformatter()
-    for frame in frames:
-        _check_size(path, frame.width, frame.height)
-        if not pictures:
-            turn = turn_of(path, frame)
-            size = (frame.height, frame.width)
-            target = square_pixel_size(*size, aspect)
-            if cover is not None:
-                target = turn.size(cover_size(*turn.size(target), *cover))
-            _check_size(path, target[1], target[0])
-        if (frame.height, frame.width) != size:
-            change = f"from {size[1]}x{size[0]} to {frame.width}x{frame.height}"
-            raise ClipError(path, f"its picture size changes {change} within the clip", "size_change")
-        rgb = reformatter.reformat(
-            frame, width=target[1], height=target[0], format="rgb24", interpolation=INTERPOLATION, threads=1
-        )
-        pictures.append(rgb.to_ndarray())
-    if len(pictures) != count:
-        raise ClipError(path, "decoding it twice gave different numbers of frames", "corrupt")
-    return np.ascontiguousarray(turn.applied(np.stack(pictures)))
-
-
-def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize pictures by the filter that stretches pixels to squares.
-
-    Args:
-        pictures_FHWC: uint8 RGB pictures [F, H, W, 3].
-        height: Height wanted, in pixels.
-        width: Width wanted, in pixels.
-
-    Returns:
-        uint8 RGB pictures [F, height, width, 3].
-    """
-    reformatter = VideoReformatter()
-    frames = (VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures_FHWC)
-    return np.stack(
-        [reformatter.reformat(f, width, height, interpolation=INTERPOLATION, threads=1).to_ndarray() for f in frames]
-    )
-
-
-def _check_size(path: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        reason = f"its pictures of {width}x{height} exceed the limit of {MAX_PIXELS} pixels"
-        raise ClipError(path, reason, "too_large")
 
 
 def _reason(error: av.FFmpegError) -> str:
