@@ -74,16 +74,7 @@ class ClipShapeRule:
     size_step: int = 16
 
     def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
-        """Say what does not fit.
-
-        Args:
-            num_frames: Frames of the clip; None is not checked.
-            height: Pixels; None is not checked.
-            width: Pixels; None is not checked.
-
-        Yields:
-            The name of an argument, and what is wrong with it.
-        """
+        """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
         if num_frames is not None and (num_frames - 1) % self.frames_step:
             nearest = _nearest(num_frames - 1, self.frames_step, least=0) + 1
             rule = f"{self.frames_step} k + 1 frames"
@@ -99,28 +90,14 @@ def _nearest(value: int, step: int, least: int) -> int:
 
 
 def local_path(name: str) -> Path | None:
-    """Tell a folder from an id on the Hugging Face Hub.
-
-    Args:
-        name: What the user gave.
-
-    Returns:
-        The path, which need not exist, or None for an id: `owner/name` where no folder `owner` is beside us.
-    """
+    """The path that a name stands for, existing or not; None for a hub id (`owner/name`, and no folder `owner`)."""
     path = Path(name)
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
 def model_kind(folder: Path) -> ModelKind | None:
-    """Tell what kind of model a folder holds.
-
-    Args:
-        folder: Folder of a whole model, or of a LoRA that our trainer saved.
-
-    Returns:
-        The kind; None if the folder says nothing, or names something else.
-    """
+    """The kind of a model's or a LoRA's folder; None if the folder says nothing, or names something else."""
     try:
         if (folder / LORA_INFO_FILE).is_file():
             info = read_json(folder / LORA_INFO_FILE)
@@ -138,15 +115,7 @@ def model_kind(folder: Path) -> ModelKind | None:
 
 
 def folder_problem(path: Path, kind: ModelKind = COGVIDEOX) -> str | None:
-    """Examine a model's whole folder in diffusers' format.
-
-    Args:
-        path: The folder that holds `model_index.json`.
-        kind: Which model it should be.
-
-    Returns:
-        What is wrong and what to do, or None.
-    """
+    """What is wrong with a model's whole folder in diffusers' format."""
     if (problem := _place_problem(path)) is not None:
         return problem
     try:
@@ -160,16 +129,7 @@ def folder_problem(path: Path, kind: ModelKind = COGVIDEOX) -> str | None:
 
 
 def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | None:
-    """Examine one component's folder.
-
-    Args:
-        path: The folder of the component.
-        part: Which component it should be, one of the kind's.
-        kind: Which model it should be a part of.
-
-    Returns:
-        What is wrong and what to do, or None.
-    """
+    """What is wrong with the folder of one component of a kind of model."""
     if (problem := _place_problem(path)) is not None:
         return problem
     if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
@@ -196,16 +156,7 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
 
 
 def config_problem(config: Mapping[str, Any], part: str, kind: ModelKind) -> str | None:
-    """Examine a component's configuration alone: is it the one that is trained and sampled here?
-
-    Args:
-        config: Its configuration.
-        part: Which component it should be, one of the kind's.
-        kind: Which model it should be a part of.
-
-    Returns:
-        What it is instead and what to do, to be read after its place; or None.
-    """
+    """What a component's configuration is instead, to be read after its place; a scheduler's may lack its class."""
     if part == "scheduler":
         return _scheduler_problem(config, kind)
     wanted, found = kind.parts[part], config.get("_class_name")
@@ -217,14 +168,7 @@ def config_problem(config: Mapping[str, Any], part: str, kind: ModelKind) -> str
 
 
 def version_problem(transformer: Mapping[str, Any]) -> str | None:
-    """Tell a CogVideoX 1.5 from a 1.0.
-
-    Args:
-        transformer: Configuration of the transformer.
-
-    Returns:
-        What it is and what to do, to be read after its place; or None for a 1.0.
-    """
+    """That a transformer is a CogVideoX 1.5, to be read after its place."""
     if transformer.get("patch_size_t") is None:
         return None
     return (
@@ -259,14 +203,7 @@ def _scheduler_problem(config: Mapping[str, Any], kind: ModelKind) -> str | None
 
 
 def file_problem(path: Path) -> str:
-    """Say what is wrong with a file where a model's folder is wanted.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What is wrong; for a checkpoint of the authors the command that makes a folder of it.
-    """
+    """What is wrong with a file where a folder is wanted: of a checkpoint of the authors, how to convert it."""
     if path.suffix not in _CHECKPOINTS:
         return f"{path} is a file, not a folder"
     command = ("finetrainers", "convert", "--from", "reference", str(path), "--to", str(path.with_suffix("")))
@@ -274,14 +211,7 @@ def file_problem(path: Path) -> str:
 
 
 def find_transformer(path: Path) -> Path:
-    """Find the transformer in what may be its own folder, or one around it.
-
-    Args:
-        path: The folder of a transformer, of a model, of a run, or of one of its checkpoints.
-
-    Returns:
-        The transformer's folder; the given one if there is none in it.
-    """
+    """The transformer's folder in its own, a model's, a run's or a checkpoint's; the given one if there is none."""
     if (path / "config.json").is_file():
         return path
     around = (path, find_saved_model(path) or path)
@@ -289,14 +219,8 @@ def find_transformer(path: Path) -> Path:
 
 
 def find_saved_model(folder: Path) -> Path | None:
-    """Find what can be sampled from.
-
-    Args:
-        folder: The folder of a model, of a LoRA, of a run, or of one of its checkpoints.
-
-    Returns:
-        The folder of a model (it holds `model_index.json`) or of a LoRA (it holds `framebridge.json`): the given one,
-        else the end result of the run, else its newest checkpoint's; None if there is none.
+    """The folder of the model or the LoRA to sample from: the given one, else the run's result, else its newest
+    checkpoint's.
     """
     for candidate in (folder, folder / "model", folder / "lora"):
         if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
@@ -307,14 +231,7 @@ def find_saved_model(folder: Path) -> Path | None:
 
 
 def two_file_problem(folder: Path) -> str | None:
-    """Tell a LoRA folder of an earlier version, whose input projection lies in a file of its own.
-
-    Args:
-        folder: The folder of the LoRA.
-
-    Returns:
-        The command that converts it, in a line; None for any other folder.
-    """
+    """How to convert the LoRA folder of an earlier version, whose input projection lies in a file of its own."""
     if not (folder / EXTRA_WEIGHTS_FILE).is_file():
         return None
     source = os.path.abspath(folder)
@@ -323,14 +240,7 @@ def two_file_problem(folder: Path) -> str | None:
 
 
 def plain_problem(transformer: Path) -> str | None:
-    """Tell a plain CogVideoX from a FrameBridge model, whose network takes the image's latent as well.
-
-    Args:
-        transformer: Folder of the transformer.
-
-    Returns:
-        What is wrong if it has as many input as output channels; None also if its configuration does not tell.
-    """
+    """That a transformer's folder is of a plain CogVideoX; a FrameBridge network takes the image's latent as well."""
     config = _config(transformer)
     channels = config.get("in_channels")
     if not isinstance(channels, int) or channels != config.get("out_channels"):
@@ -339,14 +249,7 @@ def plain_problem(transformer: Path) -> str | None:
 
 
 def writing_problem(folder: Path) -> str | None:
-    """Examine a folder that is to be written into, and made before if need be.
-
-    Args:
-        folder: Its path.
-
-    Returns:
-        What is wrong and what to do, or None.
-    """
+    """Why a folder cannot be written into, or made."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir():
@@ -355,15 +258,7 @@ def writing_problem(folder: Path) -> str | None:
 
 
 def clip_shape_rule(vae: Path | None, transformer: Path | None) -> ClipShapeRule:
-    """Read the rule for clips off a model's configurations.
-
-    Args:
-        vae: Folder of the VAE; None, or one that cannot be read, stands for CogVideoX's own.
-        transformer: Folder of the transformer, likewise.
-
-    Returns:
-        The rule.
-    """
+    """The rule of a model's configurations; a folder that is None or cannot be read stands for CogVideoX's own."""
     compression, levels, patch = 4, 4, 2
     if vae is not None and (config := _config(vae)):
         compression = int(config.get("temporal_compression_ratio", compression))
@@ -374,17 +269,7 @@ def clip_shape_rule(vae: Path | None, transformer: Path | None) -> ClipShapeRule
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose content is an object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: If it is missing or anything else; the message names it.
-    """
+    """The object in a JSON file; a ValueError that names the file for anything else."""
     if not path.is_file():  # a named pipe would be waited for
         raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
@@ -424,15 +309,7 @@ def _place_problem(path: Path) -> str | None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
-    """Read what a safetensors file says of its tensors.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        Type, shape and place of every tensor by name, and `__metadata__` if there is any; None if the file is of
-        another kind, or cut off in its header.
-    """
+    """Type, shape and place of each tensor by name, and `__metadata__`; None for another or a cut off file."""
     # 8 bytes with the header's length, the header in JSON, and the tensors' bytes.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -444,14 +321,7 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
 
 
 def weights_problem(path: Path) -> str | None:
-    """Examine a file of weights.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        What is wrong and what to do, or None.
-    """
+    """What is wrong with an existing file of weights."""
     size = path.stat().st_size
     if size == 0:
         return f"{path} is empty; download it again"

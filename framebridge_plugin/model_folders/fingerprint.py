@@ -40,27 +40,12 @@ def component_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def short_digest(value: Any) -> str:
-    """A digest that fits into an error's line.
-
-    Args:
-        value: What JSON can say.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """16 hexadecimal digits that stand for what JSON can say."""
     return digest_of(json.dumps(value, sort_keys=True).encode())[:16]
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Compares two fingerprints.
-
-    Args:
-        there: That of the stored values.
-        here: That of the run.
-
-    Returns:
-        Where they differ first, and the two values; None if they are equal.
-    """
+    """Where two fingerprints differ first, that of stored values and that of a run; None if they are equal."""
     theirs, ours = dict(_leaves(there)), dict(_leaves(here))
     for name in [*ours, *theirs]:
         value, other = theirs.get(name, _ABSENT), ours.get(name, _ABSENT)

@@ -61,41 +61,17 @@ class LoraInfo:
     fps: float | None = None
 
     def write(self, folder: Path) -> None:
-        """Write it into a LoRA folder.
-
-        Args:
-            folder: The folder.
-        """
+        """Write it into a LoRA folder."""
         (folder / LORA_INFO_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def other_base_problem(self, folders: Mapping[str, Path]) -> str | None:
-        """Compare components on the disk with those that the LoRA was trained on.
-
-        Args:
-            folders: Folders of the components to compare, by name.
-
-        Returns:
-            The first difference, or None; None also where the LoRA does not know its base's fingerprint.
-
-        Raises:
-            FrameBridgeError: If a file cannot be read.
-        """
+        """Where folders of components differ first from those that it was trained on, as far as it knows."""
         known = {part: files for part, files in self.fingerprint.items() if part in folders}
         return first_difference(known, {part: component_fingerprint(folders[part]) for part in known})
 
 
 def read_lora_info(folder: Path) -> LoraInfo:
-    """Read what a LoRA folder says.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        What it says.
-
-    Raises:
-        FrameBridgeError: If it is not as it was written.
-    """
+    """What a LoRA folder says; a FrameBridgeError if it is not as it was written."""
     path = folder / LORA_INFO_FILE
     try:
         content = read_json(path)
@@ -109,16 +85,7 @@ def read_lora_info(folder: Path) -> LoraInfo:
 
 
 def other_base_error(folder: Path, base: str, difference: str) -> str:
-    """The line for a LoRA that is to be opened with another base model than its own.
-
-    Args:
-        folder: The LoRA's folder.
-        base: What was found in its base model's place.
-        difference: What `other_base_problem` returned.
-
-    Returns:
-        What is wrong and what to do.
-    """
+    """The line for a LoRA that is to be opened with another base model, `base`, than its own."""
     return (
         f"{base} is not the model that the LoRA {folder} was trained on: {difference}; say where that is "
         f"({HOW_TO_SAY_BASE}), or take this one all the same ({HOW_TO_ALLOW_BASE})"
@@ -126,14 +93,7 @@ def other_base_error(folder: Path, base: str, difference: str) -> str:
 
 
 def lora_problem(folder: Path) -> str | None:
-    """Examine the LoRA file of a folder that our trainer saved.
-
-    Args:
-        folder: The folder of the LoRA; it holds `framebridge.json`.
-
-    Returns:
-        What is wrong and what to do, or None.
-    """
+    """What is wrong with the LoRA file of a folder that our trainer saved."""
     if (problem := two_file_problem(folder)) is not None:
         return problem
     file = folder / LORA_FILE
@@ -151,14 +111,8 @@ def lora_problem(folder: Path) -> str | None:
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
-    """Read what the LoRA file of a folder says of its layers.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        `rank`, `lora_alpha` and `target_modules` (sorted names, or one regular expression), as a recipe says them;
-        empty if the file says nothing.
+    """`rank`, `lora_alpha` and `target_modules` (sorted names, or one expression) that a LoRA file says it has, if
+    any.
     """
     header = safetensors_header(folder / LORA_FILE) or {}
     try:

@@ -29,11 +29,7 @@ _KINDS = {"cogvideox_bridge": COGVIDEOX, "latte_bridge": LATTE_BRIDGE, "latte_ne
 
 @dataclass(frozen=True)
 class Start:
-    """What an earlier run left behind.
-
-    Attributes:
-        folder: The folder of its model or its LoRA. Of a run with an average of the weights (EMA) it is the average.
-    """
+    """The folder of an earlier run's model or LoRA; of a run with an average of the weights (EMA), of the average."""
 
     folder: Path
 
@@ -48,15 +44,7 @@ class Start:
         return self.folder / ("neural_prior" if model_kind(self.folder) == LATTE_NEURAL_PRIOR else "transformer")
 
     def kind_problem(self, model_name: str, training_type: str) -> str | None:
-        """Tell whether a run of some kind can begin with it.
-
-        Args:
-            model_name: The run's, such as "cogvideox_bridge".
-            training_type: "lora" or "full-finetune".
-
-        Returns:
-            What is wrong and what to do, or None.
-        """
+        """Why a run of this model and training type cannot begin with it."""
         if (problem := two_file_problem(self.folder)) is not None:
             return problem
         if model_kind(self.folder) != _KINDS.get(model_name):
@@ -76,17 +64,7 @@ class Start:
         return None
 
     def parts_problem(self, folders: Mapping[str, Path]) -> str | None:
-        """Compare the components that it was trained with, and a LoRA's network, with those of a run.
-
-        Args:
-            folders: Folders of the run's components, by name.
-
-        Returns:
-            What is wrong and what to do, or None.
-
-        Raises:
-            FrameBridgeError: If a file cannot be read.
-        """
+        """What differs between the components that it was trained with, and a LoRA's network, and those of a run."""
         if self.is_lora:
             difference = read_lora_info(self.folder).other_base_problem(folders)
             remedy = "take the model that it was trained on"
@@ -100,13 +78,8 @@ class Start:
 
 
 def find_start(name: str | None) -> Start | None:
-    """Find what a run is to begin with.
-
-    Args:
-        name: The folder of a run, of one of its checkpoints, of a model or of a LoRA; or a hub id.
-
-    Returns:
-        The model or LoRA; None for an id, and if there is none.
+    """What a run is to begin with: a run's, checkpoint's, model's or LoRA's folder; None for a hub id, or if it is
+    none.
     """
     path = None if name is None else local_path(name)
     found = None if path is None else find_saved_model(path)

@@ -41,14 +41,8 @@ def full_rank_settings(rank: int, target_modules: str | Iterable[str]) -> dict[s
 
 
 def add_projection(config: LoraConfig, network: nn.Module) -> None:
-    """Adds the projection's adapter to the configuration of a LoRA, in place.
-
-    Args:
-        config: What the LoRA is to be made with.
-        network: The network, before the LoRA's layers are added.
-
-    Raises:
-        ValueError: If none of the layers that the configuration names is there.
+    """Adds the projection's adapter to a LoRA's configuration, in place; a ValueError if it names no layer that is
+    there.
     """
     if not any(check_target_module_exists(config, name) for name, _ in network.named_modules()):
         # peft would say it, were it not for the projection.
@@ -60,14 +54,7 @@ def add_projection(config: LoraConfig, network: nn.Module) -> None:
 
 
 def freeze_identity(network: nn.Module) -> None:
-    """Sets A of the projection's adapters to the identity, and trains B alone.
-
-    Args:
-        network: The network with its LoRA layers.
-
-    Raises:
-        FrameBridgeError: If the projection is not among the layers that were adapted.
-    """
+    """Sets A of the projection's adapters to the identity, and trains B alone."""
     projection = network.get_submodule(INPUT_PROJECTION)
     if not isinstance(projection, LoraLayer):
         raise FrameBridgeError(

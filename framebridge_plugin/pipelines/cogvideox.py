@@ -384,28 +384,12 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
         )
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes scaled latents.
-
-        Args:
-            latents: [B, T, C, h, w], any precision.
-
-        Returns:
-            Pixels in about [-1, 1], [B, 3, F, H, W].
-        """
+        """Decodes scaled latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
         latents_BCTHW = latents.transpose(1, 2) / latent_scale(self.vae)
         return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Loads LoRA layers as diffusers does; refuses the folder of an earlier version, where they are not all.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: As in diffusers.
-            *args: As in diffusers: `adapter_name`, ...
-            **kwargs: As in diffusers.
-
-        Raises:
-            FrameBridgeError: If the trained input projection lies in a file of its own.
-        """
+        """Loads LoRA layers as diffusers does; refuses the folder of an earlier version, where they are not all."""
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | os.PathLike):
             folder = Path(source).parent if os.path.isfile(source) else Path(source, kwargs.get("subfolder") or "")

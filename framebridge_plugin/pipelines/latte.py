@@ -333,16 +333,8 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Loads LoRA layers as diffusers does, for the network that they were trained on.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: A folder that a LoRA run wrote, or anything that diffusers takes.
-            adapter_name: Name of the adapter; by default diffusers counts.
-            hotswap: Replace the adapter of that name in place.
-            **kwargs: As in diffusers: `weight_name`, `revision`, ...
-
-        Raises:
-            FrameBridgeError: If there are no LoRA layers for a network of this pipeline, or a file is damaged.
+        """Loads LoRA layers as diffusers does, for the network that they were trained on; refuses those of another
+        model.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | os.PathLike) and (Path(source) / LORA_FILE).is_file():

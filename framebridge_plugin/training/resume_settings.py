@@ -62,14 +62,8 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
 
 
 def settings_difference(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """Compares the settings of a checkpoint with those of a run; one that only one of them has is a difference.
-
-    Args:
-        stored: Those of the checkpoint.
-        settings: Those of the run, as JSON gives them back.
-
-    Returns:
-        What the checkpoint was trained with and without, in a few words; None if they are equal.
+    """What the settings of a checkpoint say and those of a run do not, and the other way, in a few words; None if
+    equal.
     """
     names = dict.fromkeys([*stored, *settings])
     changed = [n for n in names if n not in stored or n not in settings or stored[n] != settings[n]]
@@ -84,15 +78,7 @@ def settings_difference(stored: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def tensors_difference(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
-    """Compares the names and shapes of stored tensors with those that a network has.
-
-    Args:
-        stored: The stored ones.
-        expected: The network's, sharded or whole.
-
-    Returns:
-        The first difference, in a few words; None if there is none.
-    """
+    """The first difference in names and shapes of stored tensors and a network's, in a few words; None if equal."""
     for name in dict.fromkeys([*expected, *stored]):
         if name not in stored:
             return f"tensor {name} is missing"

@@ -19,18 +19,7 @@ from framebridge_plugin.training.resume_settings import tensors_difference
 
 
 def load_start(args: Any, specification: Any, network: nn.Module) -> None:
-    """Begins with the layers of a LoRA; a whole model was loaded as the network's own (`transformer_id`).
-
-    Args:
-        args: finetrainers' arguments.
-        specification: The model's.
-        network: The network with what is trained, whole.
-
-    Raises:
-        UsageError: If the layers are others, or were trained on another model, or a program did not hand
-            `transformer_id` on to the specification.
-        FrameBridgeError: If a file is missing or damaged.
-    """
+    """Begins with the layers of a LoRA; a whole model was loaded as the network's own (`transformer_id`)."""
     start = None if args.resume_from_checkpoint is not None else find_start(args.start_from)
     if start is None:
         return

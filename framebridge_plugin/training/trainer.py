@@ -392,19 +392,7 @@ class FrameBridgeTrainer(SFTTrainer):
 
 
 def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str, Any]]:
-    """Refuses clips and validation samples that the model is not for.
-
-    Args:
-        args: finetrainers' arguments.
-        specification: The model's.
-        datasets: What `load_dataset_config` returned.
-
-    Returns:
-        The validation samples.
-
-    Raises:
-        FrameBridgeError: If there are any.
-    """
+    """Refuses clips and validation samples that the model is not for; returns the validation samples."""
     if hasattr(specification, "check_datasets"):
         specification.check_datasets(datasets)
     samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
@@ -420,14 +408,7 @@ def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Refuses what does not work with any specification.
-
-    Args:
-        args: finetrainers' arguments.
-
-    Raises:
-        UsageError: If they ask for it.
-    """
+    """Refuses what does not work with any specification."""
     for name in ("pp_degree", "cp_degree", "tp_degree"):
         if getattr(args, name) > 1:
             raise UsageError(

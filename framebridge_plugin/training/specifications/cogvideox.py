@@ -91,9 +91,9 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **kwargs)
         self.objective = objective or parsed_objective(self.default_objective)
+        # Of the training clips, once a trainer knows them: (frames, height, width), and frames per second.
         self.clip_shape: tuple[int, int, int] | None = None
         self.clip_rate: float | None = None
-        """(frames, height, width) of the training clips, once a trainer knows them; saved with the model."""
 
     # Loading
 
@@ -125,14 +125,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             return CogVideoXTransformer3DModel.from_config(self.transformer_config)
 
     def load_diffusion_models(self) -> dict[str, Any]:
-        """The widened transformer and the scheduler of the objective.
-
-        Returns:
-            {"transformer": ..., "scheduler": ...}
-
-        Raises:
-            FrameBridgeError: If a file is missing or damaged, or the model is of another kind.
-        """
+        """The widened `transformer` and the `scheduler` of the objective."""
         source, subfolder = self._source("transformer")
         try:
             transformer = load_bridge_transformer(
@@ -154,28 +147,14 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         return build_scheduler(backbone, self.objective)
 
     def load_condition_models(self) -> dict[str, Any]:
-        """Tokenizer and text encoder.
-
-        Returns:
-            {"tokenizer": ..., "text_encoder": ...}
-
-        Raises:
-            FrameBridgeError: If a file is missing or damaged.
-        """
+        """The `tokenizer` and the `text_encoder`."""
         tokenizer = load_tokenizer(*self._source("tokenizer"), **self._hub_settings)
         source, subfolder = self._source("text_encoder")
         text_encoder = load_text_encoder(source, subfolder, self.text_encoder_dtype, **self._hub_settings)
         return {"tokenizer": tokenizer, "text_encoder": text_encoder}
 
     def load_latent_models(self) -> dict[str, Any]:
-        """The video autoencoder.
-
-        Returns:
-            {"vae": ...}
-
-        Raises:
-            FrameBridgeError: If a file is missing or damaged.
-        """
+        """The video autoencoder, `vae`."""
         try:
             with whole_weights():
                 return super().load_latent_models()
@@ -202,10 +181,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             components.update(self.load_condition_models())
         if components["vae"] is None:
             components.update(self.load_latent_models())
-        num_frames, height, width = self.clip_shape or (None, None, None)
-        pipeline = FrameBridgeCogVideoXPipeline(
-            transformer=transformer, num_frames=num_frames, height=height, width=width, **components
-        )
+        pipeline = FrameBridgeCogVideoXPipeline(transformer=transformer, **self._clip_settings, **components)
         set_switches(pipeline, kwargs)
         return pipeline
 
@@ -290,14 +266,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         return result
 
     def precomputation_facts(self) -> dict[str, Any]:
-        """What `prepare_latents` and `prepare_conditions` depend on besides clip, caption and seeds.
-
-        Returns:
-            Names and values that JSON can say.
-
-        Raises:
-            FrameBridgeError: If a file of the model cannot be read.
-        """
+        """What `prepare_latents` and `prepare_conditions` depend on besides clip, caption and seeds."""
         settings = ("objective", "image_noise", "prior_noise", "noise_log_mean", "noise_log_std")
         return {
             **{name: getattr(self.objective, name) for name in settings},
@@ -383,12 +352,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     # What is trained, validated and saved
 
     def complete_lora_config(self, transformer: CogVideoXTransformer3DModel, config: LoraConfig) -> None:
-        """Adds the widened input projection to what a LoRA trains: low-rank layers alone never see the image.
-
-        Args:
-            transformer: The network, before its LoRA layers are added.
-            config: finetrainers' configuration of them; changed in place.
-        """
+        """Adds the widened input projection to what a LoRA trains: low-rank layers alone never see the image."""
         add_projection(config, transformer)
 
     def prepare_trainable_parameters(self, transformer: CogVideoXTransformer3DModel, training_type: str) -> None:
@@ -445,7 +409,6 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         scheduler: Any = None,
     ) -> None:
         assert transformer_state_dict is not None
-        num_frames, height, width = self.clip_shape or (None, None, None)
         save_model_folder(
             directory,
             pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
@@ -458,13 +421,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
                 name: (library, class_name, self._component_folder(name))
                 for name, (library, class_name) in COGVIDEOX_COMPONENTS.items()
             },
-            settings={
-                "num_frames": num_frames,
-                "height": height,
-                "width": width,
-                **FrameBridgeCogVideoXPipeline.default_call,
-                **rate_setting(self),
-            },
+            settings=self._clip_settings | {**FrameBridgeCogVideoXPipeline.default_call, **rate_setting(self)},
         )
 
     def _save_lora_weights(
@@ -488,29 +445,23 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
             scheduler=scheduler,
         )
 
+    @property
+    def _clip_settings(self) -> dict[str, Any]:
+        return dict(zip(("num_frames", "height", "width"), self.clip_shape or (None, None, None), strict=True))
+
     @functools.cached_property
     def _lora_info(self) -> LoraInfo:
         """What a LoRA remembers of its base, as it was when it was loaded."""
         components = {name: (self._source(name)[0], folder) for name, folder in self.frozen_components("lora").items()}
-        num_frames, height, width = self.clip_shape or (None, None, None)
         return LoraInfo(
             pipeline_class=FrameBridgeCogVideoXPipeline.__name__,
             network_name="transformer",
-            num_frames=num_frames,
-            height=height,
-            width=width,
+            **self._clip_settings,
             **describe_base(self.pretrained_model_name_or_path, components),
         )
 
     def frozen_components(self, training_type: str) -> dict[str, Path]:
-        """What training leaves as it is.
-
-        Args:
-            training_type: "lora" or "full-finetune".
-
-        Returns:
-            The folders of the components; with LoRA layers the network is one of them.
-        """
+        """The folders of what training leaves as it is; with LoRA layers the network is one of them."""
         names = ("transformer", *COGVIDEOX_COMPONENTS) if training_type == "lora" else COGVIDEOX_COMPONENTS
         return {name: self._component_folder(name) for name in names}
 

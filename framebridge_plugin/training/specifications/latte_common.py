@@ -327,14 +327,7 @@ class LatteSpecification(LatteLoading):
         return local_folder(source, patterns=patterns, **self._hub_settings) / subfolder
 
     def frozen_components(self, training_type: str) -> dict[str, Path]:
-        """What training leaves as it is.
-
-        Args:
-            training_type: "lora" or "full-finetune".
-
-        Returns:
-            The folders of the components, a neural prior among them; with LoRA layers the network is one, too.
-        """
+        """The folders of what training leaves as it is; with LoRA layers the network is one of them."""
         sources = self._component_sources()
         if training_type != "lora":
             del sources[self.network_name]

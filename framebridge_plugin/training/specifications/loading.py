@@ -35,17 +35,7 @@ COGVIDEOX_FOLDER = (
 def cannot_load(
     what: str, source: str, reason: BaseException | str, expected: str = COGVIDEOX_FOLDER
 ) -> FrameBridgeError:
-    """The error for a component that cannot be loaded.
-
-    Args:
-        what: The component.
-        source: Folder or id that it was to come from.
-        reason: What is wrong; of an error, its first line.
-        expected: What the folder should be.
-
-    Returns:
-        An error of one line.
-    """
+    """The error, of one line, for a component that cannot be loaded; `expected` says what the folder should be."""
     if problem := two_file_problem(find_saved_model(Path(source)) or Path(source)):
         return FrameBridgeError(problem)
     line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
@@ -60,21 +50,7 @@ def load_config(
     expected: str = COGVIDEOX_FOLDER,
     **hub_settings: Any,
 ) -> FrozenDict:
-    """A component's config.
-
-    Args:
-        component_class: The class of diffusers that the config must be of.
-        source: Folder or id of a whole model, or of the component alone.
-        subfolder: The component's folder in a whole model.
-        expected: What the folder should be.
-        **hub_settings: `revision` and `cache_dir`.
-
-    Returns:
-        The config.
-
-    Raises:
-        FrameBridgeError: If it is missing, damaged or of another class.
-    """
+    """A component's config, refused if it is of another class; `expected` says what its folder should be."""
     name = component_class.__name__
     try:
         config = component_class.load_config(source, subfolder=subfolder, **hub_settings)
@@ -119,12 +95,7 @@ def load_backbone(
 
 
 def set_switches(pipeline: Any, switches: Mapping[str, Any]) -> None:
-    """Applies finetrainers' switches to a pipeline.
-
-    Args:
-        pipeline: A pipeline with an autoencoder.
-        switches: `enable_slicing`, `enable_tiling` and `enable_model_cpu_offload`, where given; others are not used.
-    """
+    """Applies finetrainers' `enable_slicing`, `enable_tiling` and `enable_model_cpu_offload` to a pipeline."""
     if switches.get("enable_slicing"):
         pipeline.vae.enable_slicing()
     if switches.get("enable_tiling"):
@@ -134,19 +105,7 @@ def set_switches(pipeline: Any, switches: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(source: str, subfolder: str, **hub_settings: Any) -> T5Tokenizer:
-    """A T5 tokenizer.
-
-    Args:
-        source: Folder or id of a whole model, or of the tokenizer alone.
-        subfolder: Its folder in a whole model, "" for the tokenizer alone.
-        **hub_settings: `revision` and `cache_dir`.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        FrameBridgeError: If a file is missing or damaged.
-    """
+    """A T5 tokenizer with its vocabulary; the subfolder is empty for a tokenizer alone."""
     try:
         tokenizer = T5Tokenizer.from_pretrained(source, subfolder=subfolder, **hub_settings)
     except LOADING_ERRORS as error:
@@ -158,20 +117,7 @@ def load_tokenizer(source: str, subfolder: str, **hub_settings: Any) -> T5Tokeni
 
 
 def load_text_encoder(source: str, subfolder: str, dtype: torch.dtype, **hub_settings: Any) -> T5EncoderModel:
-    """A T5 encoder; finetrainers' own loading takes a T5 with its decoder for `text_encoder_id`.
-
-    Args:
-        source: Folder or id of a whole model, or of the encoder alone.
-        subfolder: Its folder in a whole model, "" for the encoder alone.
-        dtype: Precision of its weights.
-        **hub_settings: `revision` and `cache_dir`.
-
-    Returns:
-        The encoder.
-
-    Raises:
-        FrameBridgeError: If a file is missing or damaged.
-    """
+    """A T5 encoder; finetrainers' own loading takes a T5 with its decoder for `text_encoder_id`."""
     try:
         with whole_weights():
             return T5EncoderModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub_settings)
@@ -180,12 +126,5 @@ def load_text_encoder(source: str, subfolder: str, dtype: torch.dtype, **hub_set
 
 
 def rate_setting(specification: Any) -> dict[str, float]:
-    """The pipeline's setting `fps`, where the rate of the training clips is known.
-
-    Args:
-        specification: The model's, with `clip_rate`.
-
-    Returns:
-        It, or nothing.
-    """
+    """The pipeline's setting `fps`, where the rate of the training clips is known."""
     return {} if specification.clip_rate is None else {"fps": specification.clip_rate}
