@@ -32,6 +32,7 @@ from framebridge_plugin.model_folders.lora import (
     read_lora_info,
 )
 from framebridge_plugin.models.whole_weights import whole_weights
+from framebridge_plugin.pipelines.common import check_scheduler
 from framebridge_plugin.pipelines.saving import local_folder
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -97,8 +98,12 @@ def find_model(
     return saved
 
 
-def _check_configs(saved: SavedModel, given: Container[str]) -> None:
+def _check_configs(saved: SavedModel, given: Mapping[str, Any]) -> None:
     """Refuses a network or a scheduler of another kind before anything is loaded."""
+    own = next((folder / "scheduler" for folder in (saved.lora, saved.base) if folder is not None), Path())
+    if "scheduler" in given and "transformer" not in given and (own / "scheduler_config.json").is_file():
+        name = read_json(own / "scheduler_config.json").get("_class_name")
+        check_scheduler(given["scheduler"], was_bridge=name == FrameBridgeScheduler.__name__)
     kind = None if saved.base is None else model_kind(saved.base)
     if saved.base is None or kind is None:
         return

@@ -293,7 +293,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _nearest_key(path: str) -> str:
     known = list(_keys(Recipe))
     parent, _, name = path.rpartition(".")
-    same_name = [key for key in known if key.rpartition(".")[2] == name]
+    same_name = [key for key in known if key.rpartition(".")[2] == name.lower()]
     if same_name:
         return same_name[0]  # the right key in the wrong section
     if meant := synonym_of(name):

@@ -56,7 +56,9 @@ SYNONYMS = {
     ),
     "framebridge.data.height": "resolution image_size video_size sample_size size h",
     "framebridge.data.width": "w",
-    "framebridge.data.frame_stride": "stride frame_interval sample_stride frame_skip skip_frames",
+    "framebridge.data.frame_stride": (
+        "stride frame_interval sample_stride frame_skip skip_frames fps target_fps sample_fps"
+    ),
     "framebridge.data.horizontal_flip": "random_flip flip hflip",
     "framebridge.data.id_token": "trigger_word trigger instance_prompt id_tokens",
     "framebridge.ema_decay": "ema use_ema ema_rate",

@@ -282,11 +282,13 @@ def test_a_loop_copied_from_diffusers_gives_the_same_video(pipeline, call):
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler"])
-def test_a_scheduler_that_is_no_bridge_is_refused(pipeline, name):
+def test_a_scheduler_that_is_no_bridge_is_refused(pipeline, bridge_folder, name):
     other = getattr(diffusers, name)()
     if name != "CogVideoXDDIMScheduler":  # which a baseline has
         with pytest.raises(FrameBridgeError, match=f"a {name} is no bridge"):
             FrameBridgeCogVideoXPipeline(**{**pipeline.components, "scheduler": other})
+    with pytest.raises(FrameBridgeError, match=f"a {name} is no bridge, which the model was built with"):
+        FrameBridgeCogVideoXPipeline.from_pretrained(bridge_folder, scheduler=other)
     pipeline.scheduler = other
     with pytest.raises(FrameBridgeError, match=f"a {name} is no bridge, which the model was built with"):
         latents_of(pipeline)

@@ -112,6 +112,8 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
         ("training.lr=10", "training.lr", "optimization.lr"),
         ("zzz=10", "zzz", "the nearest is"),
         ("learning_rate=1", "learning_rate", "the nearest is optimization.lr"),
+        ("LR=1", "LR", "the nearest is optimization.lr"),
+        ("framebridge.data.fps=8", "framebridge.data.fps", "the nearest is framebridge.data.frame_stride"),
         ("training.max_train_steps=1", "training.max_train_steps", "the nearest is optimization.train_steps"),
         ("training.num_train_epochs=1", "training.num_train_epochs", "the nearest is optimization.train_steps"),
         ("optimization.warmup_steps=1", "optimization.warmup_steps", "the nearest is optimization.lr_warmup_steps"),
