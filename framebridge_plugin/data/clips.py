@@ -184,7 +184,7 @@ def clip_rate(path: str, settings: ClipSettings) -> float | None:
     """
     check_regular_file(path)
     with damage_as_clip_error(path), opened(path) as (container, stream):
-        rate = stream.average_rate
+        rate = stream.average_rate or stream.guessed_rate  # Theora gives no mean
         length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     window = frame_window(length, settings, 0.0)
     if not rate or window is None or len(window) < 2:
