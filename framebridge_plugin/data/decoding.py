@@ -95,17 +95,7 @@ def read_pictures(
 
 @contextmanager
 def damage_as_clip_error(path: str) -> Iterator[None]:
-    """Turn FFmpeg's errors within the block into `ClipError`.
-
-    Args:
-        path: The file that is read there.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ClipError: FFmpeg reported an error.
-    """
+    """Turn FFmpeg's errors within the block into `ClipError`."""
     try:
         yield
     except av.FFmpegError as error:
@@ -152,19 +142,7 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
 
 
 def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> Iterator[VideoFrame]:
-    """Pass decoded frames on.
-
-    Args:
-        path: The file that they come from.
-        frames: What a decoder gives.
-        strict: Whether a picture that its decoder marks as damaged is an error.
-
-    Yields:
-        The frames.
-
-    Raises:
-        ClipError: The file is damaged.
-    """
+    """Pass decoded frames on; damage, and if `strict` a picture marked as damaged, is a `ClipError`."""
     try:
         for frame in frames:
             if strict and frame.is_corrupt:

@@ -70,18 +70,7 @@ class Turn(NamedTuple):
 
 
 def turn_of(path: str, frame: VideoFrame) -> Turn:
-    """How a frame is to be turned before it is shown.
-
-    Args:
-        path: The file.
-        frame: A decoded frame of it.
-
-    Returns:
-        What the file's display matrix says.
-
-    Raises:
-        ClipError: The angle is no multiple of 90 degrees.
-    """
+    """How a frame is to be turned before it is shown, by its display matrix; `ClipError` at an odd angle."""
     side_data: Any = frame.side_data  # A mapping by name, which PyAV's type stub does not say.
     try:
         matrix = bytes(side_data["DISPLAYMATRIX"])
@@ -99,21 +88,7 @@ def turn_of(path: str, frame: VideoFrame) -> Turn:
 def to_rgb(
     path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None, aspect: Fraction
 ) -> np.ndarray:
-    """Convert frames.
-
-    Args:
-        path: The file that they come from.
-        frames: Decoded frames.
-        count: How many they should be.
-        cover: Height and width to cover, as for `read_pictures`.
-        aspect: What `pixel_aspect` says.
-
-    Returns:
-        uint8 RGB array [F, H, W, 3].
-
-    Raises:
-        ClipError: They are too large, turned by an odd angle, of several sizes, or another number.
-    """
+    """Convert so many frames, all of one size, to uint8 RGB [F, H, W, 3], resized to cover a size if one is given."""
     pictures: list[np.ndarray] = []
     turn = Turn()
     size = target = (0, 0)
@@ -140,16 +115,7 @@ def to_rgb(
 
 
 def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize pictures by the filter that stretches pixels to squares.
-
-    Args:
-        pictures_FHWC: uint8 RGB pictures [F, H, W, 3].
-        height: Height wanted, in pixels.
-        width: Width wanted, in pixels.
-
-    Returns:
-        uint8 RGB pictures [F, height, width, 3].
-    """
+    """Resize uint8 RGB pictures [F, H, W, 3] by the filter that stretches pixels to squares."""
     reformatter = VideoReformatter()
     frames = (VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures_FHWC)
     return np.stack(

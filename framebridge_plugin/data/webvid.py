@@ -123,18 +123,7 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
 
 
 def _list_videos(root: Path) -> tuple[dict[str, set[str]], dict[str, str], LeftOut]:
-    """Lists the videos in `root`, its folder "", and in its other folders.
-
-    Args:
-        root: The folder.
-
-    Returns:
-        For each folder the names in it that end in ".mp4"; the paths of videos with another extension or whose path is
-        not ASCII, by their normal form without extension; and what was left out.
-
-    Raises:
-        OSError: The disk fails.
-    """
+    """By folder ("" is the root) the names in .mp4; the paths of all that are called otherwise, by normal form."""
     left_out, unlistable = LeftOut(), []
 
     def list_folder(folder: str) -> list[str]:
