@@ -17,9 +17,10 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.fingerprint import run_fingerprint
 from framebridge_plugin.training.latent_store import LatentStore
-from framebridge_plugin.training.registration import parse_arguments, register
+from framebridge_plugin.training.registration import add_lora_layers, parse_arguments, register
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, refuse_start
+from framebridge_plugin.training.starting import start_layers
 
 
 def rehearse(recipe: Recipe) -> None:
@@ -50,7 +51,7 @@ def rehearse(recipe: Recipe) -> None:
         if args.precomputed is not None:
             LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
         _check_first_clip(args, datasets, load_bad_file_policy(dataset_config))
-    _check_lora_targets(args, specification)
+    _check_lora(args, specification)
     check_samples(args, specification, datasets)
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
@@ -70,11 +71,13 @@ def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:
         raise FrameBridgeError("\n".join(["no clip can be read where the run would begin", *bad_files]))
 
 
-def _check_lora_targets(args: Any, specification: Any) -> None:
+def _check_lora(args: Any, specification: Any) -> None:
     if args.training_type != "lora" or not hasattr(specification, "blank_network"):
         return
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules)
+    network = specification.blank_network()
     try:
-        specification.blank_network().add_adapter(config)
+        add_lora_layers(specification, network, config)
     except ValueError as error:
         raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+    start_layers(args, specification, network)

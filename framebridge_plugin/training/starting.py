@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,26 +13,31 @@ from torch import nn
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.model_folders.checks import LORA_FILE
 from framebridge_plugin.model_folders.fingerprint import first_difference
-from framebridge_plugin.model_folders.lora import LoraInfo, read_lora_info
+from framebridge_plugin.model_folders.lora import lora_settings, read_lora_info
 from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.training.resume_settings import tensors_difference
 
 
 def load_start(args: Any, specification: Any, network: nn.Module) -> None:
     """Begins with the layers of a LoRA; a whole model was loaded as the network's own (`transformer_id`)."""
+    layers = start_layers(args, specification, network)
+    if layers is not None:
+        set_peft_model_state_dict(network, layers)
+
+
+def start_layers(args: Any, specification: Any, network: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The layers of the LoRA that a run begins with, if it does; refuses what is for other layers or another model."""
     start = None if args.resume_from_checkpoint is not None else find_start(args.start_from)
     if start is None:
-        return
-    if start.is_lora:
-        _load_lora(network, start.folder, getattr(specification, "_lora_info", None))
-    elif specification.transformer_id != args.transformer_id:
-        raise UsageError(
-            f"start_from: the weights in {start.network} were not loaded: build the specification with "
-            "transformer_id=args.transformer_id"
-        )
-
-
-def _load_lora(network: nn.Module, folder: Path, base: LoraInfo | None) -> None:
+        return None
+    if not start.is_lora:
+        if specification.transformer_id != args.transformer_id:
+            raise UsageError(
+                f"start_from: the weights in {start.network} were not loaded: build the specification with "
+                "transformer_id=args.transformer_id"
+            )
+        return None
+    folder, base = start.folder, getattr(specification, "_lora_info", None)
     info = read_lora_info(folder)
     if base is not None and info.fingerprint:
         difference = first_difference(info.fingerprint, base.fingerprint)
@@ -48,4 +53,7 @@ def _load_lora(network: nn.Module, folder: Path, base: LoraInfo | None) -> None:
     difference = tensors_difference(stored, get_peft_model_state_dict(network))
     if difference is not None:
         raise UsageError(f"start_from: the layers of {folder} are others: {difference}; take its rank and targets")
-    set_peft_model_state_dict(network, stored)
+    alpha = lora_settings(folder).get("lora_alpha", args.lora_alpha)
+    if alpha != args.lora_alpha:
+        raise UsageError(f"start_from: {folder} has the lora_alpha {alpha}, this run {args.lora_alpha}; take its own")
+    return stored

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -151,6 +152,8 @@ def test_arguments_are_checked_as_recipes_are(inputs, tmp_path):
         prepare(inputs, tmp_path, "full", f"--start_from={inputs / 'lora'}")
     with pytest.raises(UsageError, match="start_from: the layers of .* are others"):
         prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", "--rank=2")
+    with pytest.raises(UsageError, match="start_from: .* has the lora_alpha 8, this run 4"):
+        prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", "--lora_alpha=4")
     other = make_tiny_cogvideox(tmp_path / "other", seed=5, sample_size=SIZE)
     with pytest.raises(UsageError, match="start_from: .* was trained with another model: transformer"):
         prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", f"--transformer_id={other}/transformer")
@@ -178,6 +181,19 @@ def test_a_recipe_says_what_it_starts_from(inputs, recipe_file, capsys, start, o
     override = f"framebridge.start_from={inputs / start}"
     assert main(["train", "--recipe", str(recipe_file), "--dry-run", override, *overrides]) == 0
     assert f"start_from: {inputs / start}" in capsys.readouterr().out
+
+
+def test_a_dry_run_looks_at_a_lora_of_the_hub(inputs, recipe_file, tmp_path, capsys, monkeypatch):
+    cached = tmp_path / "models--owner--lora"
+    shutil.copytree(inputs / "lora/lora", cached / "snapshots/0123")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    dry_run = ["train", "--recipe", str(recipe_file), "--dry-run", "framebridge.start_from=owner/lora"]
+    assert main(dry_run) == 0
+    for option, message in (("lora.rank=8", "are others: tensor "), ("lora.lora_alpha=4", "has the lora_alpha 8")):
+        assert main([*dry_run, option]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from framebridge_plugin.models.projection_adapter import (
     with_identity,
 )
 from framebridge_plugin.models.whole_weights import whole_weights
-from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
 from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.pipelines.saving import (
@@ -122,7 +122,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     def blank_network(self) -> CogVideoXTransformer3DModel:
         """The network without weights: its modules, by which LoRA layers find their places."""
         with torch.device("meta"):
-            return CogVideoXTransformer3DModel.from_config(self.transformer_config)
+            return widen_input_channels(CogVideoXTransformer3DModel.from_config(self.transformer_config))
 
     def load_diffusion_models(self) -> dict[str, Any]:
         """The widened `transformer` and the `scheduler` of the objective."""
