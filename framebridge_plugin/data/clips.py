@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from framebridge_plugin.data.clip_errors import ClipError, check_regular_file
+from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.decoders import Decoder, read_video
-from framebridge_plugin.data.decoding import damage_as_clip_error, opened
-from framebridge_plugin.data.isolation import read_video_isolated
+from framebridge_plugin.data.decoding import read_timing
+from framebridge_plugin.data.isolation import read_timing_isolated, read_video_isolated
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 
@@ -182,11 +182,8 @@ def clip_rate(path: str, settings: ClipSettings) -> float | None:
     Raises:
         ClipError: The file cannot be opened.
     """
-    check_regular_file(path)
-    with damage_as_clip_error(path), opened(path) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate  # Theora gives no mean
-        length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    rate, length = (read_timing_isolated if settings.isolated else read_timing)(path)
     window = frame_window(length, settings, 0.0)
     if not rate or window is None or len(window) < 2:
         return None
-    return float(rate) * (len(window) - 1) / (window[-1] - window[0])
+    return rate * (len(window) - 1) / (window[-1] - window[0])

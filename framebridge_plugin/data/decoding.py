@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import av
 import numpy as np
@@ -151,6 +151,22 @@ def checked(path: str, frames: Iterable[VideoFrame], strict: bool = False) -> It
     except IndexError as error:
         # PyAV's answer when a transport stream announces a stream that was not there when it was opened.
         raise ClipError(path, "a new stream begins in the middle of it", "corrupt") from error
+
+
+class Timing(NamedTuple):
+    """Frames per second of a video, a mean (0 if it does not say), and its number of frames."""
+
+    rate: float
+    length: int
+
+
+def read_timing(path: str) -> Timing:
+    """Read how fast and how long a video is, from its header where that says so; raises `ClipError`."""
+    check_regular_file(path)
+    with damage_as_clip_error(path), opened(path) as (container, stream):
+        length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        # Theora gives no mean.
+        return Timing(float(stream.average_rate or stream.guessed_rate or 0), length)
 
 
 class _SeekFailedError(Exception):

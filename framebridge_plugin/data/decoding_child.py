@@ -1,9 +1,9 @@
 """The program that `isolation` starts: it reads the clips that it is asked for until its asker is gone.
 
-Requests are (path, options of `read_video`, time limit in seconds). The answer to one is the number of frames in the
-file, once or more often, each of which is answered by the wanted numbers, a `ClipError` that says why there are none,
-or None to give up; then an exception, or the shape of the frames [F, H, W, 3], which lie in shared memory until the
-next request.
+Requests are (path, options of `read_video` or None for `read_timing`, time limit in seconds). The answer is a
+`Timing`, or the number of frames in the file, once or more often, each of which is answered by the wanted numbers, a
+`ClipError` that says why there are none, or None to give up; then an exception, or the shape of the frames
+[F, H, W, 3], which lie in shared memory until the next request.
 
 It does not load torch, so that it starts fast and needs little memory beside the many others.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.decoders import read_video
+from framebridge_plugin.data.decoding import read_timing
 from framebridge_plugin.errors import FrameBridgeError
 
 
@@ -52,7 +53,9 @@ def main(requests_fd: int, replies_fd: int, frames_fd: int) -> None:
         pass
 
 
-def _serve(requests: Connection, replies: Connection, frames_fd: int, path: str, options: dict[str, Any]) -> None:
+def _serve(
+    requests: Connection, replies: Connection, frames_fd: int, path: str, options: dict[str, Any] | None
+) -> None:
     def choose(length: int) -> Sequence[int]:
         replies.send(length)
         answer = requests.recv()
@@ -63,6 +66,9 @@ def _serve(requests: Connection, replies: Connection, frames_fd: int, path: str,
         return answer
 
     try:
+        if options is None:
+            replies.send(read_timing(path))
+            return
         pictures = read_video(path, choose, **options)
     except _GivenUpError:
         return

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.decoders import Decoder
-from framebridge_plugin.data.decoding import Choose
+from framebridge_plugin.data.decoding import Choose, Timing
 from framebridge_plugin.errors import FrameBridgeError
 
 TIME_LIMIT_S = 60.0
@@ -61,11 +62,29 @@ def read_video_isolated(
         UsageError: The decoder does not load.
         FrameBridgeError: The child does not start.
     """
+    options = {"decoder": decoder, "strict": strict, "cover": cover}
+    with _living_child() as child:
+        return child.read(path, choose, options, time_limit_s)
+
+
+def read_timing_isolated(path: str) -> Timing:
+    """Do what `read_timing` does in a child process; raises `ClipError` as `read_video_isolated` does."""
+    with _living_child() as child:
+        return child.read(path, _choose_nothing, None)
+
+
+def _choose_nothing(length: int) -> list[int]:
+    return []
+
+
+@contextlib.contextmanager
+def _living_child() -> Iterator[DecodingProcess]:
+    """The child of this process, started if need be, for one caller at a time."""
     global _child
     with _lock:
         if _child is None or not _child.is_alive():
             _child = DecodingProcess()
-        return _child.read(path, choose, {"decoder": decoder, "strict": strict, "cover": cover}, time_limit_s)
+        yield _child
 
 
 class DecodingProcess:
@@ -112,22 +131,12 @@ class DecodingProcess:
         return self.process.poll() is None
 
     def read(
-        self, path: str, choose: Choose, options: dict[str, Any], time_limit_s: float | None = None
-    ) -> np.ndarray:
-        """Have the child read chosen frames; any error but one that it reports ends it.
+        self, path: str, choose: Choose, options: dict[str, Any] | None, time_limit_s: float | None = None
+    ) -> Any:
+        """Have the child do `read_video` with these options, or without any `read_timing`, and return what that does.
 
-        Args:
-            path: A video file.
-            choose: From the number of frames in the file to the wanted ones.
-            options: Keyword arguments of `read_video`.
-            time_limit_s: Seconds that it may take; None for `TIME_LIMIT_S`.
-
-        Returns:
-            What `read_video` returns.
-
-        Raises:
-            ClipError: What `read_video` raises, "crashed" or "timeout".
-            FrameBridgeError: What else `read_video` raises.
+        Raises what that raises, and `ClipError` "crashed" or "timeout"; any error but one that the child reports ends
+        it. `time_limit_s` is `TIME_LIMIT_S` if None.
         """
         limit = TIME_LIMIT_S if time_limit_s is None else time_limit_s
         try:
@@ -145,14 +154,14 @@ class DecodingProcess:
             raise outcome
         return outcome
 
-    def _ask(self, path: str, choose: Choose, options: dict[str, Any], limit: float) -> np.ndarray | Exception:
+    def _ask(self, path: str, choose: Choose, options: dict[str, Any] | None, limit: float) -> Any:
         deadline = time.monotonic() + limit
         self._to_child.send((path, options, limit))
         while True:
             if not self._from_child.poll(max(deadline - time.monotonic(), 0.0)):
                 raise TimeoutError
             reply = self._from_child.recv()
-            if isinstance(reply, Exception):
+            if isinstance(reply, Exception | Timing):
                 return reply
             if isinstance(reply, tuple):
                 with mmap.mmap(self._frames.fileno(), math.prod(reply), prot=mmap.PROT_READ) as shared:

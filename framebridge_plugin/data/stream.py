@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import os
-import statistics
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypedDict
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
 from framebridge_plugin.data.clip_errors import ClipError
@@ -92,21 +90,6 @@ class ClipStream(IterableDataset[Sample]):
         """Number of rows of all data sets together."""
         return self._ends[-1]
 
-    def clip_rate(self) -> float | None:
-        """Finds the rate at which the run's clips go by as in life, from `RATE_CLIPS` of them.
-
-        Returns:
-            Frames per second, a median; the same for every rank and resume. None where no file says it.
-        """
-        order, rates = KeyedPermutation(self.epoch_size, self.seed, 0), []
-        for offset in range(min(self.epoch_size, RATE_CLIPS)):
-            path, _, settings = self._row(order[offset])
-            if os.path.abspath(path) not in self.known_files:
-                with contextlib.suppress(ClipError):
-                    rates.append(clip_rate(path, settings))
-        known = [rate for rate in rates if rate is not None]
-        return round(statistics.median(known), 3) if known else None
-
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -149,3 +132,29 @@ class ClipStream(IterableDataset[Sample]):
         index, settings = self.datasets[dataset]
         path, caption = index[number - (self._ends[dataset] - len(index))]
         return path, caption, settings
+
+
+class ClipRates(Dataset[float | None]):
+    """The rates, in frames per second, at which the first `RATE_CLIPS` clips of a run go by as in life.
+
+    They are the same for every rank and resume. A file that does not say it, or cannot be opened, has None.
+
+    Args:
+        stream: The run's clips.
+    """
+
+    def __init__(self, stream: ClipStream) -> None:
+        self._stream = stream
+        self._order = KeyedPermutation(stream.epoch_size, stream.seed, 0)
+
+    def __len__(self) -> int:
+        return min(self._stream.epoch_size, RATE_CLIPS)
+
+    def __getitem__(self, offset: int) -> float | None:
+        path, _, settings = self._stream._row(self._order[offset])
+        if os.path.abspath(path) in self._stream.known_files:
+            return None
+        try:
+            return clip_rate(path, settings)
+        except ClipError:
+            return None

@@ -13,7 +13,7 @@ from finetrainers.data import initialize_preprocessor
 
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.latent_store import LatentStore
-from framebridge_plugin.training.loading import sample_loader
+from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.stored_stream import StoredStream, take_empty
 
 
@@ -72,7 +72,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             stream = ClipStream(
                 datasets, args.seed, **place, max_attempts=policy.max_attempts, known_files=known_files
             )
-            self.clip_rate = stream.clip_rate()
+            self.clip_rate = median_clip_rate(stream, args)
         else:
             self.clip_rate = store.manifest.clip_rate
             drop_caption = getattr(specification, "drop_caption", take_empty)

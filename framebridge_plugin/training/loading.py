@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from framebridge_plugin.data.stream import ClipRates, ClipStream
 from framebridge_plugin.errors import FrameBridgeError
 
 # How torch's own errors begin; those of the data set begin otherwise, also where a worker passes them on.
@@ -35,6 +37,22 @@ def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None =
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         timeout=settings.dataloader_timeout if workers else 0,
     )
+
+
+def median_clip_rate(stream: ClipStream, args: Any) -> float | None:
+    """Finds the rate at which a run's clips go by as in life; its reading processes look it up, for files may hang.
+
+    Args:
+        stream: The run's clips.
+        args: finetrainers' arguments, with ours.
+
+    Returns:
+        Frames per second, a median over the run's first clips; None where no file says it.
+    """
+    rates = ClipRates(stream)
+    with explained_reading_errors():
+        known = [rate for rate in sample_loader(rates, args, range(len(rates))) if rate is not None]
+    return round(statistics.median(known), 3) if known else None
 
 
 @contextlib.contextmanager

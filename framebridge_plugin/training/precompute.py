@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -42,7 +43,7 @@ from framebridge_plugin.training.latent_store import (
     remove_partial_files,
     write_shard,
 )
-from framebridge_plugin.training.loading import explained_reading_errors, sample_loader
+from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
 from framebridge_plugin.training.registration import parse_arguments, register
 from framebridge_plugin.training.run import build_specification, write_run_files
 
@@ -102,8 +103,8 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     captions = Captions([index for index, _ in datasets])
     quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
     known_files = {os.path.abspath(entry["path"]) for entry in read_bad_files(quarantine)} if quarantine else ()
-    stream = ClipStream(datasets, args.seed, known_files=known_files)
-    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, stream)
+    rate = functools.partial(median_clip_rate, ClipStream(datasets, args.seed, known_files=known_files), args)
+    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, rate)
     return _Job(args, specification, datasets, captions, store, manifest, processes)
 
 
@@ -122,13 +123,13 @@ def _plan(
     fingerprint: Mapping[str, Any],
     variants: int | None,
     shard_size: int | None,
-    stream: ClipStream,
+    rate: Callable[[], float | None],
 ) -> Manifest:
     found = read_manifest(store)
     if found is None:
         size = shard_size or SHARD_SIZE
-        number, rate = captions.number(""), stream.clip_rate()
-        return Manifest(captions.rows, variants or 1, len(captions), number, size, fingerprint, rate)
+        number = captions.number("")
+        return Manifest(captions.rows, variants or 1, len(captions), number, size, fingerprint, rate())
     check_fingerprint(store, found, fingerprint)
     if shard_size not in (None, found.shard_size):
         raise UsageError(f"--shard-size {shard_size}: {store} has files of {found.shard_size}; leave it out")

@@ -48,26 +48,6 @@ def assert_same(samples: list[dict], others: list[dict]) -> None:
         assert torch.equal(sample["video"], other["video"])
 
 
-def test_the_rate_of_the_clips_is_the_median_of_what_is_seen(tmp_path):
-    root = tmp_path / "clips"
-    root.mkdir()
-    # At 25 frames per second: 5 frames 4 apart, 3 apart in a file too short for 4, none in files too short or broken.
-    for name, frames in (("a", 17), ("b", 30), ("c", 13), ("d", 4)):
-        write_video(root / f"{name}.mp4", frames=frames)
-    (root / "e.mp4").write_text("no video")
-    # At 2 to 100 frames per second, 20.66 in the mean.
-    write_video(root / "f.mp4", frames=20, pts=[0, 1, *range(51, 57), *range(60, 84, 2)])
-    for path in list(root.iterdir()):
-        path.with_suffix(".txt").write_text("caption")
-    index = index_dataset({"data_root": str(root)})
-    settings = ClipSettings(5, 16, 16, frame_stride=4)
-    assert ClipStream([(index, settings)], seed=1).clip_rate() == 6.25
-    assert ClipStream([(index, settings)], seed=2).clip_rate() == 6.25
-    known_files = [str(root / name) for name in ("a.mp4", "b.mp4", "f.mp4")]
-    assert ClipStream([(index, settings)], seed=1, known_files=known_files).clip_rate() == round(25 / 3, 3)
-    assert ClipStream([(index, ClipSettings(1, 16, 16))], seed=1).clip_rate() is None
-
-
 def test_samples_have_the_promised_form(data_set):
     (sample,) = take(ClipStream([data_set], seed=1), 1)
     assert set(sample) == {"caption", "video", "sample_seed", "skipped"}

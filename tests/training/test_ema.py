@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -23,7 +22,7 @@ from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.ema import WeightAverage
 from tests.training.conftest import command_environment
-from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
+from tests.training.test_training_runs import LORA, assert_same_weights, first_sampled_frame, losses, succeeded
 
 CONSTANT_RATE = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
 EMA = ("framebridge.ema_decay=0.9", *CONSTANT_RATE)
@@ -195,8 +194,7 @@ def test_validation_shows_the_average_and_gives_the_weights_back(train, validati
         call = {"image": read_image(row["image_path"]), "prompt": row["caption"], "num_inference_steps": 2}
         return to_uint8(pipeline(**call, generator=generator, output_type="pil").frames[0])[0].astype(int)
 
-    with Image.open(tmp_path / "with/validation/final-00.png") as sheet:
-        validated = np.asarray(sheet)[:64, :64].astype(int)  # the first frame of the contact sheet
+    validated = first_sampled_frame(tmp_path / "with/validation/final-00.png")
     assert np.abs(validated - first_frame()).max() <= 1
     if not kind:
         pipeline.transformer.load_state_dict(trainer_file(tmp_path / "with", 4, "weights"))

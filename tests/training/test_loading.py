@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,8 @@ from torch.utils.data import Dataset
 from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.training.arguments import TrainerSettings
-from framebridge_plugin.training.loading import explained_reading_errors, sample_loader
+from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
+from tests.data_layer.numbered_videos import write_video
 from tests.data_layer.test_isolation import leased, write_data_set
 
 
@@ -98,6 +101,31 @@ def test_errors_of_the_data_set_are_passed_on_as_they_are():
     ):
         next(samples)
     assert not isinstance(caught.value, FrameBridgeError)
+
+
+@pytest.mark.parametrize(("workers", "isolated"), [(0, False), (1, True)])
+def test_the_rate_of_the_clips_is_the_median_of_what_is_seen(tmp_path, workers, isolated):
+    root = tmp_path / "clips"
+    root.mkdir()
+    # At 25 frames per second: 5 frames 4 apart, 3 apart in a file too short for 4, none in files too short or broken.
+    for name, frames in (("a", 17), ("b", 30), ("c", 13), ("d", 4)):
+        write_video(root / f"{name}.mp4", frames=frames)
+    (root / "e.mp4").write_text("no video")
+    # At 2 to 100 frames per second, 20.66 in the mean.
+    write_video(root / "f.mp4", frames=20, pts=[0, 1, *range(51, 57), *range(60, 84, 2)])
+    for path in list(root.iterdir()):
+        path.with_suffix(".txt").write_text("caption")
+    index = index_dataset({"data_root": str(root)})
+    settings = ClipSettings(5, 16, 16, frame_stride=4)
+
+    def rate(settings: ClipSettings, seed: int, known_files: Sequence[str] = ()) -> float | None:
+        settings = dataclasses.replace(settings, isolated=isolated)
+        stream = ClipStream([(index, settings)], seed=seed, known_files=known_files)
+        return median_clip_rate(stream, arguments(workers=workers))
+
+    assert rate(settings, 1) == rate(settings, 2) == 6.25
+    assert rate(settings, 1, [str(root / name) for name in ("a.mp4", "b.mp4", "f.mp4")]) == round(25 / 3, 3)
+    assert rate(ClipSettings(1, 16, 16), 1) is None
 
 
 def test_a_run_ends_in_one_line_when_a_clip_hangs(train, clips_folder, tmp_path):

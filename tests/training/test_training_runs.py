@@ -55,6 +55,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(folder)}:{name}": t for file in files for name, t in load_file(file).items()}
 
 
+def first_sampled_frame(contact_sheet: Path) -> np.ndarray:
+    """Of the eight frames that lie after the input image and below the caption."""
+    with Image.open(contact_sheet) as sheet:
+        left = sheet.width - (8 * (64 + 2) - 2)
+        return np.asarray(sheet)[-64:, left : left + 64].astype(int)
+
+
 def assert_same_weights(first: Path, second: Path) -> None:
     expected, actual = weights(first), weights(second)
     assert expected.keys() == actual.keys()
@@ -214,9 +221,7 @@ def test_the_final_validation_uses_the_trained_weights(train, model_folder, vali
         call = {"image": read_image(row["image_path"]), "prompt": row["caption"], "num_inference_steps": 2}
         return to_uint8(pipeline(**call, generator=generator, output_type="pil").frames[0]).astype(int)
 
-    with Image.open(tmp_path / "run/validation/final-00.png") as sheet:
-        left = sheet.width - (8 * (64 + 2) - 2)  # eight frames, after the input image and below the caption
-        first = np.asarray(sheet)[-64:, left : left + 64].astype(int)
+    first = first_sampled_frame(tmp_path / "run/validation/final-00.png")
     assert np.abs(first - frames()[0]).max() <= 1
     pipeline.transformer = load_bridge_transformer(str(model_folder), subfolder="transformer")
     assert np.abs(first - frames()[0]).max() > 1
