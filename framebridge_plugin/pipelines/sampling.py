@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
 
-_CALL_SETTINGS = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+_CALL_SETTINGS = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

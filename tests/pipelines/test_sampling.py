@@ -160,6 +160,7 @@ def test_a_transformer_of_a_run_brings_its_settings(sample, inputs, folder):
     result = sample("model", "--transformer", str(inputs / folder))
     (video,) = result.videos()
     assert video.shape == (9, SIZE, SIZE, 3)
+    assert rate_of(result) == 12
     assert "bridge settings" not in result.said
     pipeline = open_pipeline(str(inputs / "model"), transformer=str(inputs / folder))
     assert pipeline.scheduler.config.beta_max == 40.0
