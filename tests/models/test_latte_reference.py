@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
@@ -158,7 +157,8 @@ def test_attention_is_torchs_fused_one(networks):
         calls = 0
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            self.calls += function is nn.functional.scaled_dot_product_attention
+            # By name: finetrainers puts its own function in the place of torch's, and calls that.
+            self.calls += getattr(function, "__name__", "") == "scaled_dot_product_attention"
             return function(*args, **(kwargs or {}))
 
     with Recorder() as recorder, torch.no_grad():
