@@ -1,11 +1,7 @@
 """What the network is shown instead of z_t and its index (SNR-aligned fine-tuning, FrameBridge, arXiv 2410.15371).
 
 y = z_t - b z_T = a z_0 + c eps is a sample of an ordinary Gaussian path with signal a and noise c. A pretrained
-diffusion model knows it, up to a scale, at the one time of its own whose signal-to-noise ratio is a / c. Each class
-below has the same two methods:
-
-    latent(z_t, z_T, index)    the network's latent input, in the shape and dtype of z_t
-    timestep(index)            the network's time, float32 (bfloat16 would turn 965.7 into 964), in the shape of index
+network knows it, up to a scale, at the one time of its own whose signal-to-noise ratio is a / c.
 
 The sampler always runs in z_t; only the network's input and its time are aligned.
 """
@@ -18,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, widen
+from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, subtract_prior
 from framebridge_plugin.errors import FrameBridgeError
 
 EDGES = ("exact", "reference")
@@ -47,42 +43,26 @@ class Alignment(Protocol):
             index: Bridge indices, a scalar or [B].
 
         Returns:
-            The network's times, float32, of the shape of `index`.
+            The network's times, of the shape of `index`; float32, as bfloat16 would turn 965.7 into 964.
         """
         ...
 
 
 @dataclass(frozen=True)
-class NoAlignment:
+class NoAlignment(Alignment):
     """Show the network z_t and its index as they are, for networks trained from scratch."""
 
     def latent(self, z_t: torch.Tensor, z_T: torch.Tensor, index: Index) -> torch.Tensor:
-        """Return z_t.
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            z_T: Prior latents, of the shape of `z_t`.
-            index: The times of `z_t`, a scalar or [B].
-
-        Returns:
-            `z_t` itself.
-        """
+        """Return `z_t` itself."""
         return z_t
 
     def timestep(self, index: Index) -> torch.Tensor:
-        """Return the index.
-
-        Args:
-            index: Bridge indices, a scalar or [B].
-
-        Returns:
-            The indices in float32.
-        """
+        """Return the index in float32."""
         return as_float64(index).to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
-class VariancePreservingAlignment:
+class VariancePreservingAlignment(Alignment):
     """Alignment to a backbone that knows x_k = alpha_k x_0 + s_k eps with alpha_k^2 + s_k^2 = 1 (CogVideoX).
 
     The latent is (z_t - b z_T) / sqrt(a^2 + c^2). The time is the fractional step at which the backbone's ratio
@@ -118,28 +98,12 @@ class VariancePreservingAlignment:
         return torch.sqrt(alphas_cumprod / (1 - alphas_cumprod))
 
     def latent(self, z_t: torch.Tensor, z_T: torch.Tensor, index: Index) -> torch.Tensor:
-        """Compute (z_t - b z_T) / sqrt(a^2 + c^2).
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            z_T: Prior latents, of the shape of `z_t`.
-            index: The times of `z_t`, a scalar or [B].
-
-        Returns:
-            The aligned latents, of the shape and dtype of `z_t`.
-        """
+        """Compute (z_t - b z_T) / sqrt(a^2 + c^2)."""
         k = self.schedule.coefficients(index)
-        return ((widen(z_t) - broadcast(k.b, z_t) * widen(z_T)) / broadcast(k.norm, z_t)).to(z_t.dtype)
+        return (subtract_prior(z_t, z_T, k) / broadcast(k.norm, z_t)).to(z_t.dtype)
 
     def timestep(self, index: Index) -> torch.Tensor:
-        """Compute the fractional diffusion step of the same signal-to-noise ratio.
-
-        Args:
-            index: Bridge indices, a scalar or [B].
-
-        Returns:
-            Times in [0, K - 1], float32, of the shape of `index`.
-        """
+        """Compute the fractional diffusion step of the same signal-to-noise ratio, in [0, K - 1]."""
         ratio = self.schedule.coefficients(index).ratio
         ratios = self.ratios.to(ratio.device)
         # searchsorted wants an ascending table; `right` is the first step whose ratio is not above the wanted one.
@@ -152,40 +116,27 @@ class VariancePreservingAlignment:
 
 
 @dataclass(frozen=True)
-class FlowMatchingAlignment:
+class FlowMatchingAlignment(Alignment):
     """Alignment to a backbone that knows x_tau = (1 - tau) x_0 + tau eps (Wan, LTX, Hunyuan).
 
-    The latent is (z_t - b z_T) / (a + c) and the time tau = c / (a + c), in (0, 1): backbones that count time up to
-    1000 take 1000 tau. In this space the backbone's velocity is eps - z_0, from which z_0 = latent - tau velocity.
+    The latent is (z_t - b z_T) / (a + c) and the noise level tau = c / (a + c), in (0, 1). There the backbone's
+    velocity eps - x_0 is the target "flow". The `shift` of a backbone's scheduler moves the levels that it samples
+    at, not the time that belongs to a level: it plays no part here.
 
     Attributes:
         schedule: The bridge.
+        time_scale: The time that the backbone counts up to, which is its scheduler's `num_train_timesteps`: 1000 for
+            Wan and LTX. By default 1, where the time is tau itself; `FrameBridgeScheduler` takes the backbone's.
     """
 
     schedule: BridgeSchedule
+    time_scale: float = 1
 
     def latent(self, z_t: torch.Tensor, z_T: torch.Tensor, index: Index) -> torch.Tensor:
-        """Compute (z_t - b z_T) / (a + c).
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            z_T: Prior latents, of the shape of `z_t`.
-            index: The times of `z_t`, a scalar or [B].
-
-        Returns:
-            The aligned latents, of the shape and dtype of `z_t`.
-        """
+        """Compute (z_t - b z_T) / (a + c)."""
         k = self.schedule.coefficients(index)
-        return ((widen(z_t) - broadcast(k.b, z_t) * widen(z_T)) / broadcast(k.a + k.c, z_t)).to(z_t.dtype)
+        return (subtract_prior(z_t, z_T, k) / broadcast(k.a + k.c, z_t)).to(z_t.dtype)
 
     def timestep(self, index: Index) -> torch.Tensor:
-        """Compute tau = c / (a + c).
-
-        Args:
-            index: Bridge indices, a scalar or [B].
-
-        Returns:
-            Times in (0, 1), float32, of the shape of `index`.
-        """
-        k = self.schedule.coefficients(index)
-        return (k.c / (k.a + k.c)).to(torch.float32)
+        """Compute time_scale tau, a real number."""
+        return (self.time_scale * self.schedule.coefficients(index).tau).to(torch.float32)

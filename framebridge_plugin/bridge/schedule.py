@@ -51,6 +51,11 @@ class BridgeCoefficients:
         return self.a / self.c
 
     @property
+    def tau(self) -> torch.Tensor:
+        """Noise level c / (a + c) of (z_t - b z_T) / (a + c), a sample of a flow-matching path."""
+        return self.c / (self.a + self.c)
+
+    @property
     def log_ratio(self) -> torch.Tensor:
         """log(a / c), the variable in which the multistep sampler takes its steps."""
         return self.ratio.log()
@@ -191,3 +196,8 @@ def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in at least float32: half precision is for networks, not for this arithmetic."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def subtract_prior(z_t: torch.Tensor, z_T: torch.Tensor, coefficients: BridgeCoefficients) -> torch.Tensor:
+    """Return z_t - b z_T = a z_0 + c eps in at least float32."""
+    return widen(z_t) - broadcast(coefficients.b, z_t) * widen(z_T)

@@ -5,20 +5,22 @@
     eps_psi   (z_t - z_0) / sigma                     z_t - sigma output
     noise     eps                                     (z_t - b z_T - c output) / a
     data      z_0                                     output
+    flow      eps - z_0                               (z_t - b z_T) / (a + c) - tau output
 
-with n = sqrt(a^2 + c^2). All four carry the same information and convert into each other exactly; `noise` loses digits
-near the prior, where a is small. All tensors are [B, ...]; coefficients are scalars or [B]. Arithmetic is done in at
-least float32, results come back in the dtype of the inputs.
+with n = sqrt(a^2 + c^2) and tau = c / (a + c). "flow" is the velocity of flow-matching backbones. All five carry the
+same information and convert into each other exactly; `noise` loses digits near the prior, where a is small. All
+tensors are [B, ...]; coefficients are scalars or [B]. Arithmetic is done in at least float32, results come back in the
+dtype of the inputs.
 """
 
 from __future__ import annotations
 
 import torch
 
-from framebridge_plugin.bridge.schedule import BridgeCoefficients, broadcast, widen
+from framebridge_plugin.bridge.schedule import BridgeCoefficients, broadcast, subtract_prior, widen
 from framebridge_plugin.errors import FrameBridgeError
 
-TARGETS = ("v", "eps_psi", "noise", "data")
+TARGETS = ("v", "eps_psi", "noise", "data", "flow")
 
 
 def sample_bridge(
@@ -73,6 +75,8 @@ def compute_target(
         out = eps
     elif target == "data":
         out = z_0
+    elif target == "flow":
+        out = widen(eps) - widen(z_0)
     else:
         raise FrameBridgeError(_unknown(target))
     return out.to(z_0.dtype)
@@ -102,15 +106,16 @@ def predict_z_0(
     """
     k = coefficients
     if target == "v":
-        y = widen(z_t) - broadcast(k.b, z_t) * widen(z_T)
+        y = subtract_prior(z_t, z_T, k)
         z_0 = broadcast(k.a / k.norm**2, z_t) * y - broadcast(k.c / k.norm, z_t) * widen(output)
     elif target == "eps_psi":
         z_0 = widen(z_t) - broadcast(k.sigma, z_t) * widen(output)
     elif target == "noise":
-        y = widen(z_t) - broadcast(k.b, z_t) * widen(z_T)
-        z_0 = (y - broadcast(k.c, z_t) * widen(output)) / broadcast(k.a, z_t)
+        z_0 = (subtract_prior(z_t, z_T, k) - broadcast(k.c, z_t) * widen(output)) / broadcast(k.a, z_t)
     elif target == "data":
         z_0 = output
+    elif target == "flow":
+        z_0 = subtract_prior(z_t, z_T, k) / broadcast(k.a + k.c, z_t) - broadcast(k.tau, z_t) * widen(output)
     else:
         raise FrameBridgeError(_unknown(target))
     return z_0.to(z_t.dtype)

@@ -1,4 +1,4 @@
-"""The diffusion process that a bridge is aligned to, from the config of the pretrained model's own scheduler."""
+"""The pretrained model's own process: its scheduler, the bridge's alignment to it, and its own training loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import torch
 
 from framebridge_plugin.bridge.alignment import (
     Alignment,
@@ -13,22 +14,12 @@ from framebridge_plugin.bridge.alignment import (
     NoAlignment,
     VariancePreservingAlignment,
 )
-from framebridge_plugin.bridge.schedule import BridgeSchedule
+from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, widen
 from framebridge_plugin.errors import FrameBridgeError
 
 
 def build_backbone(config: Mapping[str, Any] | None) -> Any:
-    """Build the backbone's own diffusers scheduler.
-
-    Args:
-        config: Its config with "_class_name"; None for a bridge without a backbone.
-
-    Returns:
-        The scheduler, or None.
-
-    Raises:
-        FrameBridgeError: The class is not a scheduler of diffusers, or does not take the config.
-    """
+    """Build the backbone's own diffusers scheduler from its config with "_class_name"; None for no backbone."""
     if config is None:
         return None
     name = config.get("_class_name")
@@ -44,42 +35,104 @@ def build_backbone(config: Mapping[str, Any] | None) -> Any:
         raise FrameBridgeError(f"backbone config: {error}; give the model's own scheduler_config.json") from error
 
 
-def build_alignment(name: str, edge: str, schedule: BridgeSchedule, backbone_config: Any) -> Alignment:
-    """Build the alignment of a bridge to a backbone, if the backbone is of that kind.
+def default_alignment(backbone: Any) -> str:
+    """Name the alignment to a backbone's scheduler; "none" for no backbone."""
+    if backbone is None:
+        return "none"
+    return "flow_matching" if backbone_kind(backbone) == "flow_matching" else "variance_preserving"
 
-    Args:
-        name: "none", "flow_matching" or "variance_preserving", which needs a backbone.
-        edge: See `VariancePreservingAlignment`.
-        schedule: The bridge.
-        backbone_config: As for `build_backbone`.
 
-    Returns:
-        The alignment.
-
-    Raises:
-        FrameBridgeError: The backbone is missing, or of another kind.
-    """
+def build_alignment(name: str, edge: str, schedule: BridgeSchedule, backbone: Any) -> Alignment:
+    """Build the alignment of a bridge to a backbone's scheduler, if the backbone is of that kind."""
     if name == "none":
         return NoAlignment()
-    backbone = build_backbone(backbone_config)
-    found = None if backbone is None else _kind(backbone)
-    if name == "flow_matching" and found in (None, name):
-        return FlowMatchingAlignment(schedule)
-    if name == "variance_preserving" and found == name:
-        return VariancePreservingAlignment(schedule, backbone.alphas_cumprod, edge)
-    what = "there is none" if backbone is None else f"not of a {type(backbone).__name__} for {found} processes"
-    process = "diffusion" if name == "variance_preserving" else "flow-matching"
-    raise FrameBridgeError(
-        f"alignment={name!r} needs the config of the backbone's own {process} scheduler, {what}: "
-        "use FrameBridgeScheduler.from_backbone, or alignment='none'"
-    )
+    found = None if backbone is None else backbone_kind(backbone)
+    if name != found:
+        what = "there is none" if backbone is None else f"not of a {type(backbone).__name__} for {found} processes"
+        process = "diffusion" if name == "variance_preserving" else "flow-matching"
+        raise FrameBridgeError(
+            f"alignment={name!r} needs the config of the backbone's own {process} scheduler, {what}: "
+            "use FrameBridgeScheduler.from_backbone, or alignment='none'"
+        )
+    if name == "flow_matching":
+        return FlowMatchingAlignment(schedule, backbone.config.num_train_timesteps)
+    return VariancePreservingAlignment(schedule, backbone.alphas_cumprod, edge)
 
 
-def _kind(backbone: Any) -> str:
-    """The kind of process by the config, since several classes of diffusers have two of them."""
-    config, name = backbone.config, type(backbone).__name__
+def backbone_kind(backbone: Any) -> str:
+    """Name the kind of process by the scheduler's config, since several classes of diffusers have two of them.
+
+    Args:
+        backbone: A diffusers scheduler.
+
+    Returns:
+        "flow_matching", "variance_preserving", or "other" for what a bridge cannot be aligned to.
+    """
+    config = backbone.config
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if is_flow or name.startswith("FlowMatch"):
-        return "flow_matching"
+    if is_flow or type(backbone).__name__.startswith("FlowMatch"):
+        # Inverted, the noise falls while the time rises.
+        return "other" if config.get("invert_sigmas") else "flow_matching"
     in_steps = hasattr(backbone, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
     return "variance_preserving" if in_steps else "other"
+
+
+def flow_sigmas(backbone: Any, index: Index) -> torch.Tensor:
+    """Compute the noise levels at which a flow-matching backbone is trained, its scheduler's static shift included.
+
+    With u = (index + 1) / N, sigma = shift u / (1 + (shift - 1) u): at integer indices diffusers' own table, upwards.
+    A shift that depends on the resolution (`use_dynamic_shifting`) belongs to sampling and is left out, as there.
+
+    Args:
+        backbone: A diffusers scheduler for flow matching.
+        index: Real-valued indices in [0, N - 1] with N = `num_train_timesteps`, a scalar or [B].
+
+    Returns:
+        sigma in (0, 1], rising with the index; float64, of the shape of `index`.
+    """
+    config = backbone.config
+    u = (as_float64(index) + 1) / config.num_train_timesteps
+    shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def backbone_loss_terms(
+    backbone: Any, z_0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute what a backbone is shown and asked for in its own training, without a bridge.
+
+    Flow matching: z = (1 - sigma) z_0 + sigma noise with `flow_sigmas`, time N sigma, target noise - z_0.
+    Variance-preserving: z = alpha z_0 + sigma noise, time index, target noise or v = alpha noise - sigma z_0.
+
+    Args:
+        backbone: The backbone's own diffusers scheduler.
+        z_0: Video latents [B, ...].
+        noise: Standard normal noise, of the shape of `z_0`.
+        index: Indices in [0, N - 1], [B]; the noise rises with them. Variance-preserving backbones have integer ones.
+
+    Returns:
+        (noisy latents, network's time, target): the latents of the shape and dtype of `z_0`, the time [B], float32
+        for flow matching and int64 otherwise.
+
+    Raises:
+        FrameBridgeError: The scheduler is of another kind, or predicts something else.
+    """
+    kind, predicted = backbone_kind(backbone), backbone.config.get("prediction_type")
+    wide, wide_noise = widen(z_0), widen(noise)
+    if kind == "flow_matching" and predicted in (None, "flow_prediction"):
+        sigmas = flow_sigmas(backbone, index)
+        time = (backbone.config.num_train_timesteps * sigmas).to(torch.float32)
+        sigma = broadcast(sigmas, z_0)
+        noisy, target = (1 - sigma) * wide + sigma * wide_noise, wide_noise - wide
+    elif kind == "variance_preserving" and predicted in ("epsilon", "v_prediction"):
+        time = index.long()
+        alpha_squared = broadcast(backbone.alphas_cumprod.to(time.device)[time], z_0)
+        alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+        noisy = alpha * wide + sigma * wide_noise
+        target = wide_noise if predicted == "epsilon" else alpha * wide_noise - sigma * wide
+    else:
+        raise FrameBridgeError(
+            f"the own loss of a {type(backbone).__name__} for {kind} processes with prediction_type={predicted!r} is "
+            "unknown: give the scheduler that the backbone was trained with"
+        )
+    return noisy.to(z_0.dtype), time.to(z_0.device), target.to(z_0.dtype)

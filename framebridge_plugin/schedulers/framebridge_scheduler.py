@@ -45,7 +45,7 @@ from framebridge_plugin.bridge.samplers import (
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
 from framebridge_plugin.bridge.targets import TARGETS, predict_z_0
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone
+from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone, default_alignment
 from framebridge_plugin.schedulers.process import BridgeProcess
 
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -79,13 +79,15 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
         beta_min: g(0)^2 of the bridge, at least 0.
         beta_max: g(1)^2 of the bridge, at least 0.
         num_train_timesteps: Number of bridge indices of training, N.
-        target: What the network returns: "v", "eps_psi", "noise" or "data".
+        target: What the network returns: "v", "eps_psi", "noise", "data", or "flow", which a flow-matching backbone
+            returns.
         alignment: What the network is shown: "variance_preserving" or "flow_matching" (SNR-aligned to a backbone of
-            that kind) or "none" (z_t and its index). By default "variance_preserving" with a `backbone`, else "none".
+            that kind) or "none" (z_t and its index). By default the kind of the `backbone`, "none" without one.
         alignment_edge: "exact", or "reference" for the authors' rule near the highest ratios of a variance-preserving
             backbone.
         backbone: Config of the pretrained backbone's own diffusers scheduler, its "_class_name" included. Needed for
-            "variance_preserving".
+            an alignment, whose time is in the backbone's unit: diffusion steps, or `num_train_timesteps` tau for flow
+            matching.
         sampler: "sde" (the reference's) or "dbim".
         order: 1, or 2 for the multistep dbim sampler.
         eta: Share of fresh noise in a dbim step, from 0 to 1, by default 0. The sde is eta = 1.
@@ -118,8 +120,9 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
         grid: str = "trailing",
         start: str = "booted",
     ) -> None:
+        backbone_scheduler = None if alignment == "none" else build_backbone(backbone)
         if alignment is None:
-            alignment = "none" if backbone is None else "variance_preserving"
+            alignment = default_alignment(backbone_scheduler)
             self.register_to_config(alignment=alignment)
         for name, choices in _CHOICES.items():
             if self.config[name] not in choices:
@@ -143,7 +146,7 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
                 "(nearly) all the same; use start='booted'"
             )
         self.schedule = BridgeSchedule(beta_min, beta_max, num_train_timesteps)
-        self.alignment = build_alignment(alignment, alignment_edge, self.schedule, self.config["backbone"])
+        self.alignment = build_alignment(alignment, alignment_edge, self.schedule, backbone_scheduler)
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.num_inference_steps: int | None = None
         self._grid: list[float] = []
@@ -159,14 +162,15 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
     def from_backbone(
         cls, scheduler_or_config: SchedulerMixin | Mapping[str, Any], **settings: Any
     ) -> FrameBridgeScheduler:
-        """Build the bridge for a pretrained diffusion model.
+        """Build the bridge for a pretrained diffusion or flow-matching model.
 
         Args:
             scheduler_or_config: The model's own diffusers scheduler, or its config with "_class_name".
             **settings: Arguments of this class, all but `backbone`.
 
         Returns:
-            The scheduler, aligned to the backbone unless the settings say otherwise.
+            The scheduler, aligned to the backbone unless the settings say otherwise. A flow-matching backbone's own
+            output is target="flow".
         """
         config: Any = getattr(scheduler_or_config, "config", scheduler_or_config)
         class_name = config.get("_class_name", type(scheduler_or_config).__name__)

@@ -62,6 +62,21 @@ def test_every_target_leads_back_to_z_0(target, index):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("index", [0, 400.5, 999, torch.tensor([0.0, 1.5, 8.0, 250.25, 700.0, 998.9, 999.0])], ids=str)
+def test_any_output_is_the_target_of_the_pair_that_it_predicts(target, index):
+    # So that whatever a network returns converts from each target into every other.
+    z_t, z_T, output = draw(8)
+    k = SCHEDULE.coefficients(index)
+    z_0 = predict_z_0(target, output, z_t, z_T, k)
+    a, b, c = (part.reshape(-1, 1, 1, 1, 1) for part in (k.a, k.b, k.c))
+    eps = (z_t - a * z_0 - b * z_T) / c
+    again = compute_target(target, z_0, z_t, z_T, eps, k)
+    torch.testing.assert_close(again, output, rtol=1e-8, atol=1e-8)
+    if target == "flow":
+        torch.testing.assert_close(eps - z_0, output, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_one_index_per_sample_equals_one_sample_at_a_time(target):
     z_0, z_T, eps = draw(2)
     index = torch.tensor([0.0, 1.5, 8.0, 250.25, 700.0, 998.9, 999.0])
@@ -110,7 +125,7 @@ def test_half_precision_is_only_the_storage(target, dtype):
 def test_an_unknown_target_is_refused():
     z_0, z_T, eps = draw(6)
     k = SCHEDULE.coefficients(5)
-    with pytest.raises(FrameBridgeError, match="unknown target 'velocity': choose one of v, eps_psi, noise, data"):
+    with pytest.raises(FrameBridgeError, match="unknown target 'velocity': choose one of v, .*, flow"):
         compute_target("velocity", z_0, z_0, z_T, eps, k)
     with pytest.raises(FrameBridgeError, match="unknown target 'x0'"):
         predict_z_0("x0", eps, z_0, z_T, k)

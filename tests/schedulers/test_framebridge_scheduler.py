@@ -3,14 +3,13 @@ import warnings
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from framebridge_plugin import FrameBridgeScheduler
 from framebridge_plugin.bridge import (
     GRIDS,
     TARGETS,
     BridgeSchedule,
-    FlowMatchingAlignment,
     NoAlignment,
     VariancePreservingAlignment,
 )
@@ -25,6 +24,7 @@ AS_THE_REFERENCE = {
     "grid": "trailing",
     "start": "clean_prior",
 }
+ALIGNED_TO_DIFFUSION = {"alignment": "variance_preserving"}
 ALL_SAMPLERS = [
     {"sampler": "sde"},
     {"sampler": "dbim"},
@@ -123,18 +123,6 @@ def test_from_backbone_takes_a_scheduler_or_its_config(backbone_class, tmp_path)
         assert torch.equal(scheduler.alignment.alphas_cumprod, backbone.alphas_cumprod)
 
 
-def test_flow_matching_backbones():
-    scheduler = FrameBridgeScheduler.from_backbone(
-        FlowMatchEulerDiscreteScheduler(shift=3.0), alignment="flow_matching"
-    )
-    assert isinstance(scheduler.alignment, FlowMatchingAlignment)
-    assert type(scheduler.backbone_scheduler()) is FlowMatchEulerDiscreteScheduler
-    assert scheduler.backbone_scheduler().config.shift == 3.0
-    k = scheduler.schedule.coefficients(499.5)
-    _, time = scheduler.align(latents(0), latents(1), 499.5)
-    assert time.tolist() == pytest.approx([float(k.c / (k.a + k.c))] * 2)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -146,7 +134,6 @@ def test_flow_matching_backbones():
             "beta_max": 10.0,
             "num_train_timesteps": 500,
             "target": "eps_psi",
-            "alignment": "flow_matching",
             "sampler": "dbim",
             "order": 2,
             "eta": 0.25,
@@ -206,7 +193,7 @@ def test_the_config_of_another_scheduler_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target": "x0"}, "target='x0' is not one of v, eps_psi, noise, data"),
+        ({"target": "x0"}, "target='x0' is not one of v, eps_psi, noise, data, flow"),
         ({"alignment": "vp"}, "alignment='vp' is not one of"),
         ({"alignment_edge": "clamp"}, "alignment_edge='clamp' is not one of exact, reference"),
         ({"sampler": "ode"}, "sampler='ode' is not one of sde, dbim"),
@@ -225,14 +212,14 @@ def test_the_config_of_another_scheduler_is_refused(tmp_path):
         ({"alignment": "variance_preserving"}, "needs the config of the backbone's own diffusion scheduler"),
         ({"backbone": {"beta_start": 0.1}}, "_class_name=None is not a scheduler of diffusers"),
         ({"backbone": {"_class_name": "AutoencoderKL"}}, "_class_name='AutoencoderKL' is not a scheduler"),
-        ({"backbone": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "alignment='variance_preserving' needs"),
+        ({"alignment": "flow_matching"}, "needs the config of the backbone's own flow-matching scheduler"),
         (
-            {"backbone": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}},
+            {"backbone": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, **ALIGNED_TO_DIFFUSION},
             "not of a UniPC.*for flow",
         ),
         (
-            {"backbone": {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}},
-            "not of a DPMSolverMultistepScheduler for flow_matching",
+            {"backbone": {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}},
+            "not of a FlowMatchEulerDiscreteScheduler for other processes",
         ),
         ({"backbone": {"_class_name": "EDMEulerScheduler"}}, "not of a EDMEulerScheduler for other processes"),
         (
