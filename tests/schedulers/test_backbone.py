@@ -23,7 +23,7 @@ FLOW_BACKBONES = [
     FlowMatchEulerDiscreteScheduler(shift=3.0),
     FlowMatchEulerDiscreteScheduler(**LTX),
     UniPCMultistepScheduler(**WAN),
-    DPMSolverMultistepScheduler(**WAN),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
 ]
 
 
