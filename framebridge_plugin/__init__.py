@@ -8,23 +8,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from framebridge_plugin import library_messages
+from framebridge_plugin import library_messages, torchvision_repair
 
 if TYPE_CHECKING:
-    from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-    from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
+    from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
+    from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
     from framebridge_plugin.schedulers.framebridge_scheduler import FrameBridgeScheduler
-    from framebridge_plugin.training.registration import register
+    from framebridge_plugin.training.finetrainers.registration import register
 
 __version__ = "0.1.0"
 
 library_messages.hold_back()
+torchvision_repair.repair_on_import()
 
 _MODULE_OF_ATTRIBUTE = {
-    "FrameBridgeCogVideoXPipeline": "framebridge_plugin.pipelines.cogvideox",
-    "FrameBridgeLattePipeline": "framebridge_plugin.pipelines.latte",
+    "FrameBridgeCogVideoXPipeline": "framebridge_plugin.backbones.cogvideox.pipeline",
+    "FrameBridgeLattePipeline": "framebridge_plugin.backbones.latte.pipeline",
     "FrameBridgeScheduler": "framebridge_plugin.schedulers.framebridge_scheduler",
-    "register": "framebridge_plugin.training.registration",
+    "register": "framebridge_plugin.training.finetrainers.registration",
 }
 
 __all__ = [

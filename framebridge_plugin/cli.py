@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from framebridge_plugin import library_messages
-from framebridge_plugin.cli_arguments import parse
+from framebridge_plugin.backbones.folders import TWO_FILE_LORA
+from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.checks import TWO_FILE_LORA
 from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _precompute(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.precompute_command import run_precompute
+    from framebridge_plugin.commands.precompute import run_precompute
 
     return run_precompute(
         arguments.recipe,
@@ -116,7 +116,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if problems := [line for line in missing if ": framebridge.data" in line or ": dataset.dataset_config" in line]:
         raise UsageError("\n".join(problems))
 
-    from framebridge_plugin.data.checking import check_data
+    from framebridge_plugin.commands.data_check import check_data
 
     output = arguments.output or Path(recipe.checkpoints.output_dir) / "data_check.jsonl"
     nproc = arguments.nproc or len(os.sched_getaffinity(0))
@@ -124,14 +124,14 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _prepare_ucf101(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.data.preparing import prepare_ucf101
+    from framebridge_plugin.commands.prepare_ucf101 import prepare_ucf101
 
     prepare_ucf101(arguments.archive, arguments.to, arguments.splits)
     return 0
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.sample_request import SampleRequest
+    from framebridge_plugin.commands.sample_request import SampleRequest
 
     request = SampleRequest(
         model=arguments.model,
@@ -161,11 +161,11 @@ def _sample(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
 
-    from framebridge_plugin.sample_request.inputs import load_inputs
+    from framebridge_plugin.commands.sample_inputs import load_inputs
 
     inputs = load_inputs(request)
 
-    from framebridge_plugin.pipelines.sampling import sample
+    from framebridge_plugin.commands.sample import sample
 
     sample(request, inputs)
     return 0
@@ -177,8 +177,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     if not arguments.checkpoint.is_file():
         raise UsageError(f"{arguments.checkpoint}: no such file")
 
+    from framebridge_plugin.backbones.latte.conversion import DEFAULT_VAE, convert_reference_checkpoint
     from framebridge_plugin.data import UCF101_CLASSES
-    from framebridge_plugin.pipelines.conversion import DEFAULT_VAE, convert_reference_checkpoint
 
     converted = convert_reference_checkpoint(
         arguments.checkpoint,
@@ -200,7 +200,7 @@ def _convert_two_file_lora(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} is not for --from {TWO_FILE_LORA}; leave it out")
 
-    from framebridge_plugin.pipelines.conversion import convert_two_file_lora
+    from framebridge_plugin.backbones.latte.conversion import convert_two_file_lora
 
     found = convert_two_file_lora(arguments.checkpoint, arguments.to)
     print(f"{found}: its input projection is now a layer of the LoRA file")
@@ -230,7 +230,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.doctor import run_doctor
+    from framebridge_plugin.commands.doctor import run_doctor
 
     return run_doctor()
 

@@ -8,7 +8,9 @@ here ever calls these operators; they only have to be declared for the import to
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
 import importlib.util
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,28 @@ _SCHEMAS = {
 
 # A torch library is withdrawn when its object is garbage-collected, so it has to stay referenced.
 _declared: list[Any] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # the repair itself asks where torchvision is
+
+
+def repair_on_import() -> None:
+    """Repairs torchvision when somebody imports it, from here on; torch is not loaded before."""
+    if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    """Finds nothing, but is asked first."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            ensure_torchvision_operators()
 
 
 def ensure_torchvision_operators() -> bool:
     """Declares torchvision's non-maximum suppression where torchvision cannot find its own.
 
-    Call it before diffusers' pipelines or transformers' models are imported. It does nothing where torchvision is
-    absent or healthy, and calling it again is free.
+    It does nothing where torchvision is absent or healthy, and calling it again is free.
 
     Returns:
         True if the operators had to be declared by this function (now or in an earlier call).

@@ -13,16 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="framebridge-tests-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 
-# Tests import diffusers directly, as a user's program would after importing our pipeline.
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators  # noqa: E402
-
-ensure_torchvision_operators()
+# Tests import diffusers directly, as a user's program would after importing this package.
+import framebridge_plugin  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)
 def _no_arguments_of_another_test():
     """A specification takes what the command line parsed last in its process says; here that is another test's."""
-    registration = sys.modules.get("framebridge_plugin.training.registration")
+    registration = sys.modules.get("framebridge_plugin.training.finetrainers.registration")
     parsed = getattr(registration, "_framebridge_args", None)
     if parsed is not None:
         vars(parsed).clear()

@@ -10,25 +10,36 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "framebridge_plugin"
 HEAVY = ("torch", "finetrainers", "diffusers", "transformers", "datasets", "av", "numpy", "pydantic")
-UPPER = ("framebridge_plugin.training", "framebridge_plugin.recipe", "framebridge_plugin.cli")
+COMMANDS = ("framebridge_plugin.cli", "framebridge_plugin.commands")
+UPPER = ("framebridge_plugin.training", "framebridge_plugin.testing", "framebridge_plugin.recipe", *COMMANDS)
 
 # What a layer must do without, from the lowest to the highest.
 FORBIDDEN = {
     "bridge": (
         *("finetrainers", "diffusers", "transformers", "accelerate", "peft", "datasets", "av", "wandb"),
-        *("framebridge_plugin.schedulers", "framebridge_plugin.pipelines", "framebridge_plugin.models"),
+        *("framebridge_plugin.schedulers", "framebridge_plugin.backbones", "framebridge_plugin.models"),
         *("framebridge_plugin.data", *UPPER),
     ),
     "schedulers": (
         *("finetrainers", "datasets", "av", "decord", "wandb"),
-        *("framebridge_plugin.pipelines", "framebridge_plugin.models", "framebridge_plugin.data", *UPPER),
+        *("framebridge_plugin.backbones", "framebridge_plugin.models", "framebridge_plugin.data", *UPPER),
     ),
-    "models pipelines": ("finetrainers", "datasets", "av", "decord", "wandb", "framebridge_plugin.data", *UPPER),
+    "models backbones": ("finetrainers", "datasets", "av", "decord", "wandb", "framebridge_plugin.data", *UPPER),
     "data": (
         *("finetrainers", "diffusers", "transformers", "accelerate", "peft", "decord", "wandb"),
-        *("framebridge_plugin.pipelines", "framebridge_plugin.models", "framebridge_plugin.schedulers", *UPPER),
+        *("framebridge_plugin.backbones", "framebridge_plugin.models", "framebridge_plugin.schedulers", *UPPER),
     ),
+    "recipe": (
+        *("torch", "finetrainers", "diffusers", "transformers", "accelerate", "peft", "datasets", "wandb"),
+        *("framebridge_plugin.training", "framebridge_plugin.testing", *COMMANDS),
+    ),
+    "training": ("framebridge_plugin.testing", *COMMANDS),
+    "testing": COMMANDS,
 }
+
+ABOVE = ("training", "testing")
+"""Layers that may import finetrainers."""
+REGISTER = {True: "from framebridge_plugin import register; register()\n", False: ""}
 
 BLOCK = """
 import importlib, sys
@@ -48,10 +59,11 @@ def run_blocked(forbidden: tuple[str, ...], program: str) -> None:
 def test_a_layer_imports_only_from_below(layers):
     modules = []
     for layer in layers.split():
-        files = sorted((PACKAGE / layer).glob("*.py"))
+        files = sorted((PACKAGE / layer).rglob("*.py"))
         assert len(files) > 1
-        modules += [f"framebridge_plugin.{layer}" + ("" if f.stem == "__init__" else f".{f.stem}") for f in files]
-    run_blocked(FORBIDDEN[layers], f"for name in {modules}: importlib.import_module(name)")
+        paths = [file.relative_to(PACKAGE.parent).with_suffix("") for file in files]
+        modules += [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    run_blocked(FORBIDDEN[layers], f"{REGISTER[layers in ABOVE]}for name in {modules}: importlib.import_module(name)")
 
 
 def test_the_package_and_its_help_need_no_heavy_import():

@@ -11,22 +11,17 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.models import LatteTransformer  # noqa: E402
-from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline  # noqa: E402
-from framebridge_plugin.schedulers import FrameBridgeScheduler  # noqa: E402
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.models import LatteTransformer
+from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 CAPTIONS = (
     "a red square moves to the right over a grey floor",

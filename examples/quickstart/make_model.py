@@ -25,22 +25,22 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import load_file
-from torch.nn.functional import interpolate
 
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
+import framebridge_plugin  # noqa: F401 (repairs torchvision, which diffusers imports)
 
-ensure_torchvision_operators()
+# isort: split
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
+from safetensors.torch import load_file
+from torch.nn.functional import interpolate
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames  # noqa: E402
+from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames
 
 FRAMES, SIDE, STRIDE = 9, 64, 2  # a training example of the recipe
 LATENT_CHANNELS = 6

@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 
 import torch
+
+import framebridge_plugin  # noqa: F401 (repairs torchvision, which diffusers imports)
+
+# isort: split
+
+from diffusers import AutoencoderKL
 from torch.nn.functional import affine_grid, grid_sample
 
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-ensure_torchvision_operators()
-
-from diffusers import AutoencoderKL  # noqa: E402
-
-from framebridge_plugin.data import read_frames  # noqa: E402
-from framebridge_plugin.resizing import resize_and_crop  # noqa: E402
+from framebridge_plugin.data import read_frames
+from framebridge_plugin.resizing import resize_and_crop
 
 STEPS, LEARNING_RATE, BATCH = 2500, 2e-3, 32
 SIDE = 32  # pixels of a picture, as the recipes read it

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from framebridge_plugin.data.bad_files import BadFilePolicy, BadFileTracker, load_bad_file_policy
-    from framebridge_plugin.data.clip_errors import ClipError
     from framebridge_plugin.data.clips import ClipSettings, read_clip
-    from framebridge_plugin.data.decoding import read_frames
+    from framebridge_plugin.data.decoding.errors import ClipError
+    from framebridge_plugin.data.decoding.exact import read_frames
     from framebridge_plugin.data.folders import ClipIndex, index_dataset, load_dataset_config
     from framebridge_plugin.data.stream import ClipStream, Sample
     from framebridge_plugin.data.ucf101 import load_ucf101
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _ATTRIBUTES = {
     "bad_files": ("BadFilePolicy", "BadFileTracker", "load_bad_file_policy"),
     "clips": ("ClipSettings", "read_clip"),
-    "clip_errors": ("ClipError",),
-    "decoding": ("read_frames",),
+    "decoding.errors": ("ClipError",),
+    "decoding.exact": ("read_frames",),
     "folders": ("ClipIndex", "index_dataset", "load_dataset_config"),
     "stream": ("ClipStream", "Sample"),
     "ucf101": ("load_ucf101",),

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from framebridge_plugin.data.clip_errors import ClipError
-from framebridge_plugin.data.decoders import Decoder, read_video
-from framebridge_plugin.data.decoding import read_timing
-from framebridge_plugin.data.isolation import read_timing_isolated, read_video_isolated
+from framebridge_plugin.data.decoding.decoders import Decoder, read_video
+from framebridge_plugin.data.decoding.errors import ClipError
+from framebridge_plugin.data.decoding.exact import read_timing
+from framebridge_plugin.data.decoding.isolation import read_timing_isolated, read_video_isolated
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from framebridge_plugin.data.captions import clean_caption
 from framebridge_plugin.data.clips import ClipSettings
-from framebridge_plugin.data.decoders import load_decoder
+from framebridge_plugin.data.decoding.decoders import load_decoder
 from framebridge_plugin.data.layouts import find_clips, local_data_root
 from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101

@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from framebridge_plugin.data.clip_errors import ClipError
+from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.sizes import cover_size, square_pixel_size
 
 MAX_PIXELS = 7680 * 4320

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
-from framebridge_plugin.data.clip_errors import ClipError
 from framebridge_plugin.data.clips import ClipSettings, clip_rate, read_clip
+from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.folders import ClipIndex
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError

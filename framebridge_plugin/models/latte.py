@@ -24,8 +24,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
+from framebridge_plugin.backbones.latte.rules import LATTE_SIZES
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.latte import LATTE_SIZES
 
 PATCH_SIZES = (2, 4, 8)
 STAGES = ("bridge", "neural_prior")

@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.lora import INPUT_PROJECTION
 
 
 def full_rank_settings(rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def freeze_identity(network: nn.Module) -> None:
     if not isinstance(projection, LoraLayer):
         raise FrameBridgeError(
             f"the LoRA leaves out {INPUT_PROJECTION}, without which the network cannot see the image; add its layers "
-            "by framebridge_plugin.training.registration.add_lora_layers"
+            "by framebridge_plugin.training.finetrainers.registration.add_lora_layers"
         )
     for lora_A in projection.lora_A.values():
         weight = lora_A.weight

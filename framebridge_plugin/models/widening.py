@@ -13,8 +13,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
+from framebridge_plugin.backbones.folders import version_problem
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import version_problem
 from framebridge_plugin.models.whole_weights import whole_weights
 
 

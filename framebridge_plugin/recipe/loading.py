@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.recipe.checks import launch_problems, recipe_problems
 from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.rules import launch_problems, recipe_problems
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml

@@ -1,6 +1,6 @@
 """A whole recipe: the sections together, the defaults that depend on the model, and the ways out of it.
 
-Rules that need more than one field, or a look at the disk, are in `framebridge_plugin.recipe.checks`. Importing this
+Rules that need more than one field, or a look at the disk, are in `framebridge_plugin.recipe.rules`. Importing this
 module imports neither torch nor finetrainers.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import model_validator
 
-from framebridge_plugin.model_folders.checks import local_path, read_json
-from framebridge_plugin.model_folders.starting import find_start
+from framebridge_plugin.backbones.folders import local_path, read_json
+from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.recipe.sections import (
     MODEL_DEFAULTS,
     AttentionSection,

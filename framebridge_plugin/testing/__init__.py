@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF_ATTRIBUTE[name]
     if module != "command":
         # The command checks its arguments before anything heavy is imported.
-        from framebridge_plugin.training.registration import register
+        from framebridge_plugin.training.finetrainers.registration import register
 
         register()
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.checks import local_path
 
 
 def run_conformance(
@@ -86,7 +86,7 @@ def run_conformance(
 
 
 def _specification_class(model_name: str) -> Any:
-    from framebridge_plugin.training.registration import register
+    from framebridge_plugin.training.finetrainers.registration import register
 
     register()
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from framebridge_plugin.model_folders.checks import LORA_FILE
+from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.testing.checks import differing_tensors
 from framebridge_plugin.testing.outcome import Check, fail, require
 from framebridge_plugin.testing.subject import SEED, Subject
-from framebridge_plugin.training.registration import add_lora_layers
+from framebridge_plugin.training.finetrainers.registration import add_lora_layers
 
 RANK = 4
 

@@ -8,11 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from framebridge_plugin.torchvision_repair import ensure_torchvision_operators
-
-# Before any module of this folder imports diffusers or transformers.
-ensure_torchvision_operators()
-
 if TYPE_CHECKING:
     from framebridge_plugin.training.specifications.cogvideox import CogVideoXBridgeSpecification
     from framebridge_plugin.training.specifications.latte import LatteBridgeSpecification
@@ -36,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF_ATTRIBUTE:
-        from framebridge_plugin.training.registration import register
+        from framebridge_plugin.training.finetrainers.registration import register
 
         register()
         return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)

@@ -12,9 +12,9 @@ from finetrainers import utils
 from finetrainers.data import initialize_preprocessor
 
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
-from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
-from framebridge_plugin.training.stored_stream import StoredStream, take_empty
+from framebridge_plugin.training.precomputation.store import LatentStore
+from framebridge_plugin.training.precomputation.stream import StoredStream, take_empty
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from framebridge_plugin.backbones.folders import two_file_problem
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import two_file_problem
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
 

@@ -15,9 +15,9 @@ from framebridge_plugin.data.bad_files import BadFilePolicy, describe, read_bad_
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
-from framebridge_plugin.training.fingerprint import run_fingerprint
-from framebridge_plugin.training.latent_store import LatentStore
-from framebridge_plugin.training.registration import add_lora_layers, parse_arguments, register
+from framebridge_plugin.training.finetrainers.registration import add_lora_layers, parse_arguments, register
+from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, refuse_start
 from framebridge_plugin.training.starting import start_layers

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
-from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
 
 _SHOWN = 4
 """Differences that fit into an error's line."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.recipe.latte_checks import data_class_names, data_clip_shape
+from framebridge_plugin.recipe.latte_rules import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
@@ -80,7 +80,7 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
     """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
     dataset_config = write_run_files(recipe, staging)
 
-    from framebridge_plugin.training.registration import parse_arguments, register
+    from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
 
     register()
     args = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])

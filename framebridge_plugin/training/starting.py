@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from framebridge_plugin.backbones.fingerprint import first_difference
+from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.backbones.lora_folders import lora_settings, read_lora_info
+from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.checks import LORA_FILE
-from framebridge_plugin.model_folders.fingerprint import first_difference
-from framebridge_plugin.model_folders.lora import lora_settings, read_lora_info
-from framebridge_plugin.model_folders.starting import find_start
 from framebridge_plugin.training.resume_settings import tensors_difference
 
 

@@ -27,20 +27,20 @@ from huggingface_hub import upload_folder
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from framebridge_plugin.backbones.saving import link_or_copy_tree
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import DEFAULT_FPS
-from framebridge_plugin.pipelines.saving import link_or_copy_tree
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
-from framebridge_plugin.training.fingerprint import run_fingerprint
-from framebridge_plugin.training.latent_store import LatentStore
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
+from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
 from PIL import Image
 
-from framebridge_plugin.data.decoding import read_pictures
+from framebridge_plugin.data.decoding.exact import read_pictures
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed

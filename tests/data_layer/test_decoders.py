@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from framebridge_plugin.data import BadFilePolicy, BadFileTracker, ClipError, ClipSettings, ClipStream, index_dataset
-from framebridge_plugin.data.decoders import load_decoder, read_video
+from framebridge_plugin.data.decoding.decoders import load_decoder, read_video
 from framebridge_plugin.errors import UsageError
 from tests.data_layer import broken_files
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
@@ -168,7 +168,7 @@ def test_a_decoder_that_does_not_load_is_told_in_one_line(tmp_path, state):
     program = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        from framebridge_plugin.data.decoders import read_video
+        from framebridge_plugin.data.decoding.decoders import read_video
         from framebridge_plugin.errors import UsageError
         try:
             read_video("a.mp4", range, decoder="decord")

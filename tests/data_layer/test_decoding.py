@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from framebridge_plugin.data import ClipError, decoding, read_frames
-from framebridge_plugin.data.decoding import read_pictures
+from framebridge_plugin.data.decoding.exact import read_pictures
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import (
     DATA,

@@ -26,8 +26,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import ClipError, ClipSettings, ClipStream, index_dataset, isolation, read_clip
-from framebridge_plugin.data.decoders import read_video
-from framebridge_plugin.data.isolation import read_video_isolated
+from framebridge_plugin.data.decoding.decoders import read_video
+from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.errors import UsageError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import FRAMES, KINDS, WINDOWS, announce, last_five_of, write_turned
@@ -243,7 +243,7 @@ def test_nothing_is_left_when_a_run_is_killed(tmp_path):
 def test_a_child_that_hangs_when_its_run_is_killed_ends_by_itself(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=9)
     program = f"""
-        from framebridge_plugin.data import isolation
+        from framebridge_plugin.data.decoding import isolation
         isolation.TIME_LIMIT_S = 2
         isolation.read_video_isolated({str(path)!r}, lambda length: [0])
         print(isolation._child.process.pid, flush=True)

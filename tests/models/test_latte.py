@@ -251,7 +251,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_finetrainers_finds_the_blocks_to_checkpoint():
-    from framebridge_plugin.training.registration import register
+    from framebridge_plugin.training.finetrainers.registration import register
 
     register()
     from finetrainers.utils.activation_checkpoint import apply_activation_checkpointing

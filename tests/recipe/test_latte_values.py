@@ -98,7 +98,7 @@ def test_the_data_layer_reads_that_entry(latte, tmp_path):
 
 @pytest.fixture(scope="module")
 def parse():
-    from framebridge_plugin.training.registration import parse_arguments
+    from framebridge_plugin.training.finetrainers.registration import parse_arguments
 
     return parse_arguments
 
@@ -142,7 +142,7 @@ def test_the_parser_sees_the_neural_prior_and_the_switches_of_cogvideox(minimal,
 
 
 def test_every_argument_of_ours_can_be_set():
-    from framebridge_plugin.training.arguments import FrameBridgeArgs
+    from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs
 
     parser = argparse.ArgumentParser(add_help=False)
     FrameBridgeArgs().add_args(parser)
@@ -152,7 +152,7 @@ def test_every_argument_of_ours_can_be_set():
 def test_names_sizes_and_defaults_are_those_of_the_models(parse):
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS
 
-    from framebridge_plugin.training.arguments import TrainerSettings
+    from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
     from framebridge_plugin.training.objective import ObjectiveSettings
 
     assert set(typing.get_args(LatteSize)) == {f"{size}/{patch}" for size in LATTE_SIZES for patch in PATCH_SIZES}

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from framebridge_plugin.training import CogVideoXBridgeSpecification
+from framebridge_plugin.training.finetrainers.registration import parse_arguments
 from framebridge_plugin.training.objective import ObjectiveSettings
-from framebridge_plugin.training.registration import parse_arguments
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 from tests.training.conftest import LAUNCH_VARIABLES
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from framebridge_plugin import register
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training.compat import repair_status
-from framebridge_plugin.training.repairs import defaults, devices, saving
-from framebridge_plugin.training.repairs.upstream_modules import (
+from framebridge_plugin.training.finetrainers.compat import repair_status
+from framebridge_plugin.training.finetrainers.repairs import defaults, devices, saving
+from framebridge_plugin.training.finetrainers.repairs.upstream_modules import (
     MISSING_MODULES,
     control_channel_concat,
     load_lora_weights,
@@ -71,7 +71,7 @@ threads = [threading.Thread(target=attempt) for _ in range(6)]
 assert not failures, failures
 from finetrainers import BaseArgs
 assert sum(type(group).__name__ == "FrameBridgeArgs" for group in BaseArgs()._registered_config_mixins) == 1
-from framebridge_plugin.training.repairs.importing import MissingModuleFinder
+from framebridge_plugin.training.finetrainers.repairs.importing import MissingModuleFinder
 assert sum(isinstance(finder, MissingModuleFinder) for finder in sys.meta_path) == 1
 """
     result = run(code)
@@ -86,7 +86,7 @@ def test_a_wheel_that_has_its_modules_keeps_them(tmp_path):
     (package / "patches/dependencies/peft.py").write_text("origin = 'upstream'\n")
     code = """
 import sys
-from framebridge_plugin.training.repairs.importing import MissingModuleFinder, REPAIRS
+from framebridge_plugin.training.finetrainers.repairs.importing import MissingModuleFinder, REPAIRS
 (repair,) = [repair for repair in REPAIRS if repair.name == "missing modules"]
 assert not repair.needed()
 sys.meta_path.append(MissingModuleFinder())

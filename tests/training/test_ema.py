@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.media import read_image, to_uint8
-from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.ema import WeightAverage
 from tests.training.conftest import command_environment

@@ -13,11 +13,11 @@ from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
 from framebridge_plugin import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.fingerprint import component_fingerprint
 from framebridge_plugin.models import LatteTransformer
-from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
 from tests.training.latte_runs import CLIP_SHAPE, make_from_scratch, make_latte_batch, make_latte_specification

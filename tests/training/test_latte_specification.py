@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
+from framebridge_plugin.backbones.encoding import encode_frames
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.pipelines.conditioning import encode_frames
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.specifications.samples import drops_caption

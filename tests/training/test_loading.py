@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.training.arguments import TrainerSettings
+from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
 from tests.data_layer.numbered_videos import write_video
 from tests.data_layer.test_isolation import leased, write_data_set

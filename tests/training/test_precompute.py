@@ -20,12 +20,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.data import ClipIndex, ClipSettings
-from framebridge_plugin.model_folders.fingerprint import first_difference
 from framebridge_plugin.training import LatteBridgeSpecification
-from framebridge_plugin.training.fingerprint import data_fingerprint
-from framebridge_plugin.training.latent_store import LatentStore, read_manifest
-from framebridge_plugin.training.precompute import Captions
+from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
+from framebridge_plugin.training.precomputation.precompute import Captions
+from framebridge_plugin.training.precomputation.store import LatentStore, read_manifest
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import command_environment, small_files_only
 from tests.training.test_training_runs import succeeded

@@ -12,8 +12,8 @@ import torch
 
 from framebridge_plugin import FrameBridgeScheduler, register
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training.arguments import TrainerSettings
-from framebridge_plugin.training.registration import parse_arguments, parsed_objective
+from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
+from framebridge_plugin.training.finetrainers.registration import parse_arguments, parsed_objective
 
 register()
 

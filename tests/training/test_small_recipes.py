@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framebridge_plugin.backbones.folders import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.backbones.latte.rules import latte_folder_problem
 from framebridge_plugin.cli import main
-from framebridge_plugin.model_folders.checks import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.model_folders.latte import latte_folder_problem
 from framebridge_plugin.models.latte import LATTE_SIZES
 from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte, moving_square, write_video

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
+from framebridge_plugin.backbones.encoding import encode_image, encode_video
+from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.fingerprint import first_difference
-from framebridge_plugin.pipelines.conditioning import encode_image, encode_video
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
 from framebridge_plugin.training.validation import read_validation_file
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox

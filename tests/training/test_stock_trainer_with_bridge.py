@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framebridge_plugin.model_folders.checks import LORA_FILE
-from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.pipelines.sampling import open_pipeline
+from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import CogVideoXBridgeSpecification
 from tests.tiny_models import LATENT_CHANNELS

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from framebridge_plugin import FrameBridgeLattePipeline
-from framebridge_plugin.model_folders.checks import LORA_FILE
-from framebridge_plugin.pipelines.sampling import open_pipeline
+from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.commands.sample import open_pipeline
 from tests.tiny_models import make_tiny_latte, write_video
 from tests.training.conftest import LAUNCH_VARIABLES
 from tests.training.latte_runs import specification_class

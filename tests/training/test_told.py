@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framebridge_plugin.cli import main
-from framebridge_plugin.training.registration import parse_arguments
+from framebridge_plugin.training.finetrainers.registration import parse_arguments
 from tests.training.conftest import command_environment
 from tests.wandb_files import read_offline_run
 
@@ -122,7 +122,7 @@ def test_the_last_lines_name_the_model_and_a_command_that_samples_from_it(told):
     [
         "import framebridge_plugin; framebridge_plugin.register()",
         "from framebridge_plugin import FrameBridgeCogVideoXPipeline",
-        "from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline",
+        "from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline",
     ],
 )
 def test_an_import_says_nothing(program):

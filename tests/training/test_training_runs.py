@@ -22,10 +22,10 @@ from huggingface_hub import RepoUrl
 from PIL import Image
 from safetensors.torch import load_file
 
+from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.data import ClipStream, load_dataset_config
 from framebridge_plugin.media import read_image, to_uint8
 from framebridge_plugin.models.widening import load_bridge_transformer
-from framebridge_plugin.pipelines.sampling import open_pipeline
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.training.bridge_runs import make_specification

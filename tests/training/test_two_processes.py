@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framebridge_plugin.model_folders.lora import INPUT_PROJECTION
-from framebridge_plugin.pipelines.sampling import open_pipeline
+from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION
+from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes

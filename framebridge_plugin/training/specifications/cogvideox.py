@@ -20,10 +20,19 @@ from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embedd
 from peft import LoraConfig
 from PIL import Image
 
+from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_image, encode_video
+from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.folders import version_problem
+from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION, LoraInfo
+from framebridge_plugin.backbones.saving import (
+    COGVIDEOX_COMPONENTS,
+    describe_base,
+    local_folder,
+    save_lora_folder,
+    save_model_folder,
+)
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import version_problem
-from framebridge_plugin.model_folders.fingerprint import component_fingerprint
-from framebridge_plugin.model_folders.lora import INPUT_PROJECTION, LoraInfo
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.projection_adapter import (
     add_projection,
@@ -33,18 +42,9 @@ from framebridge_plugin.models.projection_adapter import (
 )
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
-from framebridge_plugin.pipelines.cogvideox import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.pipelines.conditioning import add_pixel_noise, encode_image, encode_video
-from framebridge_plugin.pipelines.saving import (
-    COGVIDEOX_COMPONENTS,
-    describe_base,
-    local_folder,
-    save_lora_folder,
-    save_model_folder,
-)
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.finetrainers.registration import parsed_objective
 from framebridge_plugin.training.objective import Network, ObjectiveSettings, build_scheduler
-from framebridge_plugin.training.registration import parsed_objective
 from framebridge_plugin.training.specifications.loading import (
     LOADING_ERRORS,
     cannot_load,

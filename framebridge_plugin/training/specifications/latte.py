@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
+from framebridge_plugin.backbones.folders import LATTE_BRIDGE
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.latte.rules import neural_prior_mismatch
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.checks import LATTE_BRIDGE
-from framebridge_plugin.model_folders.latte import neural_prior_mismatch
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.finetrainers.registration import parsed_arguments
 from framebridge_plugin.training.objective import ObjectiveSettings, build_scheduler
-from framebridge_plugin.training.registration import parsed_arguments
 from framebridge_plugin.training.specifications.latte_common import LatteSpecification
 from framebridge_plugin.training.specifications.latte_networks import (
     FOLDER_OF_STAGE,

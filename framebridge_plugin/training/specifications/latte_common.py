@@ -18,15 +18,15 @@ from finetrainers import logging
 from finetrainers.data import VideoArtifact
 from PIL import Image
 
+from framebridge_plugin.backbones.encoding import encode_frames
+from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.latte.rules import LatteFacts
+from framebridge_plugin.backbones.lora_folders import LoraInfo
+from framebridge_plugin.backbones.saving import describe_base, local_folder, save_lora_folder, save_model_folder
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.model_folders.fingerprint import component_fingerprint, short_digest
-from framebridge_plugin.model_folders.latte import LatteFacts
-from framebridge_plugin.model_folders.lora import LoraInfo
 from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.pipelines.conditioning import encode_frames
-from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
-from framebridge_plugin.pipelines.saving import describe_base, local_folder, save_lora_folder, save_model_folder
 from framebridge_plugin.training.specifications.latte_loading import LatteLoading
 from framebridge_plugin.training.specifications.loading import rate_setting, set_switches
 from framebridge_plugin.training.specifications.samples import (

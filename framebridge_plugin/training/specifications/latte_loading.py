@@ -12,9 +12,9 @@ from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.models.latte import LatteTransformer, parse_latte_size
 from framebridge_plugin.models.whole_weights import whole_weights
-from framebridge_plugin.training.arguments import TrainerSettings
+from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
+from framebridge_plugin.training.finetrainers.registration import parsed_arguments, parsed_objective
 from framebridge_plugin.training.objective import ObjectiveSettings
-from framebridge_plugin.training.registration import parsed_arguments, parsed_objective
 from framebridge_plugin.training.specifications.latte_networks import (
     FOLDER_OF_STAGE,
     blank_network,

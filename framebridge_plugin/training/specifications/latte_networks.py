@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.folders import file_problem, local_path
+from framebridge_plugin.backbones.latte.rules import find_neural_prior
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import file_problem, local_path
-from framebridge_plugin.model_folders.latte import find_neural_prior
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.whole_weights import missing_tensors
 from framebridge_plugin.training.specifications.loading import LOADING_ERRORS, cannot_load, load_config

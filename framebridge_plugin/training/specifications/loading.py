@@ -12,14 +12,14 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.model_folders.checks import (
+from framebridge_plugin.backbones.folders import (
     COGVIDEOX,
     ModelKind,
     config_problem,
     find_saved_model,
     two_file_problem,
 )
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.pipelines.latte import FrameBridgeLattePipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.specifications.latte_common import LatteSpecification
 

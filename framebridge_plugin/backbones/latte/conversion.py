@@ -1,0 +1,220 @@
+"""What `finetrainers convert` makes: models of the authors' checkpoints, LoRA folders of those in two files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from framebridge_plugin.backbones.folders import (
+    EXTRA_WEIGHTS_FILE,
+    LORA_FILE,
+    LORA_INFO_FILE,
+    find_saved_model,
+    read_json,
+    two_file_problem,
+)
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.latte.rules import find_neural_prior, neural_prior_problem
+from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION, read_lora_info
+from framebridge_plugin.backbones.saving import (
+    COGVIDEOX_COMPONENTS,
+    describe_base,
+    local_folder,
+    save_lora_file,
+    save_model_folder,
+)
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.latte import LatteTransformer
+from framebridge_plugin.models.projection_adapter import full_rank_settings, with_identity
+from framebridge_plugin.models.reference_checkpoints import (
+    ReferenceCheckpoint,
+    ReferenceNetwork,
+    read_reference_checkpoint,
+)
+from framebridge_plugin.models.widening import load_bridge_transformer
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+_PROJECTION_TENSORS = (f"{INPUT_PROJECTION}.weight", f"{INPUT_PROJECTION}.bias")
+
+
+def convert_reference_checkpoint(
+    checkpoint: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    vae: str = DEFAULT_VAE,
+    neural_prior: str | os.PathLike | None = None,
+    class_names: Sequence[str] | None = None,
+    num_attention_heads: int | None = None,
+) -> ReferenceCheckpoint:
+    """Writes a complete model folder: the network, its scheduler (eps_psi, no SAF, SDE on `linspace`) and the VAE.
+
+    The folder appears when it is whole; nothing is left behind by a conversion that fails.
+
+    Args:
+        checkpoint: The authors' file, of any of the three stages.
+        folder: The model folder to make; it must not exist, or be empty.
+        vae: Folder or hub id of the per-frame autoencoder (`AutoencoderKL`), or of a model with one in `vae/`.
+        neural_prior: Model folder with the converted neural prior, for the checkpoint of a bridge on a neural prior,
+            which does not hold it.
+        class_names: Names of the classes, taken where the network has as many; otherwise its labels stay numbers.
+        num_attention_heads: Number of heads of a network that is none of `LATTE_SIZES`.
+
+    Returns:
+        What was in the file; its `describe()` is a line for the user.
+
+    Raises:
+        FrameBridgeError: If the file is refused (see `read_reference_checkpoint`), the folder is taken, or the VAE or
+            the neural prior is missing or does not fit.
+    """
+    _check_is_free(Path(folder))
+    reference = read_reference_checkpoint(checkpoint, class_names=class_names, num_attention_heads=num_attention_heads)
+    main_name, main = next(iter(reference.networks.items()))
+    linked = {"vae": ("diffusers", "AutoencoderKL", _find_vae(vae, main.config["out_channels"]))}
+
+    with _whole_or_not_there(Path(folder)) as partial:
+        if reference.stage == "bridge_neural_prior":
+            if "neural_prior" in reference.networks:
+                prior_folder = partial / "neural_prior"
+                _save_network(reference.networks["neural_prior"], prior_folder)
+            else:
+                prior_folder = _find_neural_prior(neural_prior, checkpoint, main.config)
+            linked["neural_prior"] = (LatteTransformer.__module__, LatteTransformer.__name__, prior_folder)
+        save_model_folder(
+            partial,
+            pipeline_class=FrameBridgeLattePipeline.__name__,
+            network_name=main_name,
+            network_class=LatteTransformer,
+            network_config=main.config,
+            network_state_dict=main.state_dict,
+            scheduler=FrameBridgeScheduler(target="eps_psi", grid="linspace") if main_name == "transformer" else None,
+            linked_components=linked,
+            settings=FrameBridgeLattePipeline.default_call if main_name == "transformer" else None,
+        )
+    return reference
+
+
+def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) -> Path:
+    """Writes a LoRA folder of an earlier version, with the input projection beside the LoRA file, as one LoRA file.
+
+    The network is the same: what the projection had learned, its bias included, becomes a LoRA layer of full rank.
+
+    Args:
+        source: The LoRA's folder, or the folder of its run.
+        folder: The LoRA folder to make; it must not exist, or be empty.
+
+    Returns:
+        The LoRA's folder that was read.
+
+    Raises:
+        FrameBridgeError: If there are no two files, one is damaged, the base model is not where it was, or the folder
+            is taken.
+    """
+    _check_is_free(Path(folder))
+    found = find_saved_model(Path(source)) or Path(source)
+    if two_file_problem(found) is None:
+        raise FrameBridgeError(f"{found}: no LoRA in two files (it has no {EXTRA_WEIGHTS_FILE}); use it as it is")
+    info = read_lora_info(found)
+    names = ("transformer", *COGVIDEOX_COMPONENTS)
+    sources = {name: info.replaced_components.get(name, info.base_model) for name in names}
+    try:
+        folders = {name: local_folder(source) for name, source in sources.items()}
+        folders = {name: folder / name if (folder / name).is_dir() else folder for name, folder in folders.items()}
+        layers, metadata = CogVideoXPipeline.lora_state_dict(
+            found, weight_name=LORA_FILE, return_lora_metadata=True, local_files_only=True
+        )
+        layers = {name.removeprefix("transformer."): tensor for name, tensor in layers.items()}
+        settings = {name.removeprefix("transformer."): value for name, value in metadata.items()}
+        trained = load_file(found / EXTRA_WEIGHTS_FILE)
+        base = load_bridge_transformer(str(folders["transformer"]), dtype=torch.float32).state_dict()
+        weight, bias = (trained[name].float() - base[name] for name in _PROJECTION_TENSORS)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FrameBridgeError(
+            f"{found}: cannot read the LoRA and its base model ({line}); take the folder as it was written, and "
+            f"correct the base model's place in its {LORA_INFO_FILE}"
+        ) from error
+
+    layer = f"{INPUT_PROJECTION}.lora_B"
+    layers[f"{layer}.weight"] = weight.flatten(1)[..., *(None,) * (weight.ndim - 2)]
+    layers = with_identity(layers, weight.shape[2:])
+    # peft knows biases for all layers or none.
+    for name in [name for name in layers if name.endswith(".lora_B.weight")]:
+        layers[name.replace(".weight", ".bias")] = torch.zeros(len(layers[name]))
+    layers[f"{layer}.bias"] = bias
+    settings |= full_rank_settings(weight[0].numel(), settings["target_modules"]) | {"lora_bias": True}
+    with _whole_or_not_there(Path(folder)) as partial:
+        shutil.copytree(found, partial, ignore=shutil.ignore_patterns(EXTRA_WEIGHTS_FILE, LORA_FILE))
+        save_lora_file(partial / LORA_FILE, "transformer", layers, settings)
+        components = {name: (sources[name], folders[name]) for name in sources}
+        dataclasses.replace(info, **describe_base(info.base_model, components)).write(partial)
+    return found
+
+
+def _check_is_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FrameBridgeError(f"{folder.absolute()}: exists and is not an empty folder; choose another folder")
+
+
+@contextlib.contextmanager
+def _whole_or_not_there(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its place at the end, or goes if anything fails."""
+    destination = folder.absolute()
+    partial = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if destination.exists():
+            destination.rmdir()
+        partial.rename(destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _save_network(network: ReferenceNetwork, folder: Path) -> None:
+    with torch.device("meta"):
+        transformer = LatteTransformer(**network.config)
+    transformer.load_state_dict(network.state_dict, assign=True)
+    transformer.save_pretrained(folder)
+
+
+def _find_vae(vae: str, latent_channels: int) -> Path:
+    folder = local_folder(vae, patterns=["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"])
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        raise FrameBridgeError(f"autoencoder: {error}; give the folder or hub id of an AutoencoderKL") from error
+    if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels") != latent_channels:
+        raise FrameBridgeError(
+            f"autoencoder: {folder} is of the class {config.get('_class_name')} with {config.get('latent_channels')} "
+            f"latent channels; the network needs an AutoencoderKL with {latent_channels}, such as {DEFAULT_VAE}"
+        )
+    return folder
+
+
+def _find_neural_prior(
+    neural_prior: str | os.PathLike | None, checkpoint: str | os.PathLike, bridge: dict[str, Any]
+) -> Path:
+    if neural_prior is None:
+        raise FrameBridgeError(
+            f"{checkpoint}: a bridge on a neural prior, and the file does not hold the neural prior; convert that "
+            "one's checkpoint first and give its folder (--neural-prior)"
+        )
+    problem = neural_prior_problem(Path(neural_prior), bridge)
+    folder = find_neural_prior(Path(neural_prior))
+    if problem is not None or folder is None:
+        raise FrameBridgeError(f"neural prior: {problem}")
+    return folder

@@ -1,0 +1,405 @@
+"""Image and class to video with Latte: as a bridge, on a neural prior or not, and as the matched diffusion baseline.
+
+Layouts: B batch, F frames, C channels, H and W height and width of the pixels, h and w those of the latents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, CogVideoXDDIMScheduler, DiffusionPipeline
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
+from framebridge_plugin.backbones.folders import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, LORA_FILE
+from framebridge_plugin.backbones.latte.rules import class_problem, neural_prior_mismatch
+from framebridge_plugin.backbones.opening import find_model, load_components, opening
+from framebridge_plugin.backbones.sampling_loop import (
+    ImageInput,
+    call_defaults,
+    check_generator,
+    check_output_type,
+    check_scheduler,
+    common_batch_size,
+    images_to_pixels,
+    repeat_batch,
+    sample_latents,
+)
+from framebridge_plugin.backbones.saving import SavingWithoutLora
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import DEFAULT_FPS
+from framebridge_plugin.models.calling import call_latte
+from framebridge_plugin.models.latte import LatteTransformer
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+ClassInput = int | str | list[int] | list[str]
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "vae": AutoencoderKL,
+    "transformer": LatteTransformer,
+    "neural_prior": LatteTransformer,
+}
+
+
+@dataclass
+class FrameBridgeLattePipelineOutput(BaseOutput):
+    """What a call of `FrameBridgeLattePipeline` returns.
+
+    Attributes:
+        frames: The videos, as `output_type` says: lists of PIL images, an array [B, F, H, W, 3] in [0, 1], a tensor
+            [B, F, 3, H, W] in [0, 1], or latents [B, F, C, h, w].
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[Image.Image]]
+
+
+class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMixin):
+    """Image and class to video with a Latte network, frame by frame in the latents of an image autoencoder.
+
+    With a `FrameBridgeScheduler` it runs the bridge backwards (FrameBridge, arXiv 2410.15371): from the image's
+    latent, repeated over the frames, or, if the network takes one, from the video of the neural prior. With a
+    CogVideoX scheduler it samples the diffusion baseline, which has the same network but starts from noise. Without a
+    transformer the neural prior's own video is the result.
+
+    Args:
+        vae: Image autoencoder.
+        transformer: The network of stage "bridge".
+        scheduler: `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
+        neural_prior: The network of stage "neural_prior"; for a transformer that takes its video, or alone.
+        num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
+        guidance_scale: Weight of the guidance with which it is sampled by default.
+        fps: Frames per second at which its videos are to be shown: the rate of its training clips.
+
+    Raises:
+        FrameBridgeError: If a component is missing, or two do not fit each other.
+    """
+
+    default_call: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 1000, "guidance_scale": 7.0}
+    model_cpu_offload_seq = "neural_prior->transformer->vae"
+    _optional_components = ["transformer", "scheduler", "neural_prior"]  # noqa: RUF012 (diffusers' way to say it)
+    _callback_tensor_inputs = ["latents", "image_latents", "neural_prior"]  # noqa: RUF012
+    _lora_loadable_modules = ["transformer", "neural_prior"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        transformer: LatteTransformer | None = None,
+        scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | None = None,
+        neural_prior: LatteTransformer | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fps: float = DEFAULT_FPS,
+    ) -> None:
+        super().__init__()
+        problem = _component_problem(vae, transformer, scheduler, neural_prior)
+        if problem:
+            raise FrameBridgeError(problem)
+        if transformer is not None:
+            check_scheduler(scheduler)
+        self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, fps=fps)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        base_model: str | os.PathLike | None = None,
+        allow_other_base: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a run, a model or a LoRA.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
+                of a model or of a LoRA, or the hub id of a model or a LoRA. A LoRA is loaded into the model that it
+                was trained on.
+            base_model: Where that is now, a folder or a hub id; by default where it was.
+            allow_other_base: Whether the LoRA may be loaded into another model than that.
+            **kwargs: As in diffusers: `dtype`, `revision`, `cache_dir`, components by their names, ...
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
+                one.
+        """
+        with opening(pretrained_model_name_or_path):
+            saved = find_model(
+                pretrained_model_name_or_path,
+                (LATTE_BRIDGE, LATTE_NEURAL_PRIOR),
+                kwargs,
+                base_model=base_model,
+                allow_other_base=allow_other_base,
+            )
+            components = kwargs | load_components(saved, _LOADERS, kwargs)
+            if saved.base is None:
+                names = (*_LOADERS, "scheduler")
+                pipeline = cls(**{name: components[name] for name in names if name in components})
+            else:
+                pipeline = super().from_pretrained(saved.base, **components)
+            if saved.info is not None and saved.info.fps is not None and "fps" not in kwargs:
+                pipeline.register_to_config(fps=saved.info.fps)
+            if saved.lora is not None:
+                pipeline.load_lora_weights(saved.lora)
+        return pipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput,
+        class_label: ClassInput,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_image: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> Any:
+        """Generates videos that start at the given images.
+
+        Size and number of frames are those that the model was trained on.
+
+        Args:
+            image: One image for all classes or one for each: files, PIL images, arrays [H, W, 3] or [B, H, W, 3],
+                tensors [3, H, W] or [B, 3, H, W]. Floats are in [0, 1] (those in [-1, 1] are refused), uint8 and
+                uint16 have their own range, transparency is put on white. The shorter side is resized to fit, the
+                centre is cropped, as in training.
+            class_label: One class for all images or one for each: names that the model knows, or labels; "" is no
+                class.
+            num_inference_steps: Calls of the network (twice as many with guidance); by default what the model says,
+                else 1000 as the reference. A neural prior alone is called once.
+            timesteps: Their times, in place of their number: indices of the bridge, falling.
+            guidance_scale: Weight w of uncond + w (cond - uncond) on the network's output, where uncond has the null
+                label; 1 or less switches it off. By default what the model says, else 7. The neural prior is called
+                without guidance.
+            num_videos_per_image: Videos for each pair of image and class.
+            generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
+            latents: Where the sampler starts, [B, F, C, h, w], in place of the scheduler's own start.
+            output_type: "pil", "np", "pt" (in [0, 1], [B, F, 3, H, W]) or "latent" (float32 [B, F, C, h, w]).
+            return_dict: Whether to return a `FrameBridgeLattePipelineOutput` or a plain tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
+                returns under "latents" replaces them.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, of "latents",
+                "image_latents" and "neural_prior"; by default ["latents"].
+
+        Returns:
+            A `FrameBridgeLattePipelineOutput` with the videos as `.frames`, or a tuple whose only element they are.
+
+        Raises:
+            FrameBridgeError: If the model does not know a class, or a number or a size does not fit.
+        """
+        check_output_type(output_type)
+        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, guidance_scale)
+        for name in callback_on_step_end_tensor_inputs or []:
+            if name not in self._callback_tensor_inputs:
+                raise FrameBridgeError(f"the callback can have {', '.join(self._callback_tensor_inputs)}, not {name}")
+        config = self._network.config
+        height, width = (size * self.vae_scale_factor for size in (config.sample_height, config.sample_width))
+        image_BCHW = images_to_pixels(image, height, width)
+        classes = class_label if isinstance(class_label, list) else [class_label]
+        labels = [_label_of(given, self._network) for given in classes]
+        num_videos = common_batch_size(len(image_BCHW), len(labels), "classes") * num_videos_per_image
+        generator = check_generator(generator, num_videos)
+        device = self._execution_device
+
+        # One draw of the posterior for each video, and the only one: prior, condition and neural prior share it.
+        image_latents = encode_frames(self.vae, repeat_batch(image_BCHW, num_videos).unsqueeze(1), generator, device)
+        class_labels = repeat_batch(torch.tensor(labels, device=device), num_videos)
+        neural_prior = None
+        if self.neural_prior is not None:
+            still = image_latents.expand(-1, config.num_frames, -1, -1, -1)
+            neural_prior = call_latte(self.neural_prior, still, None, class_labels)
+
+        if self.transformer is None:
+            video_latents: Any = neural_prior
+        else:
+            video_latents = self.denoise(
+                image_latents=image_latents,
+                class_labels=class_labels,
+                neural_prior=neural_prior,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                latents=latents,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+        if output_type == "latent":
+            video: Any = video_latents
+        else:
+            video_BCFHW = decode_frames(self.vae, video_latents).transpose(1, 2)
+            video = self.video_processor.postprocess_video(video_BCFHW, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return FrameBridgeLattePipelineOutput(frames=video) if return_dict else (video,)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        image_latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        neural_prior: torch.Tensor | None = None,
+        num_inference_steps: int = 1000,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float = 7.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> torch.Tensor:
+        """The sampling loop on latents: what `__call__` runs between encoding and decoding.
+
+        Args:
+            image_latents: Latents of the images, one for each video, [B, 1, C, h, w].
+            class_labels: Labels [B], int64.
+            neural_prior: Videos of the neural prior [B, F, C, h, w], for a network that takes them; then they are the
+                end point z_T of the bridge, in place of the repeated image.
+            num_inference_steps: Calls of the network.
+            timesteps: As in `__call__`.
+            guidance_scale: Weight of classifier-free guidance on the class; 1 or less switches it off.
+            generator: The source of every draw; a list gives one to each video.
+            latents: Where the sampler starts, in place of the scheduler's own start.
+            callback_on_step_end: As in `__call__`.
+            callback_on_step_end_tensor_inputs: As in `__call__`.
+
+        Returns:
+            Float32 latents of the videos, [B, F, C, h, w].
+        """
+        prior = neural_prior
+        if prior is None:
+            prior = image_latents.expand(-1, self.transformer.config.num_frames, -1, -1, -1)
+        labels, image, coarse = class_labels, image_latents, neural_prior
+        if guidance_scale > 1.0:
+            labels = torch.cat([torch.full_like(class_labels, self.transformer.null_label), class_labels])
+            image = torch.cat([image_latents] * 2)
+            coarse = None if neural_prior is None else torch.cat([neural_prior] * 2)
+        return sample_latents(
+            self,
+            lambda noisy, time: call_latte(self.transformer, noisy, time, labels, image, coarse),
+            prior,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_tensors={"image_latents": image_latents, "neural_prior": neural_prior},
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of the guidance in the call that is running."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the call that is running."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The time of the step that is running."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are left out; a callback may set `_interrupt`."""
+        return self._interrupt
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Loads LoRA layers as diffusers does, for the network that they were trained on; refuses those of another
+        model.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | os.PathLike) and (Path(source) / LORA_FILE).is_file():
+            kwargs.setdefault("weight_name", LORA_FILE)
+        state_dict, metadata = CogVideoXLoraLoaderMixin.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        name = next(
+            (name for name in self._lora_loadable_modules if any(key.startswith(f"{name}.") for key in state_dict)),
+            None,
+        )
+        network = getattr(self, name or "", None)
+        if network is None:
+            raise FrameBridgeError(
+                f"these LoRA layers are for {name or 'another model'}, which this pipeline does not have; open the "
+                "base model that they were trained on"
+            )
+        network.load_lora_adapter(
+            state_dict, prefix=name, adapter_name=adapter_name, metadata=metadata, hotswap=hotswap, _pipeline=self
+        )
+
+    @property
+    def _network(self) -> LatteTransformer:
+        """The network whose output is the video."""
+        return self.transformer if self.transformer is not None else self.neural_prior
+
+
+def _component_problem(
+    vae: AutoencoderKL,
+    transformer: LatteTransformer | None,
+    scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | None,
+    neural_prior: LatteTransformer | None,
+) -> str | None:
+    network = transformer if transformer is not None else neural_prior
+    if network is None:
+        return "a Latte pipeline needs a transformer or a neural_prior"
+    if vae.config.latent_channels != network.config.out_channels:
+        return (
+            f"the autoencoder has {vae.config.latent_channels} latent channels, the network "
+            f"{network.config.out_channels}; give the autoencoder that the network was trained with"
+        )
+    if transformer is None:
+        return None if network.config.stage == "neural_prior" else "neural_prior is a bridge; pass it as transformer"
+    takes_neural_prior = transformer.takes_neural_prior
+    if transformer.config.stage != "bridge":
+        return "transformer is a neural prior; pass it as neural_prior"
+    if scheduler is None:
+        return "a transformer needs the scheduler that it was trained with"
+    if neural_prior is None:
+        return "the transformer takes a neural prior's video; pass its neural_prior" if takes_neural_prior else None
+    if neural_prior.config.stage != "neural_prior":
+        return "neural_prior is a bridge; pass a network of stage 'neural_prior'"
+    if not takes_neural_prior:
+        return "the transformer was trained without a neural prior; leave neural_prior out"
+    return neural_prior_mismatch(neural_prior.config, transformer.config)
+
+
+def _label_of(given: int | str, network: LatteTransformer) -> int:
+    """The label of a class that is given by its name or its label; the null label of the empty text."""
+    if given == "":
+        return network.null_label
+    config = network.config
+    # A number is a label even where a class has such a name.
+    names = [] if isinstance(given, int) else config.class_names or []
+    problem = class_problem(str(given), config.num_classes, names)
+    if problem:
+        raise FrameBridgeError(f"class_label: {problem}")
+    label = network.label_of(given) if isinstance(given, str) else given
+    assert label is not None
+    return label

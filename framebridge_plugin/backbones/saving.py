@@ -1,0 +1,249 @@
+"""Writing and opening what a training run leaves behind: diffusers folders, and LoRA files with what belongs to them.
+
+A model folder is complete, so that the pipeline's `from_pretrained` opens it alone. The parts that training does not
+change are hard links to the files that they came from where the file system allows it, copies elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import torch
+from diffusers import SchedulerMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import save_file
+
+from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.folders import LORA_FILE, file_problem, local_path
+from framebridge_plugin.backbones.lora_folders import LoraInfo
+from framebridge_plugin.errors import FrameBridgeError
+
+COGVIDEOX_COMPONENTS = {
+    "tokenizer": ("transformers", "T5Tokenizer"),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+}
+"""What training of a CogVideoX leaves as it is: library and class of each component."""
+
+
+def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
+    """The folder of a model: a path as it is, a hub id downloaded (or found in the cache).
+
+    Args:
+        name_or_path: A folder or a hub id.
+        patterns: Files wanted, as glob patterns; by default all.
+        **hub_settings: As for huggingface_hub's `snapshot_download`: `revision`, `cache_dir`, ...
+
+    Returns:
+        An existing folder.
+
+    Raises:
+        FrameBridgeError: If there is no such folder and the hub does not answer for the id.
+    """
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    if os.path.isfile(name_or_path):
+        raise FrameBridgeError(file_problem(Path(name_or_path)))
+    if local_path(name_or_path) is not None:
+        raise FrameBridgeError(f"no such folder: {name_or_path!r}; check the name")
+    try:
+        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, **hub_settings))
+    except (OSError, HFValidationError, ValueError) as error:
+        raise FrameBridgeError(
+            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({_first_line(error)}); "
+            "check the name, or download it and give the folder"
+        ) from error
+
+
+def save_model_folder(
+    directory: str | os.PathLike,
+    *,
+    pipeline_class: str,
+    network_name: str,
+    network_class: Any,
+    network_config: Mapping[str, Any],
+    network_state_dict: Mapping[str, torch.Tensor],
+    scheduler: SchedulerMixin | None,
+    linked_components: Mapping[str, tuple[str, str, Path]],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens.
+
+    Args:
+        directory: Where to write; made if needed.
+        pipeline_class: Name of the pipeline, such as "FrameBridgeCogVideoXPipeline".
+        network_name: The trained network's folder and name in the pipeline: "transformer" or "neural_prior".
+        network_class: Its class, a diffusers model.
+        network_config: Its config.
+        network_state_dict: Its weights, whole tensors.
+        scheduler: The scheduler that it was trained with; None for a network that has none.
+        linked_components: The components that were not trained, by name: the library and the name of their class, as
+            `model_index.json` gives them, and their folder.
+        settings: Further arguments of the pipeline, for `model_index.json`.
+    """
+    folder = Path(directory)
+    with torch.device("meta"):
+        network = network_class.from_config(dict(network_config))
+    network.load_state_dict(dict(network_state_dict), strict=True, assign=True)
+    network.save_pretrained(folder / network_name)
+    index = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}
+    for name, (library, class_name, source) in linked_components.items():
+        link_or_copy_tree(source, folder / name)
+        index[name] = [library, class_name]
+    index[network_name] = [_library_of(network_class), network_class.__name__]
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = [_library_of(type(scheduler)), type(scheduler).__name__]
+    index |= settings or {}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_lora_folder(
+    directory: str | os.PathLike,
+    *,
+    info: LoraInfo,
+    lora_state_dict: Mapping[str, torch.Tensor],
+    adapter_metadata: Mapping[str, Any],
+    scheduler: SchedulerMixin | None,
+) -> None:
+    """Writes a LoRA file that diffusers loads, the scheduler, and where the LoRA came from.
+
+    Args:
+        directory: Where to write; made if needed.
+        info: What the LoRA was trained on; the names in the LoRA file begin with its `network_name`.
+        lora_state_dict: LoRA weights with the names that peft gives them.
+        adapter_metadata: Settings of their `LoraConfig`: rank, alpha, target modules, patterns of rank and alpha.
+        scheduler: The scheduler that it was trained with; None for a network that has none.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lora_file(folder / LORA_FILE, info.network_name, lora_state_dict, adapter_metadata)
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+    info.write(folder)
+
+
+def save_lora_file(
+    file: Path, network_name: str, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Writes LoRA layers as diffusers does, with the settings of their `LoraConfig` in the header.
+
+    Where alpha is not the rank the header says so in words too, for readers that do not know where diffusers looks.
+
+    Args:
+        file: The file.
+        network_name: Name of their network in its pipeline.
+        state_dict: The layers with the names that peft gives them.
+        settings: Rank, alpha, target modules, and patterns of rank and alpha.
+    """
+    prefixed = {f"{network_name}.{key}": value for key, value in settings.items()}
+    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
+    if settings["lora_alpha"] != settings["r"]:
+        exceptions = "".join(f", except {name}: by 1" for name in settings.get("rank_pattern", {}))
+        header["scale"] = (
+            f"multiply B A by lora_alpha / r = {settings['lora_alpha']} / {settings['r']}{exceptions}; a reader that "
+            f"ignores {LORA_ADAPTER_METADATA_KEY} loads another network"
+        )
+    tensors = {f"{network_name}.{name}": tensor.contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, file, metadata=header)
+
+
+class SavingWithoutLora:
+    """A pipeline that refuses to save networks with LoRA layers: nothing opens what diffusers would write."""
+
+    components: Any
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the pipeline as diffusers does.
+
+        Args:
+            save_directory: Where to.
+            *args: As in diffusers.
+            **kwargs: As in diffusers.
+
+        Raises:
+            FrameBridgeError: If LoRA layers are loaded.
+        """
+        for name, component in self.components.items():
+            if getattr(component, "peft_config", None):
+                raise FrameBridgeError(
+                    f"the {name} has LoRA layers, which a saved model cannot have; merge them first, by "
+                    f'fuse_lora(components=["{name}"]) and then unload_lora_weights(), or unload them alone'
+                )
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
+
+
+def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
+    """What a LoRA remembers of the model that it is trained on.
+
+    Args:
+        base_model: Its folder or hub id.
+        components: Of each component the folder or hub id that it comes from, and its own folder on this machine.
+
+    Returns:
+        `base_model`, `revision`, `replaced_components`, `replaced_revisions` and `fingerprint` of a `LoraInfo`, with
+        the whole paths of folders and the commits of hub ids that were loaded.
+
+    Raises:
+        FrameBridgeError: If a file cannot be read.
+    """
+    commits = {name: _commit(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
+    replaced = {name: source for name, (source, _) in components.items() if source != base_model}
+    return {
+        "base_model": _absolute(base_model),
+        "revision": next((commit for name, commit in commits.items() if name not in replaced), None),
+        "replaced_components": {name: _absolute(source) for name, source in replaced.items()},
+        "replaced_revisions": {name: commits[name] for name in replaced if name in commits},
+        "fingerprint": {name: component_fingerprint(folder) for name, (_, folder) in components.items()},
+    }
+
+
+def link_or_copy_tree(source: Path, destination: Path) -> None:
+    """Makes `destination` equal to the folder `source` by hard links, or by copies where links are not possible.
+
+    Args:
+        source: An existing folder; links in it are followed.
+        destination: Made if needed; files of the same name are replaced.
+    """
+    for folder, _, files in os.walk(source, followlinks=True):
+        target = destination / Path(folder).relative_to(source)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            origin, copy = os.path.realpath(os.path.join(folder, file)), target / file
+            if copy.exists() and os.path.samefile(origin, copy):
+                continue
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(origin, copy)
+            except OSError:
+                shutil.copyfile(origin, copy)
+
+
+def _commit(folder: Path) -> str:
+    """The commit of a folder in the hub's cache: <cache>/models--owner--name/snapshots/<commit>/..."""
+    parts = folder.absolute().parts
+    return parts[len(parts) - parts[::-1].index("snapshots")]
+
+
+def _absolute(source: str) -> str:
+    """A folder's whole path, since a relative one would mean another folder elsewhere; a hub id as it is."""
+    return str(Path(source).resolve()) if os.path.isdir(source) else source
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _library_of(component_class: type) -> str:
+    """The name under which diffusers imports a component's class."""
+    module = component_class.__module__
+    return "diffusers" if module.startswith("diffusers.") else module

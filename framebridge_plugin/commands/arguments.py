@@ -1,0 +1,271 @@
+"""The command line of `finetrainers`: subcommands, their options and help. It needs the standard library alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from framebridge_plugin import __version__
+from framebridge_plugin.backbones.folders import TWO_FILE_LORA
+from framebridge_plugin.errors import UsageError
+
+_TRAIN_HELP = """\
+Train from a recipe: a YAML file that is a whole run.
+
+  finetrainers train --recipe cogvideox_bridge framebridge.data.data_root=clips optimization.lr=2e-5
+  torchrun --nproc-per-node 8 --no-python finetrainers train --recipe my.yaml parallelism.dp_degree=8
+
+Relative paths in a recipe are relative to the working directory."""
+
+_PRECOMPUTE_HELP = """\
+Write the latents and text embeddings of all clips of a recipe's data, once for many runs. Killed or interrupted, the
+same command goes on where it was; a larger --variants adds epochs.
+
+  finetrainers precompute --recipe my.yaml --output latents --variants 4 --nproc 8
+  torchrun --nproc-per-node 8 --no-python finetrainers precompute --recipe my.yaml --output latents
+  finetrainers train --recipe my.yaml framebridge.precomputed=latents"""
+
+_CHECK_HELP = """\
+Read every clip of a recipe's data, as a run would, and list those that cannot be read, with kind and reason; the list
+can be a recipe's framebridge.bad_files.quarantine_file. After Ctrl-C the same command goes on. Exit code 1 says that
+there are any.
+
+  finetrainers data check --recipe my.yaml --nproc 16
+  finetrainers data check --recipe ucf101_bridge framebridge.data.class_root=UCF-101 --full --output bad.jsonl"""
+
+_PREPARE_HELP = """\
+Unpack UCF-101 with unar, unrar, 7z or bsdtar, whichever is installed, and say what is missing. What is unpacked
+already is only counted.
+
+  finetrainers prepare ucf101 --archive UCF101.rar --to data --splits UCF101TrainTestSplits-RecognitionTask.zip"""
+
+_SAMPLE_HELP = """\
+Turn images into videos with a trained model; writes the mp4 and a contact sheet (PNG) beside it.
+
+  finetrainers sample --model runs/my --image cat.png --prompt "a cat turns its head" --output cat.mp4
+  finetrainers sample --model runs/ucf101 --image swing.png --class-name GolfSwing --output swing.mp4
+  finetrainers sample --model runs/ucf101 --data-index 0 100 200 --output three.mp4
+
+A CogVideoX model takes text, a Latte model (UCF-101) classes. A neural prior alone gives its video in one call; the
+options of the sampler are not for it. The weights in a run's folder are the averaged ones (EMA) where it keeps any."""
+
+_CONVERT_HELP = """\
+Make a model folder of a checkpoint of the FrameBridge authors (UCF-101: bridge, neural prior, or bridge on a neural
+prior; the file says which). Says which keys were missing or left over; a file that lacks keys is refused.
+
+  finetrainers convert --from reference ucf.pt --to models/ucf101
+  finetrainers convert --from reference prior.pt --to models/prior
+  finetrainers convert --from reference ucf_prior.pt --to models/ucf101_prior --neural-prior models/prior
+
+Or make one LoRA file of a LoRA of an earlier version, whose input projection lies in a second file:
+
+  finetrainers convert --from two-file-lora runs/old/lora --to runs/old/lora-converted"""
+
+
+_CONFORMANCE_HELP = """\
+Put the specification of a model through the conformance suite: its interface, what it loads and saves, and eight runs
+of finetrainers' own SFTTrainer. Take a tiny model: it is trained in float32 on whatever device there is.
+
+  finetrainers conformance --model-name cogvideox_bridge --model tiny-cogvideox
+  finetrainers conformance --model-name cogvideox --model tiny-cogvideox --only forward run-lora"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as the command reports everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        The values; `run` is the subcommand, such as "train" or "data check".
+
+    Raises:
+        UsageError: The command line is wrong.
+    """
+    parser = _Parser(prog="finetrainers", description="FrameBridge image-to-video models for finetrainers.")
+    parser.add_argument("--version", action="version", version=f"framebridge-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(_add_command(commands, "train", "train from a recipe", _TRAIN_HELP))
+    help_text = "write the latents and text embeddings of a corpus, once for many runs"
+    _add_precompute(_add_command(commands, "precompute", help_text, _PRECOMPUTE_HELP))
+    _add_sample(_add_command(commands, "sample", "turn images into videos", _SAMPLE_HELP))
+    _add_convert(_add_command(commands, "convert", "make a model folder of another format", _CONVERT_HELP))
+    help_text = "check that a model's specification does what finetrainers relies on"
+    _add_conformance(_add_command(commands, "conformance", help_text, _CONFORMANCE_HELP))
+    _add_data_check(_add_group(commands, "data", "look after a corpus"))
+    _add_prepare_ucf101(_add_group(commands, "prepare", "unpack a corpus as it is distributed"))
+    _add_command(commands, "recipes", "list the recipes that come with the package")
+    _add_command(commands, "doctor", "report versions, repairs, devices and problems")
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        # argparse takes only the first group of overrides when options stand between them.
+        arguments.overrides += [item for item in rest if not item.startswith("-")]
+        rest = [item for item in rest if item.startswith("-")]
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    return arguments
+
+
+def _add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    summary: str,
+    description: str = "",
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=command.prog.partition(" ")[2])
+    return command
+
+
+def _add_group(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse._SubParsersAction:
+    group = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    return group.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", required=True, metavar="R", help="a YAML file, or a name from `finetrainers recipes`"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="path=value", help="replace a value, such as optimization.lr=2e-5"
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, say what a start would refuse, and stop before weights are loaded; the exit "
+        "code is that of the start",
+    )
+
+
+def _add_precompute(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    add, one_or_more = parser.add_argument, _whole_number_from(1)
+    default = "the recipe's framebridge.precomputed, else <output_dir>/precomputed"
+    add("--output", type=Path, metavar="FOLDER", help=f"where to (default: {default})")
+    add("--nproc", type=one_or_more, default=1, metavar="N", help="processes, one for each GPU in turn (default: 1)")
+    add("--variants", type=one_or_more, metavar="K", help="epochs to store (default: as there are, 1 in a new folder)")
+    add("--shard-size", type=one_or_more, metavar="N", help="clips in a file of a new folder (default: 64)")
+
+
+def _whole_number_from(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return whole_number
+
+
+def _add_data_check(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(commands, "check", "read every clip, list those that cannot be", _CHECK_HELP)
+    _add_recipe(parser)
+    add = parser.add_argument
+    add("--nproc", type=_whole_number_from(1), metavar="N", help="reading processes (default: one for each core)")
+    add("--full", action="store_true", help="decode every file from end to end, not one clip of it")
+    add("--output", type=Path, metavar="FILE", help="the list (default: <output_dir>/data_check.jsonl)")
+
+
+def _add_prepare_ucf101(commands: argparse._SubParsersAction) -> None:
+    summary = "unpack UCF-101 with whichever tool is there, and count the clips"
+    add = _add_command(commands, "ucf101", summary, _PREPARE_HELP).add_argument
+    add("--archive", required=True, type=Path, metavar="FILE", help="UCF101.rar, or a .zip of it")
+    add("--to", required=True, type=Path, metavar="FOLDER", help="the folder that UCF-101 comes to lie in")
+    add("--splits", type=Path, metavar="ZIP", help="UCF101TrainTestSplits-RecognitionTask.zip, to be unpacked too")
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="RUN_OR_FOLDER", help="a run's folder, a model's folder, or a hub id")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument(
+        "--image",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="I.png",
+        help="first frame: a picture, or a video whose first frame is taken; several make several videos",
+    )
+    images.add_argument(
+        "--data-index",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="in place of --image: rows of the run's data set; their captions or classes are the default conditions",
+    )
+    conditions = parser.add_mutually_exclusive_group()
+    for option, metavar, kind, what in (
+        ("--prompt", "TEXT", str, "CogVideoX: one for all images, or one per image"),
+        ("--class-name", "NAME", str, "Latte: one for all images, or one per image"),
+        ("--label", "N", int, "Latte: the classes' numbers, in place of --class-name"),
+    ):
+        conditions.add_argument(option, nargs="+", type=kind, default=[], metavar=metavar, help=what)
+    add("--output", required=True, type=Path, metavar="OUT.mp4", help="several videos: OUT-0.mp4, OUT-1.mp4, ...")
+    add(
+        "--transformer",
+        metavar="FOLDER",
+        help="a fine-tuned transformer, or a model that has it, for a CogVideoX base",
+    )
+    add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
+    add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")
+    add(
+        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000 (default: the model's, else 50; Latte: 1000)"
+    )
+    add("--sampler", choices=("sde", "dbim"), help="default: sde, as the reference")
+    add("--order", type=int, choices=(1, 2), help="2: multistep, dbim only (default: 1)")
+    add("--eta", type=float, metavar="E", help="noise of dbim, 0 to 1 (default: 0)")
+    add("--grid", choices=("trailing", "linspace", "lambda"), help="times (default: trailing; Latte: linspace)")
+    add("--start", choices=("booted", "clean_prior"), help="first latent (default: booted)")
+    add("--guidance-scale", type=float, metavar="G", help="1: none (default: the model's, else 6; Latte: 7)")
+    add("--use-dynamic-cfg", action="store_true", help="CogVideoX: guidance that changes by step, as in diffusers")
+    add("--seed", type=int, default=42, metavar="S", help="of the first video; video i takes S + i (default: 42)")
+    add("--num-frames", type=int, metavar="F", help="default: the model's")
+    add("--height", type=int, metavar="H", help="pixels (default: the model's)")
+    add("--width", type=int, metavar="W", help="pixels (default: the model's)")
+    add("--fps", type=float, metavar="N", help="frames per second (default: those of the model's training clips)")
+    add("--num-videos", type=int, default=1, metavar="N", help="videos per image (default: 1)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, bf16 on a GPU")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--from", required=True, dest="format", choices=("reference", TWO_FILE_LORA), help="what it is")
+    add("checkpoint", type=Path, metavar="CKPT.pt", help="the file (only weights are read, never code), or the folder")
+    add("--to", required=True, type=Path, metavar="FOLDER", help="the model folder to make")
+    add("--vae", metavar="FOLDER_OR_ID", help="the per-frame autoencoder (default: stabilityai/sd-vae-ft-ema)")
+    add("--neural-prior", metavar="FOLDER", help="for a bridge on a neural prior: the converted neural prior")
+    add("--heads", type=int, metavar="N", help="attention heads of a network that is none of Latte's sizes")
+
+
+def _add_conformance(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model-name", required=True, metavar="X", help="the name that finetrainers knows the model by")
+    add("--model", required=True, metavar="FOLDER", help="a model's folder in diffusers' format, or a hub id")
+    add("--only", nargs="+", default=[], metavar="CHECK", help="make these checks, and those whose names begin so")
+    add(
+        "--clip-shape",
+        nargs=3,
+        type=int,
+        metavar=("F", "H", "W"),
+        help="frames, height and width of the clips (default: what the model's config says, else 9 64 64)",
+    )

@@ -1,0 +1,216 @@
+"""Reading a whole corpus once, to find the files that cannot give a clip."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch.utils.data import DataLoader, Dataset
+
+from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
+from framebridge_plugin.data.clips import ClipSettings, frame_window
+from framebridge_plugin.data.decoding.errors import ClipError
+from framebridge_plugin.data.decoding.isolation import read_video_isolated
+from framebridge_plugin.data.folders import ClipIndex, index_datasets
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.progress import Progress
+
+CLIPS_AT_A_TIME = 8
+"""A reading process takes so many at a time; what Ctrl-C loses is no more than a few of these."""
+
+_LATEST = 1 - 2**-53
+_FULL_LIMIT_S = 3600.0  # A long film is decoded from end to end.
+
+
+def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bool = False) -> int:
+    """Read every clip of a recipe's data, as a run would, and print a table of what cannot be read.
+
+    Every file is opened, indexed and decoded: the clip that begins last in it, or with "start" windows the one that
+    begins first. Each is read in a process of its own beside the reading processes, so that a decoder that crashes or
+    hangs is one more finding.
+
+    `output` gets a JSON line with path, kind and reason for each bad file, in the order of the data; a run takes it as
+    its `framebridge.bad_files.quarantine_file`. While a check is under way, `<output>.progress` says how far it has
+    come: after Ctrl-C or a kill, the same call goes on from there.
+
+    Args:
+        content: What `Recipe.dataset_config` returns.
+        output: The result file.
+        nproc: Number of reading processes, at least 1.
+        full: Whether every file is decoded from its first frame to its last.
+
+    Returns:
+        The exit code: 0 if all clips can be read, else 1.
+
+    Raises:
+        FrameBridgeError: The data cannot be indexed, the result cannot be written, or a reading process was killed.
+    """
+    datasets = index_datasets(content, "the recipe's data")
+    rows = _Rows(datasets, full)
+    progress = _Progress(output, rows)
+    with writing(output):
+        file = progress.resume()
+    with file:
+        if progress.done:
+            print(f"going on after {progress.done} of {len(rows)} clips", file=sys.stderr)
+        try:
+            for found in _read(rows, progress.done, nproc):
+                with writing(output):
+                    file.writelines(json.dumps(entry).encode() + b"\n" for entry in found if entry is not None)
+                    file.flush()
+                    progress.save(len(found), file.tell())
+        except KeyboardInterrupt:
+            print(f"{progress.done} of {len(rows)} clips are checked; the same command goes on", file=sys.stderr)
+            raise
+    progress.path.unlink()
+    bad_files = read_bad_files(output)
+    print("\n".join([*_notes(datasets), *_table(bad_files, len(rows), output)]))
+    return 1 if bad_files else 0
+
+
+class _Rows(Dataset[BadFile | None]):
+    """Every clip of the data sets, one after the other: what is wrong with it, or None."""
+
+    def __init__(self, datasets: Sequence[tuple[ClipIndex, ClipSettings]], full: bool) -> None:
+        self.datasets = datasets
+        self.full = full
+
+    def __len__(self) -> int:
+        return sum(len(index) for index, _ in self.datasets)
+
+    def row(self, number: int) -> tuple[str, ClipSettings]:
+        for index, settings in self.datasets:
+            if number < len(index):
+                return index[number][0], settings
+            number -= len(index)
+        raise IndexError(number)
+
+    def __getitem__(self, number: int) -> BadFile | None:
+        path, settings = self.row(number)
+
+        def choose(length: int) -> Sequence[int]:
+            window = frame_window(length, settings, _LATEST)
+            if window is None:
+                reason = f"it has {length} frames, fewer than the {settings.num_frames} of a clip"
+                raise ClipError(path, reason, "too_short")
+            return sorted({0, *window, length - 1}) if self.full else window
+
+        try:
+            read_video_isolated(
+                path,
+                choose,
+                decoder=settings.decoder,
+                strict=settings.strict,
+                time_limit_s=_FULL_LIMIT_S if self.full else None,
+            )
+        except ClipError as error:
+            return {"path": os.path.abspath(path), "kind": error.kind, "reason": error.reason}
+        except RuntimeError as error:
+            # What nobody thought of, with a traceback of many lines: worth a report to us, but no end of the check.
+            reason = f"its reader failed ({str(error).splitlines()[-1]})"
+            return {"path": os.path.abspath(path), "kind": "crashed", "reason": reason}
+        return None
+
+
+class _Progress:
+    """How far a check has come: in the file beside its result, which is there only as long as it is not at its end."""
+
+    def __init__(self, output: Path, rows: _Rows) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.progress")
+        self.done = 0
+        self._rows = rows
+        self._what = {
+            "clips": [len(index) for index, _ in rows.datasets],
+            "settings": [settings.fingerprint() for _, settings in rows.datasets],
+            "full": rows.full,
+        }
+
+    def resume(self) -> BinaryIO:
+        """Opens the result file for what comes next, cut to what belongs to the clips that are done."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        size = self._load()
+        file = self.output.open("wb" if size is None else "r+b")
+        file.truncate(size)
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def _load(self) -> int | None:
+        try:
+            state = json.loads(self.path.read_text())
+            size, done = state["bytes"], state["done"]
+            known = state["what"] == self._what and state["last"] == self._rows.row(done - 1)[0]
+            if known and self.output.stat().st_size >= size:
+                self.done = done
+                return size
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def save(self, clips: int, size: int) -> None:
+        self.done += clips
+        state = {
+            "what": self._what,
+            "done": self.done,
+            "bytes": size,
+            "last": self._rows.row(self.done - 1)[0],
+        }
+        partial = self.path.with_name(f".{self.path.name}")
+        partial.write_text(json.dumps(state))
+        partial.replace(self.path)
+
+
+def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
+    loader = DataLoader(
+        rows,
+        CLIPS_AT_A_TIME,
+        sampler=range(start, len(rows)),
+        num_workers=nproc,
+        collate_fn=list,
+        worker_init_fn=_leave_interrupts_to_main_process,
+    )
+    bad = 0
+    with Progress(len(rows), "Checking", initial=start, unit="clip") as bar:
+        try:
+            for found in loader:
+                yield found
+                bad += sum(entry is not None for entry in found)
+                bar.update(len(found))
+                bar.set_postfix(bad=bad)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise FrameBridgeError(
+                "a reading process was killed, probably for lack of memory; the same command goes on, with a smaller "
+                "--nproc if need be"
+            ) from error
+
+
+def _leave_interrupts_to_main_process(worker: int) -> None:
+    # Ctrl-C in a terminal reaches every process. The children that decode inherit this, also while they start.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _notes(datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> Iterator[str]:
+    """What is left out or missing, for each data set."""
+    for index, _ in datasets:
+        if index.description:
+            yield "\n".join(f"{index.common_folder()}: {note}" for note in index.description.split("\n"))
+
+
+def _table(bad_files: Sequence[Mapping[str, Any]], clips: int, output: Path) -> Iterator[str]:
+    yield f"{clips} clips: {clips - len(bad_files)} can be read, {len(bad_files)} cannot"
+    if not bad_files:
+        return
+    counts = Counter(entry["kind"] for entry in bad_files)
+    width = max(map(len, counts))
+    for kind, count in counts.most_common():
+        example = next(entry for entry in bad_files if entry["kind"] == kind)
+        yield f"  {kind:{width}} {count:>{len(str(len(bad_files)))}}  such as {example['path']}: {example['reason']}"
+    yield f"all of them: {output}"

@@ -1,0 +1,175 @@
+"""`finetrainers sample`: opens what a run, a base model or the authors' release left on the disk, and samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.folders import (
+    COGVIDEOX,
+    LATTE_BRIDGE,
+    LATTE_NEURAL_PRIOR,
+    LORA_INFO_FILE,
+    ModelKind,
+    find_saved_model,
+    find_transformer,
+    model_kind,
+    read_json,
+)
+from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.opening import load_scheduler, opening, say
+from framebridge_plugin.backbones.saving import local_folder
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import contact_sheet, write_video
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+if TYPE_CHECKING:
+    from framebridge_plugin.commands.sample_inputs import SampleInput
+    from framebridge_plugin.commands.sample_request import SampleRequest
+
+Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
+
+_CALL_SETTINGS = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
+    """Samples videos and writes them, with a contact sheet of all.
+
+    Args:
+        request: What to sample, checked.
+        inputs: Its first frames with their conditions.
+
+    Returns:
+        The videos' files.
+
+    Raises:
+        UsageError: If the model came from the hub, and the options are not for it.
+        FrameBridgeError: If the model cannot be opened, or a size does not fit it.
+    """
+    request.check_download(local_folder(request.model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default_dtype = "bf16" if device.type == "cuda" else "fp32"
+    pipeline = open_pipeline(
+        request.model,
+        transformer=request.transformer,
+        torch_dtype=_DTYPES[request.dtype or default_dtype],
+        base_model=request.base,
+        allow_other_base=request.allow_other_base,
+    )
+    call = _prepare_call(pipeline, request)
+    pipeline.to(device)
+
+    paths, videos, labels = request.video_paths(), [], []
+    for number, path in enumerate(paths):
+        image, condition = inputs[number // request.num_videos]
+        seed = request.seed + number
+        pipeline.set_progress_bar_config(desc=f"Video {number + 1} of {len(paths)}")
+        video = pipeline(
+            image, condition, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
+        ).frames[0]
+        write_video(video, path, fps=request.fps or pipeline.config.fps)
+        videos.append(video)
+        labels.append(f"{path.name}: seed {seed}, {condition}")
+        say(f"video: {path}")
+    images = [inputs[number // request.num_videos].image for number in range(len(paths))]
+    contact_sheet(videos, request.contact_sheet_path(), labels=labels, images=images)
+    say(f"contact sheet: {request.contact_sheet_path()}")
+    return paths
+
+
+def _kind_of(pipeline: Pipeline) -> ModelKind:
+    if isinstance(pipeline, FrameBridgeCogVideoXPipeline):
+        return COGVIDEOX
+    return LATTE_NEURAL_PRIOR if pipeline.transformer is None else LATTE_BRIDGE
+
+
+def _prepare_call(pipeline: Pipeline, request: SampleRequest) -> dict[str, Any]:
+    """Sets the scheduler as the request says; returns the arguments of a call."""
+    kind = _kind_of(pipeline)
+    if kind is LATTE_NEURAL_PRIOR:
+        say("a neural prior: one call of the network per video")
+        return {}
+    settings = request.sampler_settings(kind)
+    if isinstance(pipeline.scheduler, FrameBridgeScheduler):
+        pipeline.scheduler = FrameBridgeScheduler.from_config(
+            pipeline.scheduler.config,
+            sampler=settings.sampler,
+            order=settings.order,
+            eta=settings.eta,
+            grid=settings.grid,
+            start=settings.start,
+        )
+    else:
+        say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
+    call: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
+    if kind is COGVIDEOX:
+        call |= {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+        call["use_dynamic_cfg"] = request.use_dynamic_cfg
+    return call
+
+
+def open_pipeline(
+    model: str,
+    *,
+    transformer: str | None = None,
+    torch_dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+    allow_other_base: bool = False,
+) -> Pipeline:
+    """Opens a model of any kind, wherever a run or a release left it, by its pipeline's `from_pretrained`.
+
+    Args:
+        model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id.
+        transformer: Folder or id of a fine-tuned CogVideoX transformer, or of a model or a run that holds one, to put
+            into `model`, with the bridge settings beside it if there are any, and those of the reference if not.
+        torch_dtype: Precision of the weights; float32 by default.
+        base_model: Where the model that a LoRA was trained on is now.
+        allow_other_base: Whether that may be another model.
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        FrameBridgeError: If something is missing, damaged or of another kind.
+    """
+    found = find_saved_model(local_folder(model))
+    is_latte = found is not None and model_kind(found) in (LATTE_BRIDGE, LATTE_NEURAL_PRIOR)
+    pipeline_class = FrameBridgeLattePipeline if is_latte else FrameBridgeCogVideoXPipeline
+    replaced: dict[str, Any] = {}
+    if transformer is not None:
+        if is_latte:
+            raise FrameBridgeError(f"--transformer is for CogVideoX; {found} is a Latte model: leave it out")
+        if found is not None and (found / LORA_INFO_FILE).is_file():
+            raise FrameBridgeError(
+                f"{found} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
+            )
+        with opening(transformer):
+            replaced = _load_fine_tuned(transformer, torch_dtype)
+    return pipeline_class.from_pretrained(
+        model, dtype=torch_dtype, base_model=base_model, allow_other_base=allow_other_base, **replaced
+    )
+
+
+def _load_fine_tuned(source: str, torch_dtype: torch.dtype | None) -> dict[str, Any]:
+    """A fine-tuned transformer, and what the model around it says of its bridge and its clips, if there is one."""
+    # Of a whole model on the hub these parts alone.
+    patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*"]
+    folder = find_transformer(local_folder(source, patterns=patterns))
+    found: dict[str, Any] = {"transformer": CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype)}
+    if _class_name(folder.parent / "model_index.json") == FrameBridgeCogVideoXPipeline.__name__:
+        index = read_json(folder.parent / "model_index.json")
+        found |= {name: index[name] for name in _CALL_SETTINGS if index.get(name) is not None}
+        found["scheduler"] = load_scheduler(folder.parent / "scheduler")
+    return found
+
+
+def _class_name(config: Path) -> str | None:
+    """The class that a diffusers JSON file names; None without the file."""
+    return json.loads(config.read_text())["_class_name"] if config.is_file() else None

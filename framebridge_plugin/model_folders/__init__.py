@@ -1,1 +1,0 @@
-"""What can be told about a model's folder without loading it; needs the standard library alone."""

@@ -1,0 +1,288 @@
+"""Rules for a recipe's data and validation samples: what can be told without decoding a video."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from framebridge_plugin.backbones.folders import local_path, read_json, writing_problem
+from framebridge_plugin.data.class_folders import class_names
+from framebridge_plugin.data.layouts import find_clips
+from framebridge_plugin.data.tables import (
+    OPTIONAL_WEBVID_COLUMNS,
+    WEBVID_COLUMNS,
+    TextError,
+    csv_files,
+    read_table,
+)
+from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, read_split
+from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.media import read_image
+from framebridge_plugin.recipe.data_sections import BadFilesSection, DataSection
+from framebridge_plugin.recipe.problem import Problem
+from framebridge_plugin.recipe.schema import Recipe
+
+_SIZES = ("num_frames", "height", "width")
+_SOURCES = ({"data_root"}, {"class_root"}, {"csv", "video_root"})
+
+
+class ClipRule(Protocol):
+    """Which clips a model takes: `framebridge_plugin.backbones.folders.ClipShapeRule`, or a Latte's."""
+
+    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
+        """Yield the name of each argument that does not fit, and what is wrong with it; None is not checked."""
+        ...
+
+
+def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
+    """Check where the clips come from and their shape.
+
+    Args:
+        recipe: A recipe whose single values are right.
+        rule: Which clips the model takes.
+
+    Yields:
+        Each problem.
+    """
+    data, dataset_config = recipe.framebridge.data, recipe.dataset.dataset_config
+    if data is None and dataset_config is None:
+        yield Problem("framebridge.data", "the recipe names no data: give framebridge.data, or dataset.dataset_config")
+    elif data is not None and dataset_config is not None:
+        yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
+    if data is not None:
+        yield from _source_problems(data)
+        yield from _sampling_problems(data)
+        for name, message in rule.problems(data.num_frames, data.height, data.width):
+            yield Problem(f"framebridge.data.{name}", message)
+    if dataset_config is not None:
+        yield from _dataset_json_problems(dataset_config, rule, recipe.framebridge.bad_files)
+    yield from _bad_files_problems(recipe)
+
+
+def _bad_files_problems(recipe: Recipe) -> Iterator[Problem]:
+    section, bad_files = "framebridge.bad_files", recipe.framebridge.bad_files
+    if bad_files.policy == "quarantine" and bad_files.quarantine_file is None:
+        yield Problem(f"{section}.quarantine_file", "policy quarantine needs it: a file that runs may share")
+    elif bad_files.policy != "quarantine" and bad_files.quarantine_file is not None:
+        yield Problem(f"{section}.quarantine_file", f"has no effect with policy {bad_files.policy}: remove it")
+    elif bad_files.quarantine_file is not None:
+        file = Path(bad_files.quarantine_file)
+        if problem := f"{file} is no file" if file.is_dir() else writing_problem(file.parent):
+            yield Problem(f"{section}.quarantine_file", problem, on_disk=True)
+    if bad_files.policy == "raise":
+        for name in ("max_share", "max_in_a_row"):
+            if getattr(bad_files, name) != type(bad_files).model_fields[name].default:
+                yield Problem(f"{section}.{name}", "has no effect with policy raise: remove it")
+
+
+def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFilesSection) -> Iterator[Problem]:
+    """Check the shapes of the clips; the other keys are checked by the reader of the data."""
+    where = "dataset.dataset_config"
+    try:
+        content = read_json(Path(dataset_config))
+    except ValueError as error:
+        yield Problem(where, str(error), on_disk=True)
+        return
+    entries = content.get("datasets")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
+        return
+    if "bad_files" in content and bad_files != BadFilesSection():
+        yield Problem("framebridge.bad_files", f"{dataset_config} has bad_files of its own: remove one of the two")
+    for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
+        if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
+            for name, message in rule.problems(*bucket):
+                yield Problem(where, f"{name} in {bucket}: {message}")
+
+
+def _source_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    given = {name for name in set().union(*_SOURCES) if getattr(data, name) is not None}
+    if given not in _SOURCES:
+        found = " and ".join(sorted(given)) or "none of them"
+        yield Problem(section, f"give either data_root, or class_root, or csv with video_root, not {found}")
+    for name in sorted(given - {"csv"}):
+        if name == "data_root" and local_path(data.data_root or "") is None:
+            continue  # on the hub: found, or not, when the data is read
+        folder = Path(getattr(data, name))
+        if not folder.is_dir():
+            yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
+        elif next(os.scandir(folder), None) is None:
+            yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
+    yield from _split_problems(data)
+    if data.csv is None:
+        if data.refresh_index:
+            yield Problem(f"{section}.refresh_index", "has an effect with csv only: remove it")
+        return
+    try:
+        tables = csv_files(data.csv)
+    except FrameBridgeError as error:
+        yield Problem(f"{section}.csv", str(error), on_disk=True)
+        return
+    empty = [problem for table in tables if (problem := _file_problem(table))]
+    for problem in empty:
+        yield Problem(f"{section}.csv", problem, on_disk=True)
+
+
+def content_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Check the lists, tables and captions of the data that is there, with the reader that a run has.
+
+    Args:
+        recipe: A recipe with nothing else wrong about its data.
+
+    Yields:
+        Each problem.
+    """
+    data = recipe.framebridge.data
+    if data is not None:
+        source = next(name for name in _SOURCE_KEYS if getattr(data, name) is not None)
+        yield from _entry_problems(f"framebridge.data.{source}", data.model_dump())
+        return
+    for entry in read_json(Path(str(recipe.dataset.dataset_config)))["datasets"]:
+        if all(isinstance(entry.get(key), str | None) for key in (*_SOURCE_KEYS, "splits_dir")):
+            yield from _entry_problems("dataset.dataset_config", entry)
+
+
+_SOURCE_KEYS = ("data_root", "class_root", "csv")
+
+
+def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        if entry.get("csv") is not None:
+            for table in csv_files(entry["csv"]):
+                for _ in islice(read_table(table, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS), _CHECKED_BLOCKS):
+                    pass
+        elif entry.get("class_root") is not None:
+            root = Path(entry["class_root"]).expanduser().absolute()
+            class_names(root)
+            if entry.get("split", "all") != "all":
+                lists = Path(entry["splits_dir"]) if entry.get("splits_dir") else root.parent / SPLITS_FOLDER
+                read_split(lists.expanduser() / f"{entry['split']}list{entry.get('fold', 1):02}.txt")
+        elif entry.get("data_root") is not None and (root := Path(entry["data_root"]).expanduser()).is_dir():
+            find_clips(root)
+    except FrameBridgeError as error:
+        yield Problem(where, str(error), on_disk=not isinstance(error, TextError | UsageError))
+
+
+_CHECKED_BLOCKS = 16
+"""Of each table, a quarter of a million rows, which takes a second; the others are read when the index is built."""
+
+
+def _split_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    if data.split == "all":
+        for name, default in (("fold", 1), ("splits_dir", None)):
+            if getattr(data, name) != default:
+                yield Problem(f"{section}.{name}", "has no effect with split all: set split to train or test")
+    elif data.class_root is None:
+        yield Problem(f"{section}.split", "has an effect with class_root only: remove it")
+    else:
+        lists = Path(data.splits_dir) if data.splits_dir else Path(data.class_root).absolute().parent / SPLITS_FOLDER
+        file = lists / f"{data.split}list{data.fold:02}.txt"
+        if not file.is_file():
+            yield Problem(f"{section}.splits_dir", f"no such file: {file}", on_disk=True)
+
+
+def _sampling_problems(data: DataSection) -> Iterator[Problem]:
+    section = "framebridge.data"
+    if data.decoder != "pyav":
+        for name, default in (("strict", False), ("resize", "torch")):
+            if getattr(data, name) != default:
+                yield Problem(f"{section}.{name}", f"does not go with decoder {data.decoder}: remove one of the two")
+    if data.frame_sampling == "stride":
+        if data.window_frames is not None:
+            yield Problem(f"{section}.window_frames", "has no effect with frame_sampling stride: set it to linspace")
+        return
+    if data.frame_stride != 1:
+        yield Problem(f"{section}.frame_stride", "has no effect with frame_sampling linspace: remove it")
+    if data.window_frames is None:
+        yield Problem(f"{section}.window_frames", "frame_sampling linspace needs it: the frames that a clip spans")
+    elif data.window_frames < data.num_frames:
+        yield Problem(
+            f"{section}.window_frames", f"should be at least num_frames, {data.num_frames}, not {data.window_frames}"
+        )
+
+
+def validation_problems(
+    recipe: Recipe, rule: ClipRule, caption_problem: Callable[[str], str | None]
+) -> Iterator[Problem]:
+    """Check the file of samples to validate with, and the pictures that it names.
+
+    Args:
+        recipe: A recipe whose single values are right.
+        rule: Which clips the model makes.
+        caption_problem: What is wrong with a caption, or None.
+
+    Yields:
+        Each problem.
+    """
+    if recipe.validation.validation_dataset_file is None:
+        return
+    where, path = "validation.validation_dataset_file", Path(recipe.validation.validation_dataset_file)
+    if path.suffix.lower() not in VALIDATION_SUFFIXES:
+        yield Problem(where, f"should end in {', '.join(VALIDATION_SUFFIXES)}")
+        return
+    if problem := _file_problem(path):
+        yield Problem(where, problem, on_disk=True)
+        return
+    try:
+        rows = read_validation_rows(path)
+    except FrameBridgeError as error:
+        yield Problem(where, str(error))
+        return
+    if not rows:
+        yield Problem(where, f"{path} has no rows")
+    for number, row in enumerate(rows, start=1):
+        for message in _row_problems(row, rule, caption_problem):
+            yield Problem(where, f"{path}: row {number}: {message}")
+        for message in _row_file_problems(row):
+            yield Problem(where, f"{path}: row {number}: {message}", on_disk=True)
+
+
+def _row_problems(
+    row: Mapping[str, Any], rule: ClipRule, caption_problem: Callable[[str], str | None]
+) -> Iterator[str]:
+    if row.get("caption") in (None, "") or not (row.get("image_path") or row.get("video_path")):
+        yield "lacks caption, or image_path (or video_path)"
+    elif not isinstance(row["caption"], str):
+        yield f"caption should be text, not {row['caption']!r}: put it in quotes"
+    elif problem := caption_problem(row["caption"]):
+        yield f"caption: {problem}"
+    sizes = {}
+    for name in (*_SIZES, "num_inference_steps", "export_fps"):
+        value, largest = row.get(name), 1000 if name == "num_inference_steps" else math.inf
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            wanted = "1 to 1000" if largest == 1000 else "1 or more"
+            yield f"{name} should be a whole number, {wanted}, not {value!r}"
+        elif name in _SIZES:
+            sizes[name] = value
+    for name, message in rule.problems(*(sizes.get(name) for name in _SIZES)):
+        yield f"{name}: {message}"
+    scale = row.get("guidance_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 <= scale < math.inf):
+        yield f"guidance_scale should be a number of 0 or more, not {scale!r}"
+
+
+def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("image_path", "video_path"):
+        path = row.get(name)
+        if path is None or str(path).startswith("http"):
+            continue
+        if not Path(str(path)).exists() or (name == "video_path" and Path(str(path)).is_dir()):
+            yield f"{name}: no such file: {path}"
+        elif name == "image_path":
+            try:
+                read_image(str(path))
+            except UsageError as error:
+                yield f"image_path: {error}"
+
+
+def _file_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return f"no such file: {path}"
+    return f"{path} is empty" if path.stat().st_size == 0 else None

@@ -1,0 +1,1 @@
+"""All surgery on finetrainers: the only folder that patches it."""

@@ -1,0 +1,350 @@
+"""Makes finetrainers importable and enters our models, objective and optimiser into its own tables."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, StrictParsing, read_training_type
+from framebridge_plugin.training.finetrainers.compat import apply_repairs
+from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
+
+if TYPE_CHECKING:
+    from finetrainers import BaseArgs
+
+    from framebridge_plugin.training.objective import ObjectiveSettings
+
+TRAINING_TYPES = ("lora", "full-finetune")
+TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
+
+_SPECIFICATIONS = {
+    "cogvideox_bridge": ("framebridge_plugin.training.specifications.cogvideox", "CogVideoXBridgeSpecification"),
+    "latte_bridge": ("framebridge_plugin.training.specifications.latte", "LatteBridgeSpecification"),
+    "latte_neural_prior": ("framebridge_plugin.training.specifications.neural_prior", "NeuralPriorSpecification"),
+}
+_lock = threading.RLock()
+_registered = False
+_framebridge_args: FrameBridgeArgs | None = None
+
+
+def register() -> None:
+    """Makes `import finetrainers` work in this process and registers what this package adds to it.
+
+    After it, finetrainers' tables and its argument parser know the model names `cogvideox_bridge`, `latte_bridge` and
+    `latte_neural_prior`, our arguments and the optimiser `adamw-torchao-8bit`, and its training loop knows
+    `FrameBridgeScheduler`. Programs that use finetrainers alone work as well. Calling it again does nothing.
+
+    Raises:
+        FrameBridgeError: If finetrainers cannot be imported.
+    """
+    global _registered
+    with _lock:
+        if _registered:
+            return
+        apply_repairs()
+        # Set before the rest: what is imported below may itself call this function.
+        _registered = True
+        _register_specifications()
+        _register_arguments()
+        _register_optimizer()
+        _register_scheduler()
+        _register_trainable_parameters()
+        _register_network_name()
+
+
+# --- Model names and arguments ---
+
+
+class LazySpecifications(dict[str, Any]):
+    """Training type -> specification class, imported when it is first looked up.
+
+    A specification imports finetrainers, so it cannot be imported before finetrainers has been.
+
+    Args:
+        module: Where the class is.
+        name: Name of the class.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__(dict.fromkeys(TRAINING_TYPES))
+        self._load = functools.cache(lambda: getattr(importlib.import_module(module), name))
+
+    def __getitem__(self, training_type: str) -> Any:
+        super().__getitem__(training_type)
+        return self._load()
+
+    def get(self, training_type: str, default: Any = None) -> Any:
+        """Returns the class, or `default` for a training type that it does not support."""
+        return self._load() if training_type in self else default
+
+    def values(self) -> Any:
+        """Returns the classes."""
+        return [self[training_type] for training_type in self]
+
+    def items(self) -> Any:
+        """Returns pairs of training type and class."""
+        return [(training_type, self[training_type]) for training_type in self]
+
+
+def _register_specifications() -> None:
+    from finetrainers.config import SUPPORTED_MODEL_CONFIGS
+
+    for model_name, (module, name) in _SPECIFICATIONS.items():
+        SUPPORTED_MODEL_CONFIGS[model_name] = LazySpecifications(module, name)
+
+
+def _register_arguments() -> None:
+    global _framebridge_args
+    from finetrainers.args import BaseArgs
+
+    ours = _framebridge_args = FrameBridgeArgs()
+    original = BaseArgs.__init__
+
+    @functools.wraps(original)
+    def __init__(self: BaseArgs) -> None:
+        original(self)
+        self.register_args(ours)
+
+    BaseArgs.__init__ = __init__
+    # For arguments that no parser made.
+    BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
+    BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
+    BaseArgs.precomputed, BaseArgs.start_from = ours.precomputed, ours.start_from
+    change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
+    change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
+
+
+def parsed_objective(default: ObjectiveSettings) -> ObjectiveSettings:
+    """The objective that the last parsed command line asked for.
+
+    A program such as finetrainers' own train.py hands no objective to the specification it builds; its flags reach
+    the specification here.
+
+    Args:
+        default: The model's own objective, for what the command line does not say.
+
+    Returns:
+        The settings.
+    """
+    return parsed_arguments().over(default)
+
+
+def parsed_arguments() -> FrameBridgeArgs:
+    """Our arguments as the last parsed command line gave them; their defaults if none was parsed.
+
+    Returns:
+        The arguments; `latte_size` and `neural_prior` among them.
+    """
+    register()
+    assert _framebridge_args is not None
+    return _framebridge_args
+
+
+def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:
+    for action in parser._actions:
+        if action.dest == name:
+            action.choices = [*(action.choices or ()), *choices]
+
+
+def parse_arguments(argv: Sequence[str]) -> BaseArgs:
+    """Parses finetrainers' and our arguments, as `BaseArgs().parse_args()` does, and refuses what that drops silently.
+
+    Args:
+        argv: Arguments without the program's name, for example `["--model_name", "cogvideox_bridge", ...]`.
+
+    Returns:
+        finetrainers' arguments, with ours as `FrameBridgeArgs` describes them.
+
+    Raises:
+        UsageError: If a flag is unknown or abbreviated, a required one is missing, or a value is wrong.
+    """
+    register()
+    from finetrainers import BaseArgs
+    from finetrainers.trainer.sft_trainer import SFTFullRankConfig, SFTLowRankConfig
+
+    args = BaseArgs()
+    args.register_args(
+        SFTLowRankConfig() if read_training_type(argv, TRAINING_TYPES) == "lora" else SFTFullRankConfig()
+    )
+    args.register_args(StrictParsing(argv))
+    try:
+        return args.parse_args()
+    except UsageError:
+        raise
+    except (ValueError, AssertionError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except KeyError as error:
+        raise UsageError(f"unknown type {error}; use bf16, fp16, fp32, float8_e4m3fn or float8_e5m2") from error
+
+
+# --- Optimiser ---
+
+
+def _register_optimizer() -> None:
+    module: Any = importlib.import_module("finetrainers.optimizer")
+    original = module.get_optimizer
+
+    @functools.wraps(original)
+    def get_optimizer(parallel_backend: str, name: str, model_parts: list[torch.nn.Module], **settings: Any) -> Any:
+        if name.lower() != TORCHAO_OPTIMIZER:
+            return original(parallel_backend=parallel_backend, name=name, model_parts=model_parts, **settings)
+        from torchao.optim import AdamW8bit
+
+        build = module.get_optimizer_ptd if parallel_backend == "ptd" else module.get_optimizer_accelerate
+        return build(
+            model_parts,
+            AdamW8bit,
+            {
+                "lr": settings["learning_rate"],
+                "betas": (settings["beta1"], settings["beta2"]),
+                "eps": settings["epsilon"],
+                "weight_decay": settings["weight_decay"],
+            },
+        )
+
+    module.get_optimizer = get_optimizer
+
+
+# --- Scheduler ---
+
+
+def get_scheduler_sigmas(scheduler: Any) -> torch.Tensor:
+    """Returns index / N for every index of a `FrameBridgeScheduler`, float32 [N]."""
+    count = scheduler.config.num_train_timesteps
+    return torch.arange(count, dtype=torch.float32) / count
+
+
+def get_scheduler_alphas(scheduler: Any) -> None:
+    """Returns None: finetrainers uses these only to weight its own loss."""
+
+
+def prepare_sigmas(
+    scheduler: Any,
+    sigmas: torch.Tensor,
+    batch_size: int,
+    num_train_timesteps: int,
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    **flow_settings: Any,
+) -> torch.Tensor:
+    """Draws uniform indices of a `FrameBridgeScheduler`.
+
+    Args:
+        scheduler: The scheduler.
+        sigmas: What `get_scheduler_sigmas` returned.
+        batch_size: Number of draws B.
+        num_train_timesteps: Number of indices N.
+        device: Where the generator lives.
+        generator: Source of the draws.
+        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
+
+    Returns:
+        index / N, float32 [B].
+    """
+    index_B = torch.randint(num_train_timesteps, (batch_size,), device=device, generator=generator)
+    return sigmas[index_B]
+
+
+def prepare_loss_weights(
+    scheduler: Any, alphas: torch.Tensor | None = None, sigmas: torch.Tensor | None = None, **flow_settings: Any
+) -> torch.Tensor:
+    """Returns ones [B]: the bridge loss is not weighted.
+
+    Args:
+        scheduler: The scheduler.
+        alphas: None for a `FrameBridgeScheduler`.
+        sigmas: What the specification's `forward` returned, [B, ...].
+        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
+
+    Returns:
+        Ones, float32 [B].
+    """
+    assert sigmas is not None
+    return torch.ones(len(sigmas), device=sigmas.device)
+
+
+def _register_scheduler() -> None:
+    from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+    for ours in (get_scheduler_sigmas, get_scheduler_alphas, prepare_sigmas, prepare_loss_weights):
+        # The training loop looks these functions up in `finetrainers.utils`, which copies them from `.diffusion`.
+        for name in ("finetrainers.utils", "finetrainers.utils.diffusion"):
+            module = importlib.import_module(name)
+            setattr(module, ours.__name__, _dispatch(FrameBridgeScheduler, ours, getattr(module, ours.__name__)))
+
+
+def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def by_scheduler(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        return (ours if isinstance(scheduler, scheduler_class) else original)(scheduler, *args, **kwargs)
+
+    return by_scheduler
+
+
+# --- Trainable parameters ---
+
+
+def add_lora_layers(specification: Any, network: Any, config: Any) -> None:
+    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does.
+
+    Args:
+        specification: finetrainers' specification of the model.
+        network: The network, a diffusers model.
+        config: peft's `LoraConfig`.
+
+    Raises:
+        ValueError: If the layers that it names are not there.
+    """
+    complete = getattr(specification, "complete_lora_config", None)
+    if complete is not None:
+        complete(network, config)
+    type(network).add_adapter(network, config)
+
+
+def _register_trainable_parameters() -> None:
+    """Asks a specification what it trains besides the LoRA layers named, and loads those of `start_from`."""
+    from finetrainers.trainer import SFTTrainer
+
+    from framebridge_plugin.training.starting import load_start
+
+    original = SFTTrainer._prepare_trainable_parameters
+
+    @functools.wraps(original)
+    def prepare(self: SFTTrainer) -> None:
+        specification = self.model_specification
+        self.transformer.add_adapter = functools.partial(add_lora_layers, specification, self.transformer)
+        try:
+            original(self)
+        finally:
+            del self.transformer.add_adapter
+        choose = getattr(specification, "prepare_trainable_parameters", None)
+        if choose is not None:
+            choose(self.transformer, self.args.training_type)
+        load_start(self.args, specification, self.transformer)
+
+    SFTTrainer._prepare_trainable_parameters = prepare
+
+
+def _register_network_name() -> None:
+    """Shows the stock trainer the trained network of a pipeline that has it under another name (`network_name`)."""
+    from finetrainers.trainer import SFTTrainer
+
+    original = SFTTrainer._init_pipeline
+
+    @functools.wraps(original)
+    def init_pipeline(self: SFTTrainer, final_validation: bool = False) -> Any:
+        pipeline = original(self, final_validation)
+        if self.transformer is None:
+            # finetrainers knows only `transformer`; it puts the network in evaluation mode next.
+            self.transformer = getattr(pipeline, self.model_specification.network_name)
+        return pipeline
+
+    SFTTrainer._init_pipeline = init_pipeline

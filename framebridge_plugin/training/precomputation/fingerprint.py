@@ -1,0 +1,87 @@
+"""What precomputed latents and embeddings depend on, in a form that two runs can compare.
+
+A fingerprint is a tree of names, numbers and digests. Only what the values depend on is in it: neither the folders'
+places nor what is trained on the values (target, learning rate, caption dropout, the network's size).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from framebridge_plugin.backbones.fingerprint import digest_of
+from framebridge_plugin.data import ClipIndex, ClipSettings
+from framebridge_plugin.errors import UsageError
+
+_SAMPLED_FILES = 64
+
+
+def run_fingerprint(
+    args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
+) -> dict[str, Any]:
+    """The fingerprint of what a run computes from its clips and captions before the network sees them.
+
+    Args:
+        args: finetrainers' arguments.
+        specification: The model's, with `precomputation_facts`.
+        datasets: What `load_dataset_config` returned.
+
+    Returns:
+        What JSON can say: "seed", "model" (what `precomputation_facts` returns), "data" (one entry for each data set,
+        see `data_fingerprint`), "enable_tiling".
+
+    Raises:
+        UsageError: If the specification has no `precomputation_facts`.
+        FrameBridgeError: If a file of the model cannot be read.
+    """
+    if not hasattr(specification, "precomputation_facts"):
+        raise UsageError(f"{type(specification).__name__} does not say what its latents depend on: train it live")
+    fingerprint = {
+        "seed": args.seed,
+        "model": specification.precomputation_facts(),
+        "enable_tiling": args.enable_tiling,
+        "data": {str(number): data_fingerprint(index, settings) for number, (index, settings) in enumerate(datasets)},
+    }
+    return json.loads(json.dumps(fingerprint))  # as it is when it is read back: lists for tuples
+
+
+def data_fingerprint(index: ClipIndex, settings: ClipSettings) -> dict[str, Any]:
+    """The fingerprint of a data set.
+
+    The videos themselves are not read: a video that is replaced under its name shows only if its size changes and it
+    is among the 64 that are asked for theirs.
+
+    Args:
+        index: Its rows.
+        settings: How clips are cut.
+
+    Returns:
+        "rows", their number; digests of their "files" (names from the innermost folder on that holds all of them) and
+        "captions", in order; "file_sizes", a digest of the sizes of at most 64 of them, evenly spread; and "clip",
+        what of the settings changes pixels.
+    """
+    start = len(index.common_folder())
+    files, captions = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    for paths, texts in index.batches():
+        files.update("\0".join([*(path[start:] for path in paths), ""]).encode())
+        captions.update("\0".join([*texts, ""]).encode())
+    count = len(index)
+    sampled = sorted({number * count // _SAMPLED_FILES for number in range(_SAMPLED_FILES)})
+    sizes = [_size(index[number][0]) for number in sampled]
+    return {
+        "rows": count,
+        "files": files.hexdigest(),
+        "captions": captions.hexdigest(),
+        "file_sizes": digest_of(json.dumps(sizes).encode()),
+        "clip": settings.fingerprint(),
+    }
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return None

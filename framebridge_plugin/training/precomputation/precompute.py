@@ -1,0 +1,374 @@
+"""`finetrainers precompute`: the latents and text embeddings of a whole corpus, written once for many runs.
+
+What is computed is what a live run would compute in its first epochs: the same clips in the same order, with the same
+draws. Every process takes its share of the files that are not there yet, so that nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
+from framebridge_plugin.data.bad_files import BadFile, read_bad_files
+from framebridge_plugin.data.folders import common_clip_shape, index_datasets
+from framebridge_plugin.data.stream import Sample
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.progress import Progress
+from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
+from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
+from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.store import (
+    Manifest,
+    Shard,
+    check_fingerprint,
+    read_manifest,
+    read_skipped,
+    remove_partial_files,
+    write_shard,
+)
+from framebridge_plugin.training.run import build_specification, write_run_files
+
+if TYPE_CHECKING:
+    from framebridge_plugin.recipe import Recipe
+
+_Result = TypeVar("_Result")
+
+SHARD_SIZE = 64
+"""Samples in a file: a process that is killed loses its work on one file."""
+
+
+def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shard_size: int | None = None) -> None:
+    """Writes what is not there yet of a store, in this process and the others that were started beside it.
+
+    Args:
+        recipe: A checked recipe.
+        store: The store's folder.
+        variants: Epochs to store; by default as many as there are, 1 in a new store. A larger number adds to them.
+        shard_size: Samples in a file of a new store; by default 64.
+
+    Raises:
+        UsageError: If the store has files of another size.
+        FrameBridgeError: If the store is that of another model, other data or other settings, too many clips cannot
+            be read, a file of the model cannot be read, or the disk is full.
+    """
+    register()
+    with _processes() as processes:
+        job = processes.first_alone(lambda: _prepare(recipe, store, variants, shard_size, processes))
+        missing: tuple[list[Shard], list[Shard]] = ([], [])
+        if processes.rank == 0:
+            write_run_files(recipe, store)
+            job.manifest.write(store)
+            remove_partial_files(store)
+            missing = job.manifest.missing(store)
+        # All go by what was missing when the first one looked.
+        missing = processes.from_first(missing)
+        if missing[0]:
+            job.write_captions(missing[0])
+        if missing[1]:
+            with explained_reading_errors():
+                job.write_clips(missing[1])
+        processes.wait()
+        if processes.rank == 0:
+            _report(store, job.manifest, sum(map(len, missing)))
+
+
+def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int | None, processes: _Processes) -> _Job:
+    """Everything before the first file is written."""
+    args = _parse_arguments(recipe)
+    torch.set_float32_matmul_precision(args.float32_matmul_precision)
+    datasets = index_datasets(recipe.dataset_config(), "the recipe's data")
+    specification = build_specification(recipe, args)
+    specification.clip_shape = common_clip_shape(datasets)
+    if hasattr(specification, "check_datasets"):
+        specification.check_datasets(datasets)
+    captions = Captions([index for index, _ in datasets])
+    quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
+    known_files = {os.path.abspath(entry["path"]) for entry in read_bad_files(quarantine)} if quarantine else ()
+    rate = functools.partial(median_clip_rate, ClipStream(datasets, args.seed, known_files=known_files), args)
+    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, rate)
+    return _Job(args, specification, datasets, captions, store, manifest, processes)
+
+
+def _parse_arguments(recipe: Recipe) -> Any:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(recipe.dataset_config(), file)  # finetrainers wants to see the file; the store has none yet
+        file.flush()
+        argv = [*recipe.to_finetrainers_argv(file.name), *recipe.objective_argv()]
+        # Captions are dropped when they are read, anew in every epoch.
+        return parse_arguments([*argv, "--caption_dropout=0"])
+
+
+def _plan(
+    store: Path,
+    captions: Captions,
+    fingerprint: Mapping[str, Any],
+    variants: int | None,
+    shard_size: int | None,
+    rate: Callable[[], float | None],
+) -> Manifest:
+    found = read_manifest(store)
+    if found is None:
+        size = shard_size or SHARD_SIZE
+        number = captions.number("")
+        return Manifest(captions.rows, variants or 1, len(captions), number, size, fingerprint, rate())
+    check_fingerprint(store, found, fingerprint)
+    if shard_size not in (None, found.shard_size):
+        raise UsageError(f"--shard-size {shard_size}: {store} has files of {found.shard_size}; leave it out")
+    return dataclasses.replace(found, variants=variants or found.variants)
+
+
+def _report(store: Path, manifest: Manifest, written: int) -> None:
+    """Lists what could not be read, from all files, whichever process wrote them and when; says what there is."""
+    shards = list(manifest.clip_shards())
+    if written:
+        bad_files = {bad_file["path"]: bad_file for shard in shards for bad_file in read_skipped(store / shard.name)}
+        lines = [json.dumps(bad_files[path]) + "\n" for path in sorted(bad_files)]
+        (store / "bad_files.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(
+        f"{store}: {manifest.rows} clips x {manifest.variants}, {manifest.captions} captions; {written} files "
+        f"written, {len(shards) + len(list(manifest.caption_shards())) - written} were there",
+        file=sys.stderr,
+    )
+
+
+class Captions:
+    """The distinct captions of all data sets, and the empty one, numbered in the order of their hashes.
+
+    Only the hashes are in memory, 16 bytes for each row.
+
+    Args:
+        indexes: The rows of each data set.
+    """
+
+    def __init__(self, indexes: Sequence[ClipIndex]) -> None:
+        self._indexes = list(indexes)
+        self._ends = list(itertools.accumulate(map(len, indexes)))
+        self.rows = self._ends[-1]
+        texts = (text for index in indexes for _, batch in index.batches() for text in batch)
+        hashes = np.fromiter(map(_hash, itertools.chain(texts, [""])), np.uint64, count=self.rows + 1)
+        self._hashes, self._row_of_number = np.unique(hashes, return_index=True)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def number(self, caption: str) -> int:
+        """The number of a caption, which must be among them."""
+        return int(np.searchsorted(self._hashes, _hash(caption)))
+
+    def text(self, number: int) -> str:
+        """The caption of a number."""
+        row = int(self._row_of_number[number])
+        if row == self.rows:
+            return ""
+        dataset = bisect.bisect_right(self._ends, row)
+        index = self._indexes[dataset]
+        return index[row - (self._ends[dataset] - len(index))][1]
+
+
+def _hash(caption: str) -> np.uint64:
+    return np.uint64(derive_seed("caption", caption))
+
+
+class _Positions(Dataset[Sample]):
+    """The samples of a stream by their positions."""
+
+    def __init__(self, stream: ClipStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, position: int) -> Sample:
+        return self._stream.sample(position)
+
+
+@dataclass
+class _Job:
+    """This process's part of the work.
+
+    Attributes:
+        args: finetrainers' arguments.
+        specification: The model's.
+        datasets: Rows and clip settings of each data set.
+        captions: Their captions.
+        store: The store's folder.
+        manifest: What it is to hold.
+        processes: Who shares the work.
+    """
+
+    args: Any
+    specification: Any
+    datasets: Sequence[tuple[ClipIndex, ClipSettings]]
+    captions: Captions
+    store: Path
+    manifest: Manifest
+    processes: _Processes
+
+    def write_captions(self, missing: Sequence[Shard]) -> None:
+        mine = self._share(missing)
+        components = self._load(self.specification.load_condition_models())
+        with self._progress("Captions", mine) as progress:
+            for shard in mine:
+                rows = []
+                for number in range(shard.first, shard.first + shard.count):
+                    caption = self.captions.text(number)
+                    values = self.specification.prepare_conditions(caption=caption, sample_seed=0, **components)
+                    rows.append(_on_cpu(values, "prepare_conditions"))
+                    progress.update()
+                write_shard(self.store / shard.name, rows)
+
+    def write_clips(self, missing: Sequence[Shard]) -> None:
+        mine = self._share(missing)
+        samples = self._samples(mine)
+        components = self._load(self.specification.load_latent_models())
+        with self._progress("Clips", mine) as progress:
+            for shard in mine:
+                rows, captions, skipped = [], [], {}
+                for row, (sample, bad_files) in enumerate(itertools.islice(samples, shard.count)):
+                    values = self.specification.prepare_latents(**sample, **components, compute_posterior=True)
+                    rows.append(_on_cpu(values, "prepare_latents"))
+                    captions.append(self.captions.number(sample["caption"]))
+                    skipped[row] = bad_files
+                    progress.update()
+                write_shard(self.store / shard.name, rows, captions, skipped)
+                if shard is mine[0]:
+                    self._say_how_large(progress, shard, sum(shard.count for shard in missing))
+
+    def _share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
+        return shards[self.processes.rank :: self.processes.world_size]
+
+    def _samples(self, shards: Sequence[Shard]) -> Iterator[tuple[dict[str, Any], list[BadFile]]]:
+        """Yields the samples of files, one after another, and what was tried in vain for each."""
+        policy = load_bad_file_policy(self.store / "dataset_config.json")
+        tracker = BadFileTracker(
+            policy,
+            self.store,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            resumed=True,  # what was in quarantine when the store was begun is left out of all of it
+            barrier=self.processes.wait,
+        )
+        stream = ClipStream(
+            self.datasets, self.args.seed, max_attempts=policy.max_attempts, known_files=tracker.known_files
+        )
+        positions = itertools.chain.from_iterable(range(shard.first, shard.first + shard.count) for shard in shards)
+        loader = sample_loader(_Positions(stream), self.args, positions)
+        bad_files: list[list[BadFile]] = []
+
+        def noted() -> Iterator[Sample]:
+            for sample in loader:
+                bad_files.append(sample["skipped"])
+                yield sample
+
+        return ((sample, bad_files.pop()) for sample in tracker.watch(noted()))
+
+    def _load(self, components: dict[str, Any]) -> dict[str, Any]:
+        from finetrainers import utils
+
+        for component in components.values():
+            if isinstance(component, torch.nn.Module):
+                component.to(self.processes.device)
+        utils._enable_vae_memory_optimizations(
+            components.get("vae"), self.args.enable_slicing, self.args.enable_tiling
+        )
+        return components
+
+    def _progress(self, name: str, shards: Sequence[Shard]) -> Progress:
+        processes = self.processes
+        share = f" (process 1 of {processes.world_size})" if processes.world_size > 1 else ""
+        total = sum(shard.count for shard in shards)
+        return Progress(total, name + share, unit="", disable=processes.rank > 0 or not shards)
+
+    def _say_how_large(self, progress: Progress, shard: Shard, clips: int) -> None:
+        if self.processes.rank == 0:
+            wanted = (self.store / shard.name).stat().st_size / shard.count * clips
+            free = shutil.disk_usage(self.store).free
+            if wanted > free:
+                message = f"warning: the clips take about {wanted / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+                progress.write(message)
+
+
+def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor) or len(value) != 1:
+            raise FrameBridgeError(
+                f"{source} returns {name} as {type(value).__name__}; only tensors of one sample can be stored: train "
+                "this model without precomputation"
+            )
+    return {name: value.detach().cpu() for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class _Processes:
+    """The processes that share the work: one alone, or those that torchrun or `--nproc` started.
+
+    Attributes:
+        rank: This one, in [0, world_size - 1].
+        world_size: Their number.
+        device: Where this one computes: the accelerators of a machine are given out in turn.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def from_first(self, value: Any) -> Any:
+        """Returns what the first process has for `value`."""
+        shared = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(shared)
+        return shared[0]
+
+    def first_alone(self, function: Callable[[], _Result]) -> _Result:
+        """Calls a function in the first process, then in the others: what is wrong in all of them is said once."""
+        exit_code, result = 0, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as error:
+                self.from_first(getattr(error, "exit_code", 1))
+                raise
+        if exit_code := self.from_first(exit_code):
+            sys.exit(exit_code)
+        return function() if result is None else result
+
+    def wait(self) -> None:
+        """Waits until all are here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[_Processes]:
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
+    if world_size > 1:
+        # Some wait for others that have more to do, for days if need be.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))
+    try:
+        yield _Processes(rank, world_size, device)
+    finally:
+        if world_size > 1:
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,357 @@
+"""Precomputed latents and embeddings on disk: their format, writing and reading it.
+
+    manifest.json                             what is in it, and the fingerprint of what it was made from
+    clips/variant-0000/000000.safetensors     what `prepare_latents` returned, `shard_size` clips in a file
+    captions/000000.safetensors               what `prepare_conditions` returned, `shard_size` captions in a file
+
+Variant v holds the samples of epoch v in the order of that epoch: the sample at offset o is row o % shard_size of
+file o // shard_size. Every tensor of a file has one row for each sample; `_caption` is the number of its caption,
+`_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips were tried in vain
+for a sample. A caption's embedding is stored once, however many clips have it; the empty one is among them.
+
+A file is written beside its place and renamed, so that one that is there is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from framebridge_plugin.backbones.fingerprint import first_difference
+from framebridge_plugin.data.bad_files import BadFile
+from framebridge_plugin.errors import FrameBridgeError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+_CAPTION, _CHECKSUM, _SKIPPED = "_caption", "_checksum", "skipped"
+_OPEN_FILES = 16
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
+_REMEDY = "run `finetrainers precompute` again"
+
+
+class StoreError(FrameBridgeError):
+    """A file of a store is missing or damaged.
+
+    Args:
+        message: One line.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error again with the whole traceback as its message; its last line is ours.
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store.
+
+    Attributes:
+        name: Its path in the store.
+        first: Number of its first sample (variant * rows + offset) or caption.
+        count: How many it holds.
+    """
+
+    name: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        rows: Clips of an epoch.
+        variants: Epochs that are stored.
+        captions: Distinct captions, the empty one included.
+        empty_caption: Number of the empty one.
+        shard_size: Samples or captions in a file.
+        fingerprint: See `run_fingerprint`.
+        clip_rate: Frames per second at which the clips are seen; None if nothing says it.
+    """
+
+    rows: int
+    variants: int
+    captions: int
+    empty_caption: int
+    shard_size: int
+    fingerprint: Mapping[str, Any]
+    clip_rate: float | None = None
+
+    def clip_shards(self) -> Iterator[Shard]:
+        """Yields the files of samples, variant by variant."""
+        for variant in range(self.variants):
+            for shard in self._shards(f"clips/variant-{variant:04}", self.rows):
+                yield dataclasses.replace(shard, first=variant * self.rows + shard.first)
+
+    def caption_shards(self) -> Iterator[Shard]:
+        """Yields the files of captions."""
+        return self._shards("captions", self.captions)
+
+    def _shards(self, folder: str, total: int) -> Iterator[Shard]:
+        for first in range(0, total, self.shard_size):
+            name = f"{folder}/{first // self.shard_size:06}.safetensors"
+            yield Shard(name, first, min(self.shard_size, total - first))
+
+    def missing(self, store: Path) -> tuple[list[Shard], list[Shard]]:
+        """Lists the files that are not there.
+
+        Args:
+            store: The store's folder.
+
+        Returns:
+            Those of captions, and those of samples.
+        """
+        present = {
+            f"{folder.relative_to(store)}/{entry.name}"
+            for folder in [store / "captions", *store.glob("clips/variant-*")]
+            if folder.is_dir()
+            for entry in os.scandir(folder)
+        }
+        captions = [shard for shard in self.caption_shards() if shard.name not in present]
+        return captions, [shard for shard in self.clip_shards() if shard.name not in present]
+
+    def write(self, store: Path) -> None:
+        """Writes the manifest.
+
+        Args:
+            store: The store's folder, which exists.
+
+        Raises:
+            FrameBridgeError: If the disk does not take it.
+        """
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+
+        _write_whole(store / MANIFEST_FILE, write)
+
+
+def read_manifest(store: Path) -> Manifest | None:
+    """Reads what a store holds.
+
+    Args:
+        store: The store's folder.
+
+    Returns:
+        The manifest; None if there is none.
+
+    Raises:
+        FrameBridgeError: If it is damaged or of another format.
+    """
+    path = store / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        found = content.pop("format")
+        if found != FORMAT:
+            raise ValueError(f"its format is {found}, this release reads {FORMAT}")
+        return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FrameBridgeError(
+            f"{path} is no manifest of precomputed latents: {' '.join(str(error).split())}; precompute into another "
+            "folder"
+        ) from error
+
+
+def check_fingerprint(store: Path, manifest: Manifest, fingerprint: Mapping[str, Any]) -> None:
+    """Refuses a store that was made from something else than a run would use.
+
+    Args:
+        store: The store's folder.
+        manifest: What it holds.
+        fingerprint: The run's.
+
+    Raises:
+        FrameBridgeError: If the two differ.
+    """
+    difference = first_difference(manifest.fingerprint, fingerprint)
+    if difference is not None:
+        raise FrameBridgeError(
+            f"{store}: its latents are not those of this run: {difference}; set that back, or precompute into another "
+            "folder"
+        )
+
+
+def write_shard(
+    path: Path,
+    rows: Sequence[Mapping[str, torch.Tensor]],
+    captions: Sequence[int] = (),
+    skipped: Mapping[int, Sequence[BadFile]] | None = None,
+) -> None:
+    """Writes one file of a store.
+
+    Args:
+        path: Its place; folders are made as needed.
+        rows: The tensors of each row by name, each with a first axis of 1.
+        captions: The number of each sample's caption; none in a file of captions.
+        skipped: Row in the file -> the clips that were tried in vain for it.
+
+    Raises:
+        FrameBridgeError: If the rows do not have the same tensors, or the disk does not take the file.
+    """
+    layouts = {json.dumps({name: [list(t.shape), str(t.dtype)] for name, t in row.items()}) for row in rows}
+    if len(layouts) > 1:
+        raise FrameBridgeError(f"{path}: the rows are not alike: {' and '.join(sorted(layouts)[:2])}")
+    tensors = {name: torch.cat([row[name].cpu() for row in rows]).contiguous() for name in rows[0]}
+    tensors[_CHECKSUM] = torch.tensor([_checksum(row) for row in rows])
+    if captions:
+        tensors[_CAPTION] = torch.tensor(captions)
+    metadata = {_SKIPPED: json.dumps({str(row): list(files) for row, files in (skipped or {}).items() if files})}
+    _write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def read_skipped(path: Path) -> list[BadFile]:
+    """Reads which clips were tried in vain for the samples of a file.
+
+    Args:
+        path: A file of samples.
+
+    Returns:
+        The clips.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            skipped = json.loads(file.metadata()[_SKIPPED])
+        return [bad_file for files in skipped.values() for bad_file in files]
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> StoreError:
+    reason = " ".join(str(error).split())
+    return StoreError(f"{path} is damaged ({reason}); remove it and {_REMEDY}: it writes only what is missing")
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written in a folder beside its place, and moves it there when all of it is on the disk."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)  # safetensors makes files that nobody else can read
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FrameBridgeError(
+            f"cannot write {path}: {error}; make room and {_REMEDY}: what is written is kept"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial_files(store: Path) -> None:
+    """Removes what killed processes left behind.
+
+    Args:
+        store: The store's folder, in which nobody writes now.
+    """
+    for folder in store.rglob(".*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class LatentStore:
+    """Reads single rows; at most 16 files are open at a time, and nothing of them is held in memory.
+
+    Args:
+        folder: The store's folder.
+        fingerprint: That of the run which reads it.
+
+    Raises:
+        FrameBridgeError: If there is no store, it is that of other latents, or files of it are missing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            raise FrameBridgeError(f"{folder} holds no precomputed latents; `finetrainers precompute` makes them")
+        check_fingerprint(self.folder, manifest, fingerprint)
+        self.manifest = manifest
+        self._files: OrderedDict[str, Any] = OrderedDict()
+        if missing := [shard.name for shards in manifest.missing(self.folder) for shard in shards]:
+            raise FrameBridgeError(
+                f"{folder}: {len(missing)} of its files are missing, first {missing[0]}; {_REMEDY}: it writes only "
+                "these"
+            )
+
+    def clip(self, variant: int, offset: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
+        """Reads a sample.
+
+        Args:
+            variant: In [0, variants - 1].
+            offset: Its place in the epoch, in [0, rows - 1].
+
+        Returns:
+            What `prepare_latents` returned, the number of its caption, and the clips that were tried in vain for it.
+
+        Raises:
+            StoreError: If its file is damaged.
+        """
+        shard, row = divmod(offset, self.manifest.shard_size)
+        return self._read(f"clips/variant-{variant:04}/{shard:06}.safetensors", row)
+
+    def caption(self, number: int) -> dict[str, torch.Tensor]:
+        """Reads the embedding of a caption.
+
+        Args:
+            number: In [0, captions - 1].
+
+        Returns:
+            What `prepare_conditions` returned.
+
+        Raises:
+            StoreError: If its file is damaged.
+        """
+        shard, row = divmod(number, self.manifest.shard_size)
+        return self._read(f"captions/{shard:06}.safetensors", row)[0]
+
+    def _read(self, name: str, row: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
+        try:
+            file, skipped = self._open(name)
+            values = {key: file.get_slice(key)[row : row + 1] for key in file.keys()}  # noqa: SIM118
+            checksum, caption = values.pop(_CHECKSUM), values.pop(_CAPTION, torch.zeros(1))
+            if _checksum(values) != checksum.item():
+                raise ValueError(f"row {row} is not as it was written")
+        except _DAMAGE as error:
+            raise _damaged(self.folder / name, error) from error
+        return values, int(caption), skipped.get(str(row), [])
+
+    def _open(self, name: str) -> tuple[Any, dict[str, list[BadFile]]]:
+        if name in self._files:
+            self._files.move_to_end(name)
+        else:
+            file = safe_open(self.folder / name, "pt")
+            self._files[name] = file, json.loads(file.metadata()[_SKIPPED])
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return self._files[name]
+
+
+def _checksum(row: Mapping[str, torch.Tensor]) -> int:
+    checksum = 0
+    for name in sorted(row):
+        data = row[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(data.data, checksum)
+    return checksum

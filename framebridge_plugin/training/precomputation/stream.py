@@ -1,0 +1,102 @@
+"""The endless stream of training samples out of a store of latents: what `ClipStream` and the encoders would give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypedDict
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from framebridge_plugin.data.bad_files import BadFile
+from framebridge_plugin.data.permutation import KeyedPermutation
+from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.precomputation.store import LatentStore
+from framebridge_plugin.training.specifications.samples import drops_caption
+
+Conditions = Mapping[str, torch.Tensor]
+
+
+def take_empty(own: Conditions, empty: Conditions) -> Conditions:
+    """The conditions of a sample that loses its caption, where nothing of its own is kept."""
+    return empty
+
+
+class StoredSample(TypedDict):
+    """What a clip and its caption became: `conditions` and `latents` as the specification's methods returned them.
+
+    `skipped` lists the files that were tried in vain for it when it was precomputed.
+    """
+
+    conditions: dict[str, torch.Tensor]
+    latents: dict[str, torch.Tensor]
+    skipped: list[BadFile]
+
+
+class StoredStream(IterableDataset[StoredSample]):
+    """Yields for ever what `ClipStream` and the encoders would: same order, same draws, same sharing over ranks.
+
+    Epoch e has the clips of variant e % variants in its own order; up to the last variant it is the very epoch that
+    was precomputed. Which captions are dropped is drawn anew in every epoch.
+
+    Args:
+        store: The store.
+        seed: Seed of the run, which is that of the store.
+        caption_dropout: Share of the samples that lose their caption, in [0, 1).
+        rank: This process, in [0, world_size - 1].
+        world_size: Number of processes that share the data.
+        start: Number of samples that this rank has already consumed.
+        drop_caption: The conditions of a sample that loses its caption, out of its own and those of the empty caption;
+            by default the latter.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore,
+        seed: int,
+        caption_dropout: float,
+        *,
+        rank: int,
+        world_size: int,
+        start: int,
+        drop_caption: Callable[[Conditions, Conditions], Conditions] = take_empty,
+    ) -> None:
+        super().__init__()
+        self.store = store
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.drop_caption = drop_caption
+
+    def __iter__(self) -> Iterator[StoredSample]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in itertools.count(self.start + first, step):
+            yield self.sample(self.rank + number * self.world_size)
+
+    def sample(self, position: int) -> StoredSample:
+        """Reads one sample.
+
+        Args:
+            position: Its place in the endless sequence of all epochs.
+
+        Returns:
+            The sample.
+
+        Raises:
+            StoreError: If a file of the store is damaged.
+        """
+        manifest = self.store.manifest
+        epoch, offset = divmod(position, manifest.rows)
+        row = KeyedPermutation(manifest.rows, self.seed, epoch)[offset]
+        variant = epoch % manifest.variants
+        latents, caption, skipped = self.store.clip(
+            variant, KeyedPermutation(manifest.rows, self.seed, variant).index(row)
+        )
+        conditions = self.store.caption(caption)
+        if drops_caption(self.caption_dropout, derive_seed(self.seed, epoch, row)):
+            conditions = dict(self.drop_caption(conditions, self.store.caption(manifest.empty_caption)))
+        return {"conditions": conditions, "latents": latents, "skipped": skipped}

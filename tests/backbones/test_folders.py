@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from framebridge_plugin.backbones.folders import (
+    COGVIDEOX,
+    LATTE_BRIDGE,
+    LATTE_NEURAL_PRIOR,
+    ClipShapeRule,
+    clip_shape_rule,
+    folder_problem,
+    local_path,
+    model_kind,
+    part_problem,
+)
+from framebridge_plugin.backbones.latte.rules import is_another_part, is_of_another_kind
+from tests.cogvideox_files import write_model_folder
+from tests.latte_files import write_latte_folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model_folder(tmp_path / "model")
+
+
+def test_a_whole_folder(model):
+    assert folder_problem(model) is None
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        assert part_problem(model / part, part) is None
+
+
+def test_a_sharded_folder(model):
+    weights = model / "transformer" / "model.safetensors"
+    weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
+    index = weights.with_name("model.safetensors.index.json")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    assert "model-00002-of-00002.safetensors is missing, although" in folder_problem(model)
+    index.write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    assert folder_problem(model) is None
+
+
+def damage(model: Path, kind: str) -> None:
+    weights = model / "vae" / "model.safetensors"
+    if kind == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif kind == "cut off in its header":
+        weights.write_bytes(weights.read_bytes()[:20])
+    elif kind == "no bytes":
+        weights.write_bytes(b"")
+    elif kind == "another file":
+        weights.write_bytes(b"<html>not found</html>" * 10)
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "no part":
+        weights.unlink()
+        (model / "vae" / "config.json").unlink()
+        (model / "vae").rmdir()
+    elif kind == "no config":
+        (model / "vae" / "config.json").unlink()
+    elif kind == "another VAE":
+        (model / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    elif kind == "another pipeline":
+        (model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    elif kind == "no index":
+        (model / "model_index.json").unlink()
+    elif kind == "broken index":
+        (model / "model_index.json").write_text('{"_class_na')
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("cut off", "bytes, its header announces"),
+        ("cut off in its header", "cut off in its header; download it again"),
+        ("no bytes", "model.safetensors is empty; download it again"),
+        ("another file", "is no safetensors file"),
+        ("no weights", "holds no weights"),
+        ("no part", "no such folder"),
+        ("no config", "config.json is missing"),
+        ("another VAE", "holds a AutoencoderKL, not a AutoencoderKLCogVideoX"),
+        ("another pipeline", "holds a FluxPipeline, not a CogVideoX pipeline"),
+        ("no index", "model_index.json is missing; give the folder of a whole CogVideoX model"),
+        ("broken index", "model_index.json is not readable JSON"),
+    ],
+)
+def test_damaged_folders(model, kind, message):
+    damage(model, kind)
+    assert message in folder_problem(model)
+
+
+FOREIGN_SCHEDULERS = [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is for a FlowMatchEulerDiscreteScheduler; the bridge knows"),
+    ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "is for a DDIMScheduler"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "is for a DPMSolverMultistepScheduler"),
+    ({"_class_name": "CogVideoXDPMScheduler", "use_flow_sigmas": True}, "is for flow matching (use_flow_sigmas)"),
+    ({"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "epsilon"}, "has prediction_type epsilon"),
+    ({"_class_name": "CogVideoXDDIMScheduler"}, "has prediction_type epsilon"),  # diffusers' default
+    (
+        {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "beta_schedule": "sigmoid"},
+        "has beta_schedule sigmoid",
+    ),
+    ({"prediction_type": "v_prediction"}, "names no scheduler"),
+    ({"_class_name": "FrameBridgeScheduler", "backbone": {"_class_name": "DDIMScheduler"}}, "is for a DDIMScheduler"),
+]
+
+
+@pytest.mark.parametrize("config, message", FOREIGN_SCHEDULERS)
+def test_schedulers_that_the_bridge_does_not_know(model, config, message):
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert message in folder_problem(model)
+    assert folder_problem(model).startswith(f"{model / 'scheduler'} ")
+    assert is_of_another_kind(model, COGVIDEOX)
+
+
+def test_schedulers_that_the_bridge_knows(model, tmp_path):
+    file = model / "scheduler" / "scheduler_config.json"
+    for name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+        config = {"_class_name": name, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+        for content in (config, {"_class_name": "FrameBridgeScheduler", "backbone": config}):
+            file.write_text(json.dumps(content))
+            assert folder_problem(model) is None
+    assert not is_of_another_kind(model, COGVIDEOX)
+    file.rename(file.with_name("config.json"))
+    assert "scheduler_config.json is missing" in folder_problem(model)
+    latte = write_latte_folder(tmp_path / "latte")
+    (latte / "scheduler" / "scheduler_config.json").write_text(json.dumps(FOREIGN_SCHEDULERS[4][0]))
+    assert folder_problem(latte, LATTE_BRIDGE) is None  # which predicts the noise
+
+
+def test_a_cogvideox_1_5_is_told_by_its_config(model):
+    file = model / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size_t": 2}))
+    assert folder_problem(model).startswith(f"{model / 'transformer'} is a CogVideoX 1.5 (patch_size_t is set)")
+    assert is_another_part(model / "transformer", "transformer", COGVIDEOX)
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in folder_problem(tmp_path / "nowhere")
+    assert "is empty" in folder_problem(tmp_path / "empty")
+    assert "is a file, not a folder" in folder_problem(tmp_path / "file")
+
+
+def test_paths_and_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert local_path("zai-org/CogVideoX-2b") is None
+    for path in ("models/CogVideoX-2b", "models", "./x/y", "/x/y", "x", "../x", "a/b/c"):
+        assert local_path(path) == Path(path)
+
+
+def test_the_rule_for_clips(model, tmp_path):
+    assert clip_shape_rule(None, None) == clip_shape_rule(model / "vae", model / "transformer") == ClipShapeRule(8, 16)
+    tiny = write_model_folder(tmp_path / "tiny", temporal_compression=2, vae_levels=2, patch_size=1)
+    rule = clip_shape_rule(tiny / "vae", tiny / "transformer")
+    assert rule == ClipShapeRule(frames_step=4, size_step=2)
+    assert [frames for frames in range(20) if not list(rule.problems(frames, None, None))] == [1, 5, 9, 13, 17]
+    (problem,) = ClipShapeRule().problems(16, 256, 256)
+    assert problem == ("num_frames", "the VAE returns only 8 k + 1 frames, not 16; the nearest is 17")
+    assert [name for name, _ in ClipShapeRule().problems(None, 5, 250)] == ["height", "width"]
+    assert "try 16" in next(iter(ClipShapeRule().problems(None, 5, None)))[1]
+
+
+def test_kinds_of_models(model, tmp_path):
+    assert model_kind(model) is COGVIDEOX
+    assert model_kind(write_latte_folder(tmp_path / "bridge")) is LATTE_BRIDGE
+    assert model_kind(write_latte_folder(tmp_path / "both", "bridge_neural_prior")) is LATTE_BRIDGE
+    assert model_kind(write_latte_folder(tmp_path / "prior", "neural_prior")) is LATTE_NEURAL_PRIOR
+    for what, content in {"flux": '{"_class_name": "FluxPipeline"}', "damaged": "{", "none": "{}"}.items():
+        (tmp_path / what).mkdir()
+        (tmp_path / what / "model_index.json").write_text(content)
+        assert model_kind(tmp_path / what) is None
+    for network, expected in {"transformer": LATTE_BRIDGE, "neural_prior": LATTE_NEURAL_PRIOR}.items():
+        info = {"pipeline_class": "FrameBridgeLattePipeline", "network_name": network}
+        (tmp_path / "damaged" / "framebridge.json").write_text(json.dumps(info))
+        assert model_kind(tmp_path / "damaged") is expected
+    (tmp_path / "damaged" / "framebridge.json").write_text('{"base_model": "a/b"}')
+    assert model_kind(tmp_path / "damaged") is COGVIDEOX
