@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from framebridge_plugin.data import ClipError, decoding, read_frames
+from framebridge_plugin.data import ClipError, read_frames
+from framebridge_plugin.data.decoding import exact
 from framebridge_plugin.data.decoding.exact import read_pictures
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import (
@@ -49,13 +50,13 @@ def decoded_numbers(path: Path) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_wanted_frames_come_back(tmp_path, kind, strict):
     path = KINDS[kind].write(tmp_path)
-    whole = decoding._read_from_start(str(path), range, strict, None)
+    whole = exact._read_from_start(str(path), range, strict, None)
     random = np.random.default_rng(0)
     for wanted in [*WINDOWS, *(sorted(random.choice(FRAMES, 3, replace=False).tolist()) for _ in range(6))]:
         assert read_numbers(path, wanted, strict) == list(wanted)
         pictures = read_pictures(str(path), lambda length, wanted=wanted: wanted, strict=strict)
         assert np.array_equal(pictures, whole[list(wanted)])
-    by_index, _ = decoding._read_by_index(str(path), lambda length: range(30, 33))
+    by_index, _ = exact._read_by_index(str(path), lambda length: range(30, 33))
     assert (by_index is not None) == KINDS[kind].seeking
 
 
@@ -122,7 +123,7 @@ def test_h264_without_reorder_information_keeps_every_picture():
     with av.open(path) as container:
         assert len(list(container.decode(video=0))) == 109, "FFmpeg leaves none out any more"
     assert numbers_in_case(read_pictures(path, range)) == list(range(110))
-    assert numbers_in_case(decoding._read_from_start(path, range, False, None)) == list(range(110))
+    assert numbers_in_case(exact._read_from_start(path, range, False, None)) == list(range(110))
     random = np.random.default_rng(0)
     for first in (0, 109, *random.integers(110, size=20).tolist()):
         wanted = range(first, min(first + 17, 110), 3)
@@ -173,10 +174,10 @@ def test_mpeg4_packets_are_only_counted_where_each_is_one_picture(tmp_path, edit
     change, is_still_so = MPEG4_EDITS[edit]
     whole = write_video(tmp_path / "whole.avi", "mpeg4", frames=FRAMES, options={"g": "12"})
     path = rewrite(whole, tmp_path / "edited.avi", change)
-    by_index, _ = decoding._read_by_index(str(path), lambda length: range(20, 30))
+    by_index, _ = exact._read_by_index(str(path), lambda length: range(20, 30))
     assert (by_index is not None) == is_still_so
     if edit != "no settings":
-        expected = decoding._read_from_start(str(path), lambda length: range(20, 30), False, None)
+        expected = exact._read_from_start(str(path), lambda length: range(20, 30), False, None)
         assert np.array_equal(read_pictures(str(path), lambda length: range(20, 30)), expected)
 
 
@@ -188,20 +189,20 @@ def test_frames_of_xvid_are_those_that_decoding_gives(tmp_path, b_frames):
     expected = decoded_numbers(path)
     for first in range(0, len(expected) - 8, 3):
         assert numbers_in(read_frames(str(path), lambda length, k=first: range(k, k + 8))) == expected[first:][:8]
-    assert (decoding._read_by_index(str(path), lambda length: range(20, 30))[0] is not None) == (b_frames == "0")
+    assert (exact._read_by_index(str(path), lambda length: range(20, 30))[0] is not None) == (b_frames == "0")
 
 
 def count_decoded(monkeypatch) -> list[int]:
     """Grows by the time of each frame that is decoded from now on."""
     decoded = []
-    checked = decoding.checked
+    checked = exact.checked
 
     def counting(*arguments):
         for frame in checked(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(decoding, "checked", counting)
+    monkeypatch.setattr(exact, "checked", counting)
     return decoded
 
 
@@ -256,8 +257,8 @@ def test_strict_reading_refuses_what_flipped_bytes_have_damaged(tmp_path):
 def test_a_file_too_large_to_be_held_is_decoded_twice(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.avi", "mpeg4", frames=FRAMES, options={"bf": "2"})
     decoded = count_decoded(monkeypatch)
-    for bound, times in ((50_000, 2), (decoding.HELD_BYTES, 1)):
-        monkeypatch.setattr(decoding, "HELD_BYTES", bound)
+    for bound, times in ((50_000, 2), (exact.HELD_BYTES, 1)):
+        monkeypatch.setattr(exact, "HELD_BYTES", bound)
         decoded.clear()
         assert read_numbers(path, range(FRAMES)) == list(range(FRAMES))
         assert len(decoded) == times * FRAMES

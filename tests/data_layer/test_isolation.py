@@ -25,7 +25,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from framebridge_plugin.data import ClipError, ClipSettings, ClipStream, index_dataset, isolation, read_clip
+from framebridge_plugin.data import ClipError, ClipSettings, ClipStream, index_dataset, read_clip
+from framebridge_plugin.data.decoding import isolation
 from framebridge_plugin.data.decoding.decoders import read_video
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.errors import UsageError
@@ -235,7 +236,7 @@ def test_nothing_is_left_when_a_run_is_killed(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         pids = [int(word) for word in process.stdout.readline().split()]
         commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
-        assert sum(bool(re.search("decoding_child", command)) for command in commands) == 3
+        assert sum(bool(re.search("decoding.child", command)) for command in commands) == 3
         process.kill()
     wait_for(lambda: not any(is_running(pid) for pid in pids))
 
