@@ -10,10 +10,12 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule, working_backbones
 
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -23,70 +25,7 @@ TWO_FILE_LORA = "two-file-lora"
 """What `finetrainers convert --from` calls the LoRA folders of that version."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
 _WEIGHTS = ("*.safetensors", "*.bin")
-_DIFFUSION_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-
-@dataclass(frozen=True)
-class ModelKind:
-    """What makes up a model's folder in diffusers' format.
-
-    Attributes:
-        name: What the class of its pipeline has in its name.
-        parts: Its components, each with the class that its config.json must name, or None for any.
-        predictions: What its network may predict as a diffusion model, as diffusers' schedulers say it.
-    """
-
-    name: str
-    parts: Mapping[str, str | None]
-    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
-
-
-COGVIDEOX = ModelKind(
-    "CogVideoX",
-    {
-        "transformer": "CogVideoXTransformer3DModel",
-        "vae": "AutoencoderKLCogVideoX",
-        "text_encoder": None,
-        "tokenizer": None,
-        "scheduler": None,
-    },
-    predictions=("v_prediction",),
-)
-LATTE_BRIDGE = ModelKind(
-    "FrameBridgeLatte", {"transformer": "LatteTransformer", "vae": "AutoencoderKL", "scheduler": None}
-)
-LATTE_NEURAL_PRIOR = ModelKind("FrameBridgeLatte", {"neural_prior": "LatteTransformer", "vae": "AutoencoderKL"})
-
-
-@dataclass(frozen=True)
-class ClipShapeRule:
-    """Which clips a model can take and return.
-
-    Attributes:
-        frames_step: `num_frames` must be 1 or a multiple of this, plus 1. It is twice the VAE's temporal compression:
-            AutoencoderKLCogVideoX decodes an even number of latent frames to the wrong number of frames.
-        size_step: Height and width must be multiples of this many pixels: the VAE's spatial compression times the
-            transformer's patch size.
-    """
-
-    frames_step: int = 8
-    size_step: int = 16
-
-    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
-        """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
-        if num_frames is not None and (num_frames - 1) % self.frames_step:
-            nearest = _nearest(num_frames - 1, self.frames_step, least=0) + 1
-            rule = f"{self.frames_step} k + 1 frames"
-            yield "num_frames", f"the VAE returns only {rule}, not {num_frames}; the nearest is {nearest}"
-        for name, size in (("height", height), ("width", width)):
-            if size is not None and size % self.size_step:
-                nearest = _nearest(size, self.size_step, least=self.size_step)
-                yield name, f"should be a multiple of {self.size_step} for this model, not {size}; try {nearest}"
-
-
-def _nearest(value: int, step: int, least: int) -> int:
-    return max(least, (value + step // 2) // step * step)
 
 
 def local_path(name: str) -> Path | None:
@@ -96,39 +35,38 @@ def local_path(name: str) -> Path | None:
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
-def model_kind(folder: Path) -> ModelKind | None:
-    """The kind of a model's or a LoRA's folder; None if the folder says nothing, or names something else."""
+def backbone_of(folder: Path) -> BackboneFacts | None:
+    """The backbone of a model's or a LoRA's folder; None if the folder says nothing, or names something else."""
     try:
         if (folder / LORA_INFO_FILE).is_file():
             info = read_json(folder / LORA_INFO_FILE)
             # LoRA folders of version 0.1.0 do not say it: there was only one kind.
             class_name = info.get("pipeline_class", "FrameBridgeCogVideoXPipeline")
-            is_bridge = info.get("network_name") != "neural_prior"
+            networks = {info.get("network_name", "transformer")}
         else:
             index = read_json(folder / "model_index.json")
-            class_name, is_bridge = _class_name(index), _is_present("transformer", index)
+            class_name, networks = _class_name(index), {part for part in index if _is_present(part, index)}
     except ValueError:
         return None
-    if class_name == "FrameBridgeLattePipeline":
-        return LATTE_BRIDGE if is_bridge else LATTE_NEURAL_PRIOR
-    return COGVIDEOX if COGVIDEOX.name in str(class_name) else None
+    titled = [facts for facts in working_backbones() if facts.title in str(class_name)]
+    return next((facts for facts in titled if facts.network in networks), titled[0] if titled else None)
 
 
-def folder_problem(path: Path, kind: ModelKind = COGVIDEOX) -> str | None:
+def folder_problem(path: Path, kind: BackboneFacts = COGVIDEOX) -> str | None:
     """What is wrong with a model's whole folder in diffusers' format."""
     if (problem := _place_problem(path)) is not None:
         return problem
     try:
         class_name = _class_name(read_json(path / "model_index.json"))
     except ValueError as error:
-        return f"{error}; give the folder of a whole {kind.name} model in diffusers' format"
-    if kind.name not in str(class_name):
-        return f"{path} holds a {class_name}, not a {kind.name} pipeline"
+        return f"{error}; give the folder of a whole {kind.title} model in diffusers' format"
+    if kind.title not in str(class_name):
+        return f"{path} holds a {class_name}, not a {kind.title} pipeline"
     problems = (part_problem(path / part, part, kind) for part in kind.parts)
     return next((problem for problem in problems if problem is not None), None)
 
 
-def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | None:
+def part_problem(path: Path, part: str, kind: BackboneFacts = COGVIDEOX) -> str | None:
     """What is wrong with the folder of one component of a kind of model."""
     if (problem := _place_problem(path)) is not None:
         return problem
@@ -155,51 +93,47 @@ def part_problem(path: Path, part: str, kind: ModelKind = COGVIDEOX) -> str | No
     return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)
 
 
-def config_problem(config: Mapping[str, Any], part: str, kind: ModelKind) -> str | None:
+def config_problem(config: Mapping[str, Any], part: str, kind: BackboneFacts) -> str | None:
     """What a component's configuration is instead, to be read after its place; a scheduler's may lack its class."""
     if part == "scheduler":
         return _scheduler_problem(config, kind)
     wanted, found = kind.parts[part], config.get("_class_name")
     if wanted is not None and found != wanted:
         return f"holds a {found}, not a {wanted}"
-    if kind is COGVIDEOX and part == "transformer":
-        return version_problem(config)
-    return None
+    return kind.config_problem(part, config)
 
 
-def version_problem(transformer: Mapping[str, Any]) -> str | None:
-    """That a transformer is a CogVideoX 1.5, to be read after its place."""
-    if transformer.get("patch_size_t") is None:
-        return None
-    return (
-        "is a CogVideoX 1.5 (patch_size_t is set), which is not supported; use a CogVideoX 1.0 checkpoint such as "
-        "THUDM/CogVideoX-2b or THUDM/CogVideoX-5b"
-    )
-
-
-def _scheduler_problem(config: Mapping[str, Any], kind: ModelKind) -> str | None:
-    """The bridge is aligned to one kind of process: variance-preserving, in steps, with CogVideoX's shift."""
+def _scheduler_problem(config: Mapping[str, Any], kind: BackboneFacts) -> str | None:
+    """The bridge is aligned to one kind of process, which the backbone's own scheduler has."""
     if config.get("_class_name") == "FrameBridgeScheduler":
         if config.get("backbone") is None:
             return None
         config = config["backbone"]
-    name, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")  # diffusers' default
-    betas = config.get("beta_schedule")
-    if name not in _DIFFUSION_SCHEDULERS:
+    name, betas = config.get("_class_name"), config.get("beta_schedule")
+    prediction = config.get("prediction_type", kind.predictions[-1] if is_flow_matching(config) else "epsilon")
+    process = "flow_matching" if is_flow_matching(config) else "variance_preserving"
+    if name is None or (kind.schedulers and name not in kind.schedulers):
         found = "names no scheduler" if name is None else f"is for a {name}"
-    elif config.get("use_flow_sigmas"):
-        found = "is for flow matching (use_flow_sigmas)"
+    elif process != kind.process:
+        sign = "use_flow_sigmas" if config.get("use_flow_sigmas") else "by its class or prediction_type"
+        found = f"is for flow matching ({sign})" if process == "flow_matching" else "is for a diffusion process"
     elif prediction not in kind.predictions:
         found = f"has prediction_type {prediction}"
     elif betas is not None and betas not in _BETA_SCHEDULES:
         found = f"has beta_schedule {betas}"
     else:
         return None
-    wanted = " or ".join(kind.predictions)
+    known = " or ".join(kind.schedulers) or "flow-matching scheduler"
     return (
-        f"{found}; the bridge knows a {kind.name} by its {' or '.join(_DIFFUSION_SCHEDULERS)} with prediction_type "
-        f"{wanted}: give the model as it was released"
+        f"{found}; the bridge knows a {kind.title} by its {known} with prediction_type {' or '.join(kind.predictions)}"
+        ": give the model as it was released"
     )
+
+
+def is_flow_matching(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is for flow matching; several classes of diffusers are for both kinds."""
+    says_so = scheduler.get("use_flow_sigmas") or scheduler.get("prediction_type") == "flow_prediction"
+    return bool(says_so) or str(scheduler.get("_class_name")).startswith("FlowMatch")
 
 
 def file_problem(path: Path) -> str:
@@ -257,15 +191,9 @@ def writing_problem(folder: Path) -> str | None:
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
 
 
-def clip_shape_rule(vae: Path | None, transformer: Path | None) -> ClipShapeRule:
-    """The rule of a model's configurations; a folder that is None or cannot be read stands for CogVideoX's own."""
-    compression, levels, patch = 4, 4, 2
-    if vae is not None and (config := _config(vae)):
-        compression = int(config.get("temporal_compression_ratio", compression))
-        levels = len(config.get("block_out_channels", range(levels)))
-    if transformer is not None and (config := _config(transformer)):
-        patch = int(config.get("patch_size", patch))
-    return ClipShapeRule(frames_step=2 * compression, size_step=2 ** (levels - 1) * patch)
+def clip_shape_rule(vae: Path | None, transformer: Path | None, kind: BackboneFacts = COGVIDEOX) -> ClipShapeRule:
+    """The rule of a model's configurations; a folder that is None or cannot be read stands for the usual one."""
+    return kind.clip_rule(*({} if folder is None else _config(folder) for folder in (vae, transformer)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
     LORA_FILE,
     LORA_INFO_FILE,
-    model_kind,
+    backbone_of,
     read_json,
     safetensors_header,
     two_file_problem,
@@ -102,7 +102,7 @@ def lora_problem(folder: Path) -> str | None:
     if (problem := weights_problem(file)) is not None:
         return problem
     names = safetensors_header(file) or {}
-    if model_kind(folder) is COGVIDEOX and f"transformer.{INPUT_PROJECTION}.lora_B.weight" not in names:
+    if backbone_of(folder) is COGVIDEOX and f"transformer.{INPUT_PROJECTION}.lora_B.weight" not in names:
         return (
             f"{file} lacks the layer of {INPUT_PROJECTION}, without which the network cannot see the image; take the "
             "folder as it was written"

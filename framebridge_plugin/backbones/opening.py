@@ -14,13 +14,13 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from safetensors import SafetensorError
 
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import (
     LORA_INFO_FILE,
-    ModelKind,
+    backbone_of,
     config_problem,
     find_saved_model,
     local_path,
-    model_kind,
     read_json,
 )
 from framebridge_plugin.backbones.lora_folders import (
@@ -57,7 +57,7 @@ class SavedModel(NamedTuple):
 
 def find_model(
     name_or_path: str | os.PathLike,
-    kinds: Container[ModelKind | None],
+    kinds: Container[BackboneFacts | None],
     settings: dict[str, Any],
     *,
     base_model: str | os.PathLike | None = None,
@@ -82,7 +82,7 @@ def find_model(
     hub = {name: settings.pop(name) for name in _HUB_SETTINGS if name in settings}
     found = _saved_model(local_folder(os.fspath(name_or_path), **hub))
     info = read_lora_info(found) if (found / LORA_INFO_FILE).is_file() else None
-    if model_kind(found) not in kinds:
+    if backbone_of(found) not in kinds:
         name = read_json(found / "model_index.json").get("_class_name") if info is None else info.pipeline_class
         raise FrameBridgeError(f"{found} is for a {name}, not for this pipeline")
     if info is None:
@@ -104,7 +104,7 @@ def _check_configs(saved: SavedModel, given: Mapping[str, Any]) -> None:
     if "scheduler" in given and "transformer" not in given and (own / "scheduler_config.json").is_file():
         name = read_json(own / "scheduler_config.json").get("_class_name")
         check_scheduler(given["scheduler"], was_bridge=name == FrameBridgeScheduler.__name__)
-    kind = None if saved.base is None else model_kind(saved.base)
+    kind = None if saved.base is None else backbone_of(saved.base)
     if saved.base is None or kind is None:
         return
     for part, name in (("transformer", "config.json"), ("scheduler", "scheduler_config.json")):

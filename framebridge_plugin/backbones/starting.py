@@ -9,22 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
     LORA_FILE,
     LORA_INFO_FILE,
+    backbone_of,
     find_saved_model,
     local_path,
-    model_kind,
     safetensors_header,
     two_file_problem,
 )
+from framebridge_plugin.backbones.latte.facts import LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.lora_folders import read_lora_info
-
-_KINDS = {"cogvideox_bridge": COGVIDEOX, "latte_bridge": LATTE_BRIDGE, "latte_neural_prior": LATTE_NEURAL_PRIOR}
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,13 @@ class Start:
     @property
     def network(self) -> Path:
         """The folder of a whole model's network."""
-        return self.folder / ("neural_prior" if model_kind(self.folder) == LATTE_NEURAL_PRIOR else "transformer")
+        return self.folder / ("neural_prior" if backbone_of(self.folder) == LATTE_NEURAL_PRIOR else "transformer")
 
     def kind_problem(self, model_name: str, training_type: str) -> str | None:
         """Why a run of this model and training type cannot begin with it."""
         if (problem := two_file_problem(self.folder)) is not None:
             return problem
-        if model_kind(self.folder) != _KINDS.get(model_name):
+        if backbone_of(self.folder) != find_backbone(model_name):
             return f"{self.folder} is not from a run of {model_name}: give one that is"
         if self.is_lora and training_type != "lora":
             return (

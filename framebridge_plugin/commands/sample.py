@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
     LORA_INFO_FILE,
-    ModelKind,
+    backbone_of,
     find_saved_model,
     find_transformer,
-    model_kind,
     read_json,
 )
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.opening import load_scheduler, opening, say
 from framebridge_plugin.backbones.saving import local_folder
@@ -84,7 +83,7 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     return paths
 
 
-def _kind_of(pipeline: Pipeline) -> ModelKind:
+def _kind_of(pipeline: Pipeline) -> BackboneFacts:
     if isinstance(pipeline, FrameBridgeCogVideoXPipeline):
         return COGVIDEOX
     return LATTE_NEURAL_PRIOR if pipeline.transformer is None else LATTE_BRIDGE
@@ -140,7 +139,7 @@ def open_pipeline(
         FrameBridgeError: If something is missing, damaged or of another kind.
     """
     found = find_saved_model(local_folder(model))
-    is_latte = found is not None and model_kind(found) in (LATTE_BRIDGE, LATTE_NEURAL_PRIOR)
+    is_latte = found is not None and backbone_of(found) in (LATTE_BRIDGE, LATTE_NEURAL_PRIOR)
     pipeline_class = FrameBridgeLattePipeline if is_latte else FrameBridgeCogVideoXPipeline
     replaced: dict[str, Any] = {}
     if transformer is not None:

@@ -5,25 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
 from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
     LORA_INFO_FILE,
-    ClipShapeRule,
-    ModelKind,
+    backbone_of,
     clip_shape_rule,
     file_problem,
     find_saved_model,
     find_transformer,
     folder_problem,
     local_path,
-    model_kind,
     part_problem,
     plain_problem,
     read_json,
     two_file_problem,
 )
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import (
     LatteFacts,
     latte_folder_problem,
@@ -44,7 +42,7 @@ class SampleModel(NamedTuple):
     """
 
     folder: Path
-    kind: ModelKind
+    kind: BackboneFacts
     rule: ClipShapeRule | LatteFacts
 
     @property
@@ -77,7 +75,7 @@ def examine_model(
     if folder is None:
         what = "is neither a model in diffusers' format nor a run that has saved one"
         return None, [f"--model {path}: {what}; give a run's or a model's folder"]
-    kind = model_kind(folder)
+    kind = backbone_of(folder)
     if kind is None:
         return None, [f"--model {_unknown_kind(folder)}"]
     is_lora = (folder / LORA_INFO_FILE).is_file()
@@ -146,7 +144,7 @@ def _cogvideox_parts(folder: Path, transformer: str | None) -> tuple[dict[str, P
 
 
 def _lora_parts(
-    folder: Path, kind: ModelKind, base: str | None, allow_other_base: bool
+    folder: Path, kind: BackboneFacts, base: str | None, allow_other_base: bool
 ) -> tuple[dict[str, Path | None], list[str]]:
     """The folders of the models that a LoRA names (None for an id), and what is wrong with them."""
     parts: dict[str, Path | None] = dict.fromkeys(("vae", "transformer", "neural_prior"))

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    LATTE_NEURAL_PRIOR,
-    ModelKind,
-    local_path,
-    writing_problem,
-)
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.folders import local_path, writing_problem
+from framebridge_plugin.backbones.latte.facts import LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import LatteFacts
 from framebridge_plugin.commands.sample_model import SampleModel, examine_model
 from framebridge_plugin.data.listing import is_video
@@ -144,7 +141,7 @@ class SampleRequest:
         given = self.prompts or self.class_names or self.labels or (None,)
         return given[image if len(given) > 1 else 0]
 
-    def sampler_settings(self, kind: ModelKind) -> SamplerSettings:
+    def sampler_settings(self, kind: BackboneFacts) -> SamplerSettings:
         """The options of the sampler, with the defaults of a kind of model.
 
         Args:
@@ -211,7 +208,7 @@ class SampleRequest:
             problems += [f"--{option.replace('_', '-')}: {message}" for option, message in found]
         return problems
 
-    def _kind_problems(self, kind: ModelKind, facts: LatteFacts | None) -> list[str]:
+    def _kind_problems(self, kind: BackboneFacts, facts: LatteFacts | None) -> list[str]:
         """Errors in what depends on the kind: the conditions, and options that one kind alone has."""
         if kind is COGVIDEOX:
             given = ("--class-name", self.class_names), ("--label", self.labels)
@@ -227,7 +224,7 @@ class SampleRequest:
             problems.append(missing)
         return problems
 
-    def _latte_problems(self, kind: ModelKind, facts: LatteFacts | None) -> list[str]:
+    def _latte_problems(self, kind: BackboneFacts, facts: LatteFacts | None) -> list[str]:
         problems = []
         if self.transformer is not None:
             problems.append("--transformer: is for CogVideoX; name a Latte model's whole folder by --model")

@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
-from framebridge_plugin.backbones.folders import version_problem
+from framebridge_plugin.backbones.cogvideox.facts import config_problem
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.whole_weights import whole_weights
 
@@ -32,7 +32,7 @@ def widen_input_channels(transformer: CogVideoXTransformer3DModel) -> CogVideoXT
         FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has another number of channels.
     """
     config = transformer.config
-    if problem := version_problem(config):
+    if problem := config_problem("transformer", config):
         raise FrameBridgeError(f"the transformer {problem}")
     in_channels = 2 * config.out_channels
     if config.in_channels == in_channels:
@@ -83,7 +83,7 @@ def load_bridge_transformer(
     """
     where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
     config = CogVideoXTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, **where)
-    if problem := version_problem(config):  # before a long download
+    if problem := config_problem("transformer", config):  # before a long download
         raise FrameBridgeError(f"{pretrained_model_name_or_path} {problem}")
     with whole_weights():
         transformer = CogVideoXTransformer3DModel.from_pretrained(

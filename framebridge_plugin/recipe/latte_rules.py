@@ -11,15 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.backbones.folders import (
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
-    ClipShapeRule,
-    folder_problem,
-    local_path,
-    part_problem,
-    read_json,
-)
+from framebridge_plugin.backbones.facts import ClipShapeRule
+from framebridge_plugin.backbones.folders import folder_problem, local_path, part_problem, read_json
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import (
     LATTE_SIZES,
     VAE_DEFAULTS,

@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
     clip_shape_rule,
     folder_problem,
     local_path,

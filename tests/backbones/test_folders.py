@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
-    ClipShapeRule,
-    clip_shape_rule,
-    folder_problem,
-    local_path,
-    model_kind,
-    part_problem,
-)
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.facts import ClipShapeRule
+from framebridge_plugin.backbones.folders import backbone_of, clip_shape_rule, folder_problem, local_path, part_problem
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import is_another_part, is_of_another_kind
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import write_latte_folder
@@ -167,17 +160,17 @@ def test_the_rule_for_clips(model, tmp_path):
 
 
 def test_kinds_of_models(model, tmp_path):
-    assert model_kind(model) is COGVIDEOX
-    assert model_kind(write_latte_folder(tmp_path / "bridge")) is LATTE_BRIDGE
-    assert model_kind(write_latte_folder(tmp_path / "both", "bridge_neural_prior")) is LATTE_BRIDGE
-    assert model_kind(write_latte_folder(tmp_path / "prior", "neural_prior")) is LATTE_NEURAL_PRIOR
+    assert backbone_of(model) is COGVIDEOX
+    assert backbone_of(write_latte_folder(tmp_path / "bridge")) is LATTE_BRIDGE
+    assert backbone_of(write_latte_folder(tmp_path / "both", "bridge_neural_prior")) is LATTE_BRIDGE
+    assert backbone_of(write_latte_folder(tmp_path / "prior", "neural_prior")) is LATTE_NEURAL_PRIOR
     for what, content in {"flux": '{"_class_name": "FluxPipeline"}', "damaged": "{", "none": "{}"}.items():
         (tmp_path / what).mkdir()
         (tmp_path / what / "model_index.json").write_text(content)
-        assert model_kind(tmp_path / what) is None
+        assert backbone_of(tmp_path / what) is None
     for network, expected in {"transformer": LATTE_BRIDGE, "neural_prior": LATTE_NEURAL_PRIOR}.items():
         info = {"pipeline_class": "FrameBridgeLattePipeline", "network_name": network}
         (tmp_path / "damaged" / "framebridge.json").write_text(json.dumps(info))
-        assert model_kind(tmp_path / "damaged") is expected
+        assert backbone_of(tmp_path / "damaged") is expected
     (tmp_path / "damaged" / "framebridge.json").write_text('{"base_model": "a/b"}')
-    assert model_kind(tmp_path / "damaged") is COGVIDEOX
+    assert backbone_of(tmp_path / "damaged") is COGVIDEOX

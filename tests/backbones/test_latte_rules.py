@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from diffusers import AutoencoderKL
 
-from framebridge_plugin.backbones.folders import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, read_json
+from framebridge_plugin.backbones.folders import read_json
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import (
     VAE_DEFAULTS,
     LatteFacts,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from framebridge_plugin.backbones.folders import COGVIDEOX
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.commands.sample_request import SampleRequest
 from framebridge_plugin.errors import UsageError
 from tests.cogvideox_files import write_model_folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framebridge_plugin.backbones.folders import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import latte_folder_problem
 from framebridge_plugin.cli import main
 from framebridge_plugin.models.latte import LATTE_SIZES

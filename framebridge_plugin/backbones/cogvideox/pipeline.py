@@ -21,15 +21,10 @@ from diffusers import (
 from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 from transformers import T5EncoderModel, T5Tokenizer
 
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX, config_problem
 from framebridge_plugin.backbones.encoding import encode_image, latent_scale
-from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    ClipShapeRule,
-    plain_problem,
-    read_json,
-    two_file_problem,
-    version_problem,
-)
+from framebridge_plugin.backbones.facts import ClipShapeRule
+from framebridge_plugin.backbones.folders import plain_problem, read_json, two_file_problem
 from framebridge_plugin.backbones.opening import find_model, load_components, opening, say
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
@@ -102,7 +97,7 @@ class FrameBridgeCogVideoXPipeline(SavingWithoutLora, CogVideoXPipeline):
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_to_config(num_frames=num_frames, height=height, width=width, fps=fps)
         self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        if transformer is not None and (problem := version_problem(transformer.config)):
+        if transformer is not None and (problem := config_problem("transformer", transformer.config)):
             raise FrameBridgeError(f"the transformer {problem}")
         if transformer is not None and transformer.config.in_channels != 2 * transformer.config.out_channels:
             raise FrameBridgeError(

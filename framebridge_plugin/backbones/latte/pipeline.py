@@ -21,7 +21,8 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
-from framebridge_plugin.backbones.folders import LATTE_BRIDGE, LATTE_NEURAL_PRIOR, LORA_FILE
+from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.rules import class_problem, neural_prior_mismatch
 from framebridge_plugin.backbones.opening import find_model, load_components, opening
 from framebridge_plugin.backbones.sampling_loop import (

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import (
-    LATTE_BRIDGE,
-    LATTE_NEURAL_PRIOR,
     LORA_INFO_FILE,
-    ModelKind,
+    backbone_of,
     config_problem,
     file_problem,
     find_saved_model,
     folder_problem,
-    model_kind,
     part_problem,
     read_json,
 )
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 
 VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]}
 """What diffusers takes for these where the configuration of an `AutoencoderKL` leaves them out."""
@@ -112,7 +111,7 @@ def class_problem(name: str, num_classes: int, class_names: Sequence[str]) -> st
     return f"the model knows no class {name!r}; it knows {num_classes}: {', '.join(class_names[:3])}, ..."
 
 
-def latte_folder_problem(folder: Path, kind: ModelKind = LATTE_BRIDGE) -> str | None:
+def latte_folder_problem(folder: Path, kind: BackboneFacts = LATTE_BRIDGE) -> str | None:
     """Examine a Latte model's whole folder.
 
     Args:
@@ -227,8 +226,8 @@ def neural_prior_problem(folder: Path, bridge: Mapping[str, Any] | None = None) 
     network = find_neural_prior(folder)
     if network is None:
         found = find_saved_model(folder)
-        kind = None if found is None else model_kind(found)
-        what = "no saved model" if found is None else f"a {kind.name if kind else ''} model without a neural prior"
+        kind = None if found is None else backbone_of(found)
+        what = "no saved model" if found is None else f"a {kind.title if kind else ''} model without a neural prior"
         return f"{folder} holds {what}; give the folder of a latte_neural_prior run that has saved one"
     problem = part_problem(network, "neural_prior", LATTE_NEURAL_PRIOR) or latte_parts_problem(None, None, network)
     if problem is None and (mismatch := neural_prior_mismatch(read_json(network / "config.json"), bridge or {})):
@@ -236,7 +235,7 @@ def neural_prior_problem(folder: Path, bridge: Mapping[str, Any] | None = None) 
     return problem
 
 
-def is_of_another_kind(folder: Path, kind: ModelKind) -> bool:
+def is_of_another_kind(folder: Path, kind: BackboneFacts) -> bool:
     """Tell a model of another kind from one that is missing, damaged or not whole, by the classes that it names.
 
     Args:
@@ -246,11 +245,11 @@ def is_of_another_kind(folder: Path, kind: ModelKind) -> bool:
     Returns:
         Whether the model or one of its parts says that it is another.
     """
-    found = _json_or_nothing(folder / "model_index.json").get("_class_name", kind.name)
-    return kind.name not in str(found) or any(is_another_part(folder / part, part, kind) for part in kind.parts)
+    found = _json_or_nothing(folder / "model_index.json").get("_class_name", kind.title)
+    return kind.title not in str(found) or any(is_another_part(folder / part, part, kind) for part in kind.parts)
 
 
-def is_another_part(folder: Path, part: str, kind: ModelKind) -> bool:
+def is_another_part(folder: Path, part: str, kind: BackboneFacts) -> bool:
     """Tell a component of another class from one that is missing or damaged.
 
     Args:

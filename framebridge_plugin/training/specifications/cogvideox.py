@@ -20,10 +20,10 @@ from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embedd
 from peft import LoraConfig
 from PIL import Image
 
+from framebridge_plugin.backbones.cogvideox.facts import config_problem
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
-from framebridge_plugin.backbones.folders import version_problem
 from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION, LoraInfo
 from framebridge_plugin.backbones.saving import (
     COGVIDEOX_COMPONENTS,
@@ -102,7 +102,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     def _load_transformer_config(self) -> None:
         source, subfolder = self._source("transformer")
         self.transformer_config = load_config(CogVideoXTransformer3DModel, source, subfolder, **self._hub_settings)
-        if problem := version_problem(self.transformer_config):
+        if problem := config_problem("transformer", self.transformer_config):
             raise cannot_load("transformer", source, f"it {problem}")
         load_backbone(self.pretrained_model_name_or_path, **self._hub_settings)  # refused here if it is foreign
 

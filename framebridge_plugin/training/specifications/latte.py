@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from framebridge_plugin.backbones.folders import LATTE_BRIDGE
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.latte.rules import neural_prior_mismatch
 from framebridge_plugin.errors import FrameBridgeError, UsageError

@@ -12,13 +12,9 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.backbones.folders import (
-    COGVIDEOX,
-    ModelKind,
-    config_problem,
-    find_saved_model,
-    two_file_problem,
-)
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -62,7 +58,7 @@ def load_config(
 
 
 def load_backbone(
-    source: str, kind: ModelKind = COGVIDEOX, *, expected: str = COGVIDEOX_FOLDER, **hub_settings: Any
+    source: str, kind: BackboneFacts = COGVIDEOX, *, expected: str = COGVIDEOX_FOLDER, **hub_settings: Any
 ) -> CogVideoXDDIMScheduler | None:
     """The diffusion process that a model was pretrained on.
 
