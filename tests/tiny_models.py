@@ -317,12 +317,12 @@ def moving_square(index: int, frames: int, height: int, width: int) -> np.ndarra
 
 
 def write_video(path: str | Path, video_FHWC: np.ndarray, fps: int = 8) -> Path:
-    """Writes uint8 frames [F, H, W, 3] as H.264."""
+    """Writes uint8 frames [F, H, W, 3] as lossless H.264: what x264 leaves out differs from one time to the next."""
     import av
 
     path = Path(path)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "0"})
         stream.height, stream.width = video_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in video_FHWC:
