@@ -153,10 +153,10 @@ def test_the_rule_for_clips(model, tmp_path):
     rule = clip_shape_rule(tiny / "vae", tiny / "transformer")
     assert rule == ClipShapeRule(frames_step=4, size_step=2)
     assert [frames for frames in range(20) if not list(rule.problems(frames, None, None))] == [1, 5, 9, 13, 17]
-    (problem,) = ClipShapeRule().problems(16, 256, 256)
+    (problem,) = ClipShapeRule(8, 16).problems(16, 256, 256)
     assert problem == ("num_frames", "the VAE returns only 8 k + 1 frames, not 16; the nearest is 17")
-    assert [name for name, _ in ClipShapeRule().problems(None, 5, 250)] == ["height", "width"]
-    assert "try 16" in next(iter(ClipShapeRule().problems(None, 5, None)))[1]
+    assert [name for name, _ in ClipShapeRule(8, 16).problems(None, 5, 250)] == ["height", "width"]
+    assert "try 16" in next(iter(ClipShapeRule(8, 16).problems(None, 5, None)))[1]
 
 
 def test_kinds_of_models(model, tmp_path):
