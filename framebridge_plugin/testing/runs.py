@@ -1,4 +1,4 @@
-"""Runs of finetrainers' own SFTTrainer: ten steps, and what it saved at the end against what it had trained."""
+"""Runs of finetrainers' own SFTTrainer: five steps, and what it saved at the end against what it had trained."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from framebridge_plugin.testing.outcome import Check, require
 from framebridge_plugin.testing.saving import RANK, check_saved_lora, check_saved_model, plain_state_dict
 from framebridge_plugin.testing.subject import SEED, Subject
 
-STEPS = 10
+STEPS = 5
+_STEPS_BETWEEN = 3  # saving and validation: once on the way, and at the end
 _TRAINING_TYPES = {"lora": "lora", "full": "full-finetune"}
 _SAVED = {"lora": "lora_weights", "full": "model_weights"}
 
 
 def check_run(subject: Subject, kind: str, backend: str, precomputed: bool) -> None:
-    """Ten steps of the stock trainer, with gradient checkpointing and validation; then the saved files are compared.
+    """Five steps of the stock trainer, with gradient checkpointing and validation; then the saved files are compared.
 
     Args:
         subject: The specification under test.
@@ -73,9 +74,9 @@ def _arguments(subject: Subject, folder: Path, kind: str, backend: str, precompu
         "batch_size": 1,
         "seed": SEED,
         "gradient_checkpointing": True,
-        "checkpointing_steps": 6,
+        "checkpointing_steps": _STEPS_BETWEEN,
         "validation_dataset_file": str(_write_validation_file(folder, subject)),
-        "validation_steps": 6,
+        "validation_steps": _STEPS_BETWEEN,
         "enable_precomputation": precomputed,
         "precomputation_items": 4,
         "precomputation_dir": str(folder / "precomputed"),

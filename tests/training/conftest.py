@@ -22,24 +22,27 @@ from framebridge_plugin.cli import main
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 
 
+SIZE = 32
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny_cogvideox(folder)
+    make_tiny_cogvideox(folder, sample_size=SIZE)
     return folder
 
 
 @pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "clips"
-    make_clips(folder, count=5, frames=12)
+    make_clips(folder, count=5, frames=12, size=SIZE)
     return folder
 
 
 @pytest.fixture(scope="session")
 def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("validation")
-    Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "red.png")
+    Image.new("RGB", (40, 32), (200, 30, 30)).save(folder / "red.png")
     lines = ["caption,image_path,num_inference_steps", f"null,{folder / 'red.png'},2"]  # a caption is text
     (folder / "validation.csv").write_text("\n".join(lines) + "\n")
     return folder / "validation.csv"
@@ -50,7 +53,7 @@ def write_recipe(folder: Path, model_folder: Path, clips_folder: Path) -> Path:
     recipe = {
         "model": {"pretrained_model_name_or_path": str(model_folder)},
         "framebridge": {
-            "data": {"data_root": str(clips_folder), "num_frames": 9, "height": 64, "width": 64},
+            "data": {"data_root": str(clips_folder), "num_frames": 9, "height": SIZE, "width": SIZE},
         },
         "training": {"training_type": "full-finetune", "batch_size": 2, "seed": 7},
         "optimization": {"train_steps": 4, "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 1},

@@ -237,7 +237,7 @@ def test_a_video_column_is_decoded_and_read_whole(clips_folder, source):
     with av.open(str(path)) as container:
         expected_FHWC = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert video_FCHW.dtype == torch.float32
-    assert video_FCHW.shape == (12, 3, 64, 64)
+    assert video_FCHW.shape == (12, 3, 32, 32)
     actual_FHWC = (video_FCHW.permute(0, 2, 3, 1).numpy() + 1) * 127.5
     # The two decoders convert colours a little differently.
     assert np.abs(actual_FHWC - expected_FHWC).mean() < 2

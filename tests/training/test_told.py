@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from framebridge_plugin.cli import main
 from framebridge_plugin.training.finetrainers.registration import parse_arguments
-from tests.training.conftest import command_environment
+from tests.training.conftest import SIZE, command_environment
 from tests.wandb_files import read_offline_run
 
 STEPS = 2
@@ -34,7 +34,7 @@ def told(tmp_path_factory, model_folder, clips_folder, validation_file) -> Told:
     folder = tmp_path_factory.mktemp("told")
     recipe = {
         "model": {"pretrained_model_name_or_path": str(model_folder)},
-        "framebridge": {"data": {"data_root": str(clips_folder), "num_frames": 9, "height": 64, "width": 64}},
+        "framebridge": {"data": {"data_root": str(clips_folder), "num_frames": 9, "height": SIZE, "width": SIZE}},
         "training": {"training_type": "lora"},
         "lora": {"rank": 4, "lora_alpha": 8},
         "optimization": {"train_steps": STEPS, "lr": 3e-4},
@@ -80,7 +80,7 @@ def test_tensorboard_gets_the_resolved_recipe_and_the_contact_sheets(told):
     assert all(caption.tensor_proto.string_val == [b"null"] for caption in captions)
     with Image.open(told.folder / "validation/final-00.png") as sheet:
         assert (sheets[-1].width, sheets[-1].height) == sheet.size
-        assert sheet.convert("RGB").getpixel((40, 40)) == (200, 30, 30)  # the input image
+        assert sheet.convert("RGB").getpixel((20, 20)) == (200, 30, 30)  # the input image
 
 
 def test_the_hub_token_is_written_nowhere(told):
@@ -108,7 +108,7 @@ def test_the_last_lines_name_the_model_and_a_command_that_samples_from_it(told):
     assert result.returncode == 0, result.stderr[-2000:]
     assert (told.folder / "sample.mp4").is_file()
     with Image.open(told.folder / "sample.png") as sheet:
-        assert sheet.convert("RGB").getpixel((40, 40)) == (200, 30, 30)
+        assert sheet.convert("RGB").getpixel((20, 20)) == (200, 30, 30)
     said = result.stderr.splitlines()
     assert [said[0].partition(" [")[0], *said[1:]] == [
         "Video 1 of 1: 100 %, 2 of 2",

@@ -29,7 +29,7 @@ from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.training.bridge_runs import make_specification
-from tests.training.conftest import command_environment, small_files_only
+from tests.training.conftest import SIZE, command_environment, small_files_only
 from tests.training.test_told import sample_as_told
 
 LORA = ("training.training_type=lora", "lora.rank=4", "lora.lora_alpha=8")
@@ -58,8 +58,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def first_sampled_frame(contact_sheet: Path) -> np.ndarray:
     """Of the eight frames that lie after the input image and below the caption."""
     with Image.open(contact_sheet) as sheet:
-        left = sheet.width - (8 * (64 + 2) - 2)
-        return np.asarray(sheet)[-64:, left : left + 64].astype(int)
+        left = sheet.width - (8 * (SIZE + 2) - 2)
+        return np.asarray(sheet)[-SIZE:, left : left + SIZE].astype(int)
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
