@@ -21,7 +21,6 @@ from PIL import Image
 from framebridge_plugin.cli import main
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 
-
 SIZE = 32
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data_layer.broken_files import KINDS
-from tests.training.test_training_runs import losses, metrics, succeeded
+from tests.training.run_results import losses, metrics, succeeded
 
 BROKEN = ("text", "empty", "cut at tail")
 

@@ -22,7 +22,7 @@ from framebridge_plugin.media import read_image, to_uint8
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.ema import WeightAverage
 from tests.training.conftest import command_environment
-from tests.training.test_training_runs import LORA, assert_same_weights, first_sampled_frame, losses, succeeded
+from tests.training.run_results import LORA, assert_same_weights, first_sampled_frame, losses, succeeded
 
 CONSTANT_RATE = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
 EMA = ("framebridge.ema_decay=0.9", *CONSTANT_RATE)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.commands.sample import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
+from tests.training.run_results import LORA, assert_same_weights, losses, succeeded
 from tests.training.test_told import sample_as_told
-from tests.training.test_training_runs import LORA, assert_same_weights, losses, succeeded
 
 KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
 

@@ -28,7 +28,7 @@ from framebridge_plugin.training.precomputation.precompute import Captions
 from framebridge_plugin.training.precomputation.store import LatentStore, read_manifest
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import command_environment, small_files_only
-from tests.training.test_training_runs import succeeded
+from tests.training.run_results import succeeded
 
 ROWS = 6
 

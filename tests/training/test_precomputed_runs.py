@@ -17,7 +17,7 @@ from framebridge_plugin.training.precomputation.store import LatentStore, Manife
 from framebridge_plugin.training.precomputation.stream import StoredStream
 from framebridge_plugin.training.specifications.samples import drops_caption
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
-from tests.training.test_training_runs import assert_same_weights, losses, metrics, succeeded
+from tests.training.run_results import assert_same_weights, losses, metrics, succeeded
 
 SMALL = ("framebridge.data.height=32", "framebridge.data.width=32")
 LATTE_KINDS = ("bridge_neural_prior", "neural_prior")

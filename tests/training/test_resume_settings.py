@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
-from tests.training.test_training_runs import LORA, succeeded
+from tests.training.run_results import LORA, succeeded
 
 
 def test_settings_of_either_side_alone_are_differences():

@@ -24,7 +24,7 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.widening import load_bridge_transformer
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
-from tests.training.test_training_runs import LORA
+from tests.training.run_results import LORA
 
 TWO_FILES = Path(__file__).parents[1] / "data/two_file_lora"
 

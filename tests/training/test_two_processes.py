@@ -17,9 +17,7 @@ from tests.training import two_processes
 from tests.training.averaged_run import OPTIONS, NoiseOfTheSample
 from tests.training.bridge_runs import make_inputs, run_trainer
 from tests.training.conftest import run_in_two_processes, write_recipe
-from tests.training.test_broken_data import BROKEN, add_broken, found
-from tests.training.test_ema import exported, trainer_file
-from tests.training.test_training_runs import (
+from tests.training.run_results import (
     CONSTANT_RATE,
     LORA,
     assert_same_weights,
@@ -28,6 +26,8 @@ from tests.training.test_training_runs import (
     metrics,
     write_one_clip,
 )
+from tests.training.test_broken_data import BROKEN, add_broken, found
+from tests.training.test_ema import exported, trainer_file
 
 SPLITS = ("dp_degree", "dp_shards")
 AVERAGED = [("full", "dp_degree"), ("full", "dp_shards"), ("lora", "dp_shards")]
