@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
     LORA_FILE,
@@ -26,8 +25,6 @@ from framebridge_plugin.errors import FrameBridgeError
 
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
-INPUT_PROJECTION = "patch_embed.proj"
-"""The layer of a CogVideoX transformer that sees the image, and that a LoRA therefore has to hold."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,10 @@ def lora_problem(folder: Path) -> str | None:
     if (problem := weights_problem(file)) is not None:
         return problem
     names = safetensors_header(file) or {}
-    if backbone_of(folder) is COGVIDEOX and f"transformer.{INPUT_PROJECTION}.lora_B.weight" not in names:
+    projection = _input_projection(folder)
+    if projection and f"transformer.{projection}.lora_B.weight" not in names:
         return (
-            f"{file} lacks the layer of {INPUT_PROJECTION}, without which the network cannot see the image; take the "
+            f"{file} lacks the layer of {projection}, without which the network cannot see the image; take the "
             "folder as it was written"
         )
     return None
@@ -119,9 +117,15 @@ def lora_settings(folder: Path) -> dict[str, Any]:
         content = json.loads(header["__metadata__"]["lora_adapter_metadata"])
         settings = {key.partition(".")[2]: value for key, value in content.items()}
         targets = settings["target_modules"]
+        projection = _input_projection(folder)
         if isinstance(targets, str):
-            targets = [targets.removesuffix(f"|{INPUT_PROJECTION}")]
-        names = sorted({*targets} - {INPUT_PROJECTION})
+            targets = [targets.removesuffix(f"|{projection}")]
+        names = sorted({*targets} - {projection})
         return {"rank": settings["r"], "lora_alpha": settings["lora_alpha"], "target_modules": names}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _input_projection(folder: Path) -> str | None:
+    backbone = backbone_of(folder)
+    return None if backbone is None else backbone.input_projection

@@ -17,14 +17,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION
 from framebridge_plugin.errors import FrameBridgeError
 
 
-def full_rank_settings(rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
+def full_rank_settings(projection: str, rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
     """The settings that add the projection's adapter, of scale 1, to those of a LoRA.
 
     Args:
+        projection: The place of the widened input projection in the network.
         rank: The projection's number of inputs: channels times kernel.
         target_modules: The other layers to adapt, as in peft: a regular expression, or names.
 
@@ -32,52 +32,51 @@ def full_rank_settings(rank: int, target_modules: str | Iterable[str]) -> dict[s
         `target_modules`, `rank_pattern` and `alpha_pattern` of a `LoraConfig`, in values that JSON can say.
     """
     is_pattern = isinstance(target_modules, str)
-    targets = f"{target_modules}|{INPUT_PROJECTION}" if is_pattern else sorted({*target_modules, INPUT_PROJECTION})
-    return {
-        "target_modules": targets,
-        "rank_pattern": {INPUT_PROJECTION: rank},
-        "alpha_pattern": {INPUT_PROJECTION: rank},
-    }
+    targets = f"{target_modules}|{projection}" if is_pattern else sorted({*target_modules, projection})
+    return {"target_modules": targets, "rank_pattern": {projection: rank}, "alpha_pattern": {projection: rank}}
 
 
-def add_projection(config: LoraConfig, network: nn.Module) -> None:
+def add_projection(config: LoraConfig, network: nn.Module, projection: str) -> None:
     """Adds the projection's adapter to a LoRA's configuration, in place; a ValueError if it names no layer that is
     there.
     """
     if not any(check_target_module_exists(config, name) for name, _ in network.named_modules()):
         # peft would say it, were it not for the projection.
         raise ValueError(f"Target modules {config.target_modules} not found in the base model")
-    projection: Any = network.get_submodule(INPUT_PROJECTION)
-    rank = projection.weight[0].numel()
-    for name, value in full_rank_settings(rank, config.target_modules or ()).items():
+    layer: Any = network.get_submodule(projection)
+    rank = layer.weight[0].numel()
+    for name, value in full_rank_settings(projection, rank, config.target_modules or ()).items():
         setattr(config, name, value)
 
 
-def freeze_identity(network: nn.Module) -> None:
+def freeze_identity(network: nn.Module, projection: str) -> None:
     """Sets A of the projection's adapters to the identity, and trains B alone."""
-    projection = network.get_submodule(INPUT_PROJECTION)
-    if not isinstance(projection, LoraLayer):
+    layer = network.get_submodule(projection)
+    if not isinstance(layer, LoraLayer):
         raise FrameBridgeError(
-            f"the LoRA leaves out {INPUT_PROJECTION}, without which the network cannot see the image; add its layers "
+            f"the LoRA leaves out {projection}, without which the network cannot see the image; add its layers "
             "by framebridge_plugin.training.finetrainers.registration.add_lora_layers"
         )
-    for lora_A in projection.lora_A.values():
+    for lora_A in layer.lora_A.values():
         weight = lora_A.weight
         with torch.no_grad():
             weight.copy_(torch.eye(len(weight)).reshape(weight.shape))
         weight.requires_grad_(False)
 
 
-def with_identity(state_dict: Mapping[str, torch.Tensor], kernel_size: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def with_identity(
+    state_dict: Mapping[str, torch.Tensor], projection: str, kernel_size: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     """Completes the layers of a LoRA by the projection's A, which is not among what is trained.
 
     Args:
         state_dict: LoRA layers by the names that peft gives them, the projection's B [out, rank, 1, ...] among them.
-        kernel_size: The projection's.
+        projection: The place of the widened input projection in the network.
+        kernel_size: The projection's; () for a linear layer.
 
     Returns:
         The layers with the projection's A [rank, in, *kernel_size].
     """
-    B = state_dict[f"{INPUT_PROJECTION}.lora_B.weight"]
+    B = state_dict[f"{projection}.lora_B.weight"]
     A = torch.eye(B.shape[1], dtype=B.dtype).reshape(B.shape[1], -1, *kernel_size)
-    return {**state_dict, f"{INPUT_PROJECTION}.lora_A.weight": A}
+    return {**state_dict, f"{projection}.lora_A.weight": A}

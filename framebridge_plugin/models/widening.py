@@ -1,4 +1,4 @@
-"""More input channels for a pretrained CogVideoX transformer.
+"""More input channels for a pretrained text-to-video network.
 
 A FrameBridge network sees [aligned latent, image latent] on the channel axis: twice the channels that the
 text-to-video checkpoint was trained with. The new channels start at zero, so that the widened network computes
@@ -7,61 +7,72 @@ exactly what the pretrained one does until it is trained.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, ModelMixin
 from torch import nn
 
-from framebridge_plugin.backbones.cogvideox.facts import config_problem
+from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION, config_problem
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.whole_weights import whole_weights
 
+NetworkT = TypeVar("NetworkT", bound=ModelMixin)
 
-def widen_input_channels(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
-    """Doubles the input channels of `patch_embed.proj`, in place: old ones copied, new ones zero, config updated.
+
+def widen_input_channels(network: NetworkT, projection: str) -> NetworkT:
+    """Doubles the inputs of a network's first layer, in place: old ones copied, new ones zero, config updated.
 
     Args:
-        transformer: A CogVideoX 1.0 transformer (2B, or 5B with rotary embeddings). One that has twice as many input
-            as output channels already is returned as it is.
+        network: A diffusers network with `in_channels` and `out_channels` in its config. One that has twice as many
+            input as output channels already is returned as it is.
+        projection: The place of the layer that sees the latents: a convolution, or a linear layer over channels.
 
     Returns:
-        The same transformer.
+        The same network.
 
     Raises:
-        FrameBridgeError: If the transformer is a CogVideoX 1.5 (`patch_size_t`) or has another number of channels.
+        FrameBridgeError: If it has another number of channels, or the layer sees more than channels (CogVideoX 1.5).
     """
-    config = transformer.config
-    if problem := config_problem("transformer", config):
-        raise FrameBridgeError(f"the transformer {problem}")
-    in_channels = 2 * config.out_channels
-    if config.in_channels == in_channels:
-        return transformer
-    if config.in_channels != config.out_channels:
+    config = network.config
+    in_channels, out_channels = config.in_channels, config.out_channels
+    if in_channels == 2 * out_channels:
+        return network
+    layer: Any = network.get_submodule(projection)
+    weight = layer.weight
+    if in_channels != out_channels or weight.shape[1] != in_channels:
         raise FrameBridgeError(
-            f"the transformer has {config.in_channels} input and {config.out_channels} output channels; expected "
-            f"{config.out_channels} inputs (a text-to-video checkpoint) or {in_channels} (a widened one)"
+            f"the transformer has {in_channels} input and {out_channels} output channels, {weight.shape[1]} at "
+            f"{projection}; expected {out_channels} inputs (a text-to-video checkpoint) or {2 * out_channels} (a "
+            "widened one)"
         )
-
-    old = transformer.patch_embed.proj
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        kernel_size=old.kernel_size,
-        stride=old.stride,
-        bias=old.bias is not None,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    )
     with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, : old.in_channels].copy_(old.weight)
-        if new.bias is not None and old.bias is not None:
-            new.bias.copy_(old.bias)
-    new.requires_grad_(old.weight.requires_grad)
-    transformer.patch_embed.proj = new
-    transformer.register_to_config(in_channels=in_channels)
-    return transformer
+        wide = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    layer.weight = nn.Parameter(wide, requires_grad=weight.requires_grad)
+    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", wide.shape[1])
+    network.register_to_config(in_channels=wide.shape[1])
+    return network
+
+
+def load_widened_network(
+    network_class: type[NetworkT],
+    projection: str,
+    source: str,
+    *,
+    subfolder: str | None = None,
+    config_problem: Callable[[Mapping[str, Any]], str | None] = lambda config: None,
+    **kwargs: Any,
+) -> NetworkT:
+    """Loads a network and widens it where that is needed; a FrameBridgeError for a config that has a problem, another
+    number of channels, or weights that lack a tensor.
+    """
+    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+    if problem := config_problem(network_class.load_config(source, subfolder=subfolder, **where)):
+        raise FrameBridgeError(f"{source} {problem}")  # before a long download
+    with whole_weights():
+        network = network_class.from_pretrained(source, subfolder=subfolder, **kwargs)
+    return widen_input_channels(network, projection)
 
 
 def load_bridge_transformer(
@@ -81,12 +92,11 @@ def load_bridge_transformer(
     Raises:
         FrameBridgeError: If it is a CogVideoX 1.5, has another number of channels, or its weights lack a tensor.
     """
-    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-    config = CogVideoXTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, **where)
-    if problem := config_problem("transformer", config):  # before a long download
-        raise FrameBridgeError(f"{pretrained_model_name_or_path} {problem}")
-    with whole_weights():
-        transformer = CogVideoXTransformer3DModel.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-    return widen_input_channels(transformer)
+    return load_widened_network(
+        CogVideoXTransformer3DModel,
+        INPUT_PROJECTION,
+        pretrained_model_name_or_path,
+        subfolder=subfolder,
+        config_problem=lambda config: config_problem("transformer", config),
+        **kwargs,
+    )

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, ModelMixin, WanTransformer3DModel
+from peft import LoraConfig
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
-from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
+from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
+from framebridge_plugin.models.widening import load_bridge_transformer, load_widened_network, widen_input_channels
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
+from tests.tiny_wan import make_tiny_wan_network
 
 KINDS = ["2b", "5b"]
 
@@ -62,7 +65,7 @@ def test_the_widened_network_computes_what_the_plain_one_does(models, kind, dtyp
 
 
 def test_a_frozen_network_stays_frozen(models):
-    widened = widen_input_channels(load_plain(models["2b"]).requires_grad_(False))
+    widened = widen_input_channels(load_plain(models["2b"]).requires_grad_(False), "patch_embed.proj")
     assert not any(parameter.requires_grad for parameter in widened.parameters())
 
 
@@ -89,7 +92,7 @@ def test_a_widened_checkpoint_is_loaded_as_it_is(models, tmp_path):
     for loaded in (load_widened(tmp_path), load_bridge_transformer(str(tmp_path / "transformer"))):
         assert torch.equal(loaded.patch_embed.proj.weight, trained.patch_embed.proj.weight)
         assert torch.equal(output(loaded, latents), expected)
-        assert widen_input_channels(loaded) is loaded
+        assert widen_input_channels(loaded, "patch_embed.proj") is loaded
 
 
 def test_a_plain_transformer_folder_alone_is_widened(models, tmp_path):
@@ -104,11 +107,86 @@ def test_a_plain_transformer_folder_alone_is_widened(models, tmp_path):
     ("changed", "message"),
     [
         ({"patch_size_t": 2}, "CogVideoX 1.5"),
-        ({"in_channels": 3 * LATENT_CHANNELS}, "has 12 input and 4 output channels; expected 4 inputs"),
+        (
+            {"in_channels": 3 * LATENT_CHANNELS},
+            "12 input and 4 output channels, 12 at patch_embed.proj; expected 4",
+        ),
     ],
 )
-def test_another_architecture_is_refused_in_one_line(models, changed, message):
+def test_another_architecture_is_refused_in_one_line(models, changed, message, tmp_path):
     config = {**load_plain(models["2b"]).config, **changed, "sample_frames": 9}
+    CogVideoXTransformer3DModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(FrameBridgeError, match=message) as error:
-        widen_input_channels(CogVideoXTransformer3DModel.from_config(config))
+        load_bridge_transformer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def make_tiny_ltx_network() -> LTXVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=16,
+    )
+
+
+def call_network(network: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [2, C, 3, 4, 4] and their output, whatever the network's layout."""
+    text, time = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(7)), torch.tensor([3.5, 965.716])
+    if isinstance(network, WanTransformer3DModel):
+        return network(latents, time, text).sample
+    tokens, mask = latents.flatten(2).transpose(1, 2), torch.ones(2, 5)
+    return network(tokens, text, time, mask, num_frames=3, height=4, width=4).sample
+
+
+# A convolution over space and time, and a linear layer over channels.
+OTHERS = [(make_tiny_wan_network, "patch_embedding"), (make_tiny_ltx_network, "proj_in")]
+
+
+@pytest.mark.parametrize(("make", "projection"), OTHERS, ids=["wan", "ltx"])
+@torch.no_grad()
+def test_other_projections_are_widened_saved_and_loaded(make, projection, tmp_path):
+    plain = make()
+    latents, image = torch.randn(2, 2, LATENT_CHANNELS, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = call_network(plain, latents)
+    plain.save_pretrained(tmp_path / "plain")
+    widened = load_widened_network(type(plain), projection, str(tmp_path / "plain"))
+    assert (widened.config.in_channels, widened.config.out_channels) == (2 * LATENT_CHANNELS, LATENT_CHANNELS)
+    for scale in (0.0, 100.0):
+        assert torch.equal(call_network(widened, torch.cat([latents, scale * image], dim=1)), expected)
+
+    torch.nn.init.normal_(widened.get_submodule(projection).weight)
+    seen = call_network(widened, torch.cat([latents, image], dim=1))
+    assert not torch.equal(seen, expected)
+    widened.save_pretrained(tmp_path / "widened")
+    loaded = load_widened_network(type(plain), projection, str(tmp_path / "widened"))
+    assert torch.equal(call_network(loaded, torch.cat([latents, image], dim=1)), seen)
+
+
+@pytest.mark.parametrize(("make", "projection"), OTHERS, ids=["wan", "ltx"])
+def test_the_adapter_of_a_projection_trains_it_as_a_whole(make, projection):
+    network = widen_input_channels(make(), projection)
+    whole = widen_input_channels(make(), projection)
+    config = LoraConfig(r=2, target_modules=["to_q"])
+    add_projection(config, network, projection)
+    network.add_adapter(config)
+    freeze_identity(network, projection)
+    layer = network.get_submodule(projection)
+    change = torch.randn(whole.get_submodule(projection).weight.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        B = layer.lora_B["default"].weight
+        B.copy_(change.reshape(B.shape))
+        whole.get_submodule(projection).weight.add_(change)
+    latents = torch.randn(2, 2 * LATENT_CHANNELS, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    outputs = [call_network(each, latents) for each in (network, whole)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.square().mean().backward()
+    gradient = whole.get_submodule(projection).weight.grad
+    torch.testing.assert_close(B.grad, gradient.reshape(B.shape), rtol=1e-3, atol=1e-6)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if projection in name} == {f"{projection}.lora_B.default.weight"}

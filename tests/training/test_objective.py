@@ -93,7 +93,7 @@ def case() -> Case:
     latents = (3, 3, 4, 8, 8)
     return Case(
         plain=plain,
-        widened=widen_input_channels(copy.deepcopy(plain)),
+        widened=widen_input_channels(copy.deepcopy(plain), "patch_embed.proj"),
         backbone=make_backbone(),
         z_0=torch.randn(latents, generator=generator),
         eps=torch.randn(latents, generator=generator),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training import test_latte_runs as latte
@@ -106,10 +105,10 @@ def test_their_lora_resumes_bit_for_bit_and_is_what_they_trained(runs, split):
 
     transformer = open_pipeline(str(parts)).transformer
     trained = load_file(whole / "checkpoints/step_000004/trainer/weights.safetensors")
-    assert trained[f"{INPUT_PROJECTION}.lora_B.default.weight"].abs().max() > 1e-3
+    assert trained["patch_embed.proj.lora_B.default.weight"].abs().max() > 1e-3
     found = {name.replace(".default_0.", ".default."): t for name, t in transformer.state_dict().items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
-    A = found[f"{INPUT_PROJECTION}.lora_A.default.weight"].flatten(1)
+    A = found["patch_embed.proj.lora_A.default.weight"].flatten(1)
     assert torch.equal(A, torch.eye(len(A)))
 
 

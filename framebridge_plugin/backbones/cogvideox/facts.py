@@ -7,6 +7,8 @@ from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
 
+INPUT_PROJECTION = "patch_embed.proj"
+
 
 def clip_rule(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> ClipShapeRule:
     """Twice the VAE's temporal compression: it decodes an even number of latent frames to a wrong number of frames."""
@@ -41,7 +43,7 @@ COGVIDEOX = BackboneFacts(
     clip_rule=clip_rule,
     schedulers=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     predictions=("v_prediction",),
-    input_projection="patch_embed.proj",
+    input_projection=INPUT_PROJECTION,
     sampling={"num_inference_steps": 50, "guidance_scale": 6.0, "grid": "trailing"},
     without_effect=dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
     config_problem=config_problem,

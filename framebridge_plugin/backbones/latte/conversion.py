@@ -15,6 +15,7 @@ from diffusers import CogVideoXPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
 from framebridge_plugin.backbones.folders import (
     EXTRA_WEIGHTS_FILE,
     LORA_FILE,
@@ -25,7 +26,7 @@ from framebridge_plugin.backbones.folders import (
 )
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.latte.rules import find_neural_prior, neural_prior_problem
-from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION, read_lora_info
+from framebridge_plugin.backbones.lora_folders import read_lora_info
 from framebridge_plugin.backbones.saving import (
     COGVIDEOX_COMPONENTS,
     describe_base,
@@ -45,7 +46,6 @@ from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-_PROJECTION_TENSORS = (f"{INPUT_PROJECTION}.weight", f"{INPUT_PROJECTION}.bias")
 
 
 def convert_reference_checkpoint(
@@ -137,7 +137,10 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
         settings = {name.removeprefix("transformer."): value for name, value in metadata.items()}
         trained = load_file(found / EXTRA_WEIGHTS_FILE)
         base = load_bridge_transformer(str(folders["transformer"]), dtype=torch.float32).state_dict()
-        weight, bias = (trained[name].float() - base[name] for name in _PROJECTION_TENSORS)
+        weight, bias = (
+            trained[f"{INPUT_PROJECTION}.{name}"].float() - base[f"{INPUT_PROJECTION}.{name}"]
+            for name in ("weight", "bias")
+        )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FrameBridgeError(
@@ -147,12 +150,13 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
 
     layer = f"{INPUT_PROJECTION}.lora_B"
     layers[f"{layer}.weight"] = weight.flatten(1)[..., *(None,) * (weight.ndim - 2)]
-    layers = with_identity(layers, weight.shape[2:])
+    layers = with_identity(layers, INPUT_PROJECTION, weight.shape[2:])
     # peft knows biases for all layers or none.
     for name in [name for name in layers if name.endswith(".lora_B.weight")]:
         layers[name.replace(".weight", ".bias")] = torch.zeros(len(layers[name]))
     layers[f"{layer}.bias"] = bias
-    settings |= full_rank_settings(weight[0].numel(), settings["target_modules"]) | {"lora_bias": True}
+    settings |= full_rank_settings(INPUT_PROJECTION, weight[0].numel(), settings["target_modules"])
+    settings["lora_bias"] = True
     with _whole_or_not_there(Path(folder)) as partial:
         shutil.copytree(found, partial, ignore=shutil.ignore_patterns(EXTRA_WEIGHTS_FILE, LORA_FILE))
         save_lora_file(partial / LORA_FILE, "transformer", layers, settings)

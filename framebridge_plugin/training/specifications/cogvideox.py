@@ -20,11 +20,11 @@ from finetrainers.models.cogvideox.utils import prepare_rotary_positional_embedd
 from peft import LoraConfig
 from PIL import Image
 
-from framebridge_plugin.backbones.cogvideox.facts import config_problem
+from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION, config_problem
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_image, encode_video
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
-from framebridge_plugin.backbones.lora_folders import INPUT_PROJECTION, LoraInfo
+from framebridge_plugin.backbones.lora_folders import LoraInfo
 from framebridge_plugin.backbones.saving import (
     COGVIDEOX_COMPONENTS,
     describe_base,
@@ -122,7 +122,8 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
     def blank_network(self) -> CogVideoXTransformer3DModel:
         """The network without weights: its modules, by which LoRA layers find their places."""
         with torch.device("meta"):
-            return widen_input_channels(CogVideoXTransformer3DModel.from_config(self.transformer_config))
+            network = CogVideoXTransformer3DModel.from_config(self.transformer_config)
+        return widen_input_channels(network, INPUT_PROJECTION)
 
     def load_diffusion_models(self) -> dict[str, Any]:
         """The widened `transformer` and the `scheduler` of the objective."""
@@ -353,7 +354,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
 
     def complete_lora_config(self, transformer: CogVideoXTransformer3DModel, config: LoraConfig) -> None:
         """Adds the widened input projection to what a LoRA trains: low-rank layers alone never see the image."""
-        add_projection(config, transformer)
+        add_projection(config, transformer, INPUT_PROJECTION)
 
     def prepare_trainable_parameters(self, transformer: CogVideoXTransformer3DModel, training_type: str) -> None:
         """Trains the input projection as itself when LoRA freezes everything else.
@@ -364,7 +365,7 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         """
         if training_type == "lora":
             _ = self._lora_info  # taken now: the base's files may change while the run lasts
-            freeze_identity(transformer)
+            freeze_identity(transformer, INPUT_PROJECTION)
 
     def validation(
         self,
@@ -434,14 +435,14 @@ class CogVideoXBridgeSpecification(CogVideoXModelSpecification):
         assert transformer_state_dict is not None
         assert metadata is not None
         patch_size = self.transformer_config.patch_size
-        layers = with_identity(transformer_state_dict, (patch_size, patch_size))
+        layers = with_identity(transformer_state_dict, INPUT_PROJECTION, (patch_size, patch_size))
         settings = json.loads(metadata["lora_config"])
         rank = len(layers[f"{INPUT_PROJECTION}.lora_A.weight"])
         save_lora_folder(
             directory,
             info=dataclasses.replace(self._lora_info, fps=self.clip_rate),
             lora_state_dict=layers,
-            adapter_metadata=settings | full_rank_settings(rank, settings["target_modules"]),
+            adapter_metadata=settings | full_rank_settings(INPUT_PROJECTION, rank, settings["target_modules"]),
             scheduler=scheduler,
         )
 
