@@ -26,19 +26,7 @@ INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 
 
 def pixel_aspect(path: str, stream: VideoStream) -> Fraction:
-    """How wide the pixels of a file are.
-
-    Args:
-        path: The file.
-        stream: Its video stream.
-
-    Returns:
-        Width of a stored pixel as it is shown, over its height: what the container says, else what the codec says,
-        else 1.
-
-    Raises:
-        ClipError: It is no sensible number.
-    """
+    """Width of a stored pixel as it is shown, over its height; `ClipError` if it is no sensible number."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
         reason = f"its sample aspect ratio is {aspect.numerator}:{aspect.denominator}, which no picture has"

@@ -1,9 +1,9 @@
 """The program that `isolation` starts: it reads the clips that it is asked for until its asker is gone.
 
 Requests are (path, options of `read_video` or None for `read_timing`, time limit in seconds). The answer is a
-`Timing`, or the number of frames in the file, once or more often, each of which is answered by the wanted numbers, a
-`ClipError` that says why there are none, or None to give up; then an exception, or the shape of the frames
-[F, H, W, 3], which lie in shared memory until the next request.
+`Timing`, or the number of frames in the file, once or more often, each of which is answered by the wanted numbers or
+by a `ClipError` that says why there are none; then an exception, or the shape of the frames [F, H, W, 3], which lie in
+shared memory until the next request.
 
 It does not load torch, so that it starts fast and needs little memory beside the many others.
 """
@@ -24,18 +24,8 @@ from framebridge_plugin.data.decoding.exact import read_timing
 from framebridge_plugin.errors import FrameBridgeError
 
 
-class _GivenUpError(Exception):
-    """The asker does not want the clip after all."""
-
-
 def main(requests_fd: int, replies_fd: int, frames_fd: int) -> None:
-    """Serve until the other end of the line is closed.
-
-    Args:
-        requests_fd: File descriptor of the pipe that requests come from.
-        replies_fd: File descriptor of the pipe for the answers.
-        frames_fd: File descriptor of the shared memory.
-    """
+    """Serve until the other end of the line is closed; the file descriptors are two pipes and the shared memory."""
     # Ctrl-C in a terminal reaches the whole group; the asker decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = Connection(requests_fd, writable=False)
@@ -61,8 +51,6 @@ def _serve(
         answer = requests.recv()
         if isinstance(answer, ClipError):
             raise answer
-        if answer is None:
-            raise _GivenUpError
         return answer
 
     try:
@@ -70,8 +58,6 @@ def _serve(
             replies.send(read_timing(path))
             return
         pictures = read_video(path, choose, **options)
-    except _GivenUpError:
-        return
     except (EOFError, BrokenPipeError):
         raise
     except FrameBridgeError as error:

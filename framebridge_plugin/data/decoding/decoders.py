@@ -10,7 +10,7 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from av.container import InputContainer
@@ -29,21 +29,9 @@ from framebridge_plugin.data.showing import pixel_aspect, resized, turn_of
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.sizes import square_pixel_size
 
-Decoder = Literal["pyav", "decord"]
 
-
-def load_decoder(name: Decoder) -> ModuleType:
-    """Import a decoder's library.
-
-    Args:
-        name: The decoder.
-
-    Returns:
-        The module that holds its reader.
-
-    Raises:
-        UsageError: It is not installed, or does not load.
-    """
+def load_decoder(name: str) -> ModuleType:
+    """Import a decoder's library; `UsageError` if it is not installed or does not load."""
     try:
         return importlib.import_module("av" if name == "pyav" else name)
     except (ImportError, OSError, RuntimeError) as error:
@@ -52,32 +40,10 @@ def load_decoder(name: Decoder) -> ModuleType:
         ) from error
 
 
-def read_video(
-    path: str,
-    choose: Choose,
-    *,
-    decoder: Decoder = "pyav",
-    strict: bool = False,
-    cover: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Read chosen frames of a video file with the decoder of one's choice.
-
-    Args:
-        path: A video file.
-        choose: From the number of frames in the file to the wanted ones (see `read_frames`).
-        decoder: What reads it.
-        strict: Whether damage is an error; "pyav" only.
-        cover: Size that the decoder resizes the pictures to cover; "pyav" only.
-
-    Returns:
-        uint8 RGB array of shape [F, H, W, 3], in one piece, as it is to be shown.
-
-    Raises:
-        ClipError: The file is broken, or (kind "wrong_container") this decoder is not known to read it rightly.
-        UsageError: The decoder does not load.
-    """
+def read_video(path: str, choose: Choose, *, decoder: str = "pyav", **pyav_options: Any) -> np.ndarray:
+    """Do what `read_pictures` does, by another decoder too; `ClipError` "wrong_container" where that may be wrong."""
     if decoder == "pyav":
-        return read_pictures(path, choose, strict=strict, cover=cover)
+        return read_pictures(path, choose, **pyav_options)
     decord = load_decoder(decoder)
     check_regular_file(path)
     with damage_as_clip_error(path):
@@ -89,8 +55,7 @@ def read_video(
 
 
 def _refused(path: str, reason: str) -> ClipError:
-    reason = f"decord does not read it rightly, because {reason}; use decoder: pyav"
-    return ClipError(path, reason, "wrong_container")
+    return ClipError(path, f"decord does not read it rightly, because {reason}; use decoder: pyav", "wrong_container")
 
 
 def _trusted_index(path: str) -> PacketIndex:
@@ -109,11 +74,8 @@ def _trusted_index(path: str) -> PacketIndex:
         raise _refused(path, "its codec is av1")
     if index.has_open_groups:
         raise _refused(path, "frames before a key frame depend on it (open groups of pictures)")
-    if (
-        codec == "h264"
-        and len(index.key_pts) < index.length
-        and _first_delay(path, {}) != _first_delay(path, {"strict": "1"})
-    ):
+    is_reordered = codec == "h264" and len(index.key_pts) < index.length
+    if is_reordered and _first_delay(path, {}) != _first_delay(path, {"strict": "1"}):
         raise _refused(path, "it does not say how far its pictures are reordered")
     return index
 

@@ -55,14 +55,7 @@ class ClipError(FrameBridgeError):
 
 
 def check_regular_file(path: str) -> None:
-    """Refuse what is not a file with content: decoders wait for ever on a named pipe as soon as they open it.
-
-    Args:
-        path: A path that is to be opened.
-
-    Raises:
-        ClipError: It is missing, cannot be looked at, is no regular file, or is empty.
-    """
+    """Refuse what is not a file with content: decoders wait for ever on a named pipe as soon as they open it."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -71,21 +71,10 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
 def read_pictures(
     path: str, choose: Choose, *, strict: bool = False, cover: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Read chosen frames of a video file as an array.
+    """Do what `read_frames` does, as an array [F, H, W, 3] in one piece.
 
-    Args:
-        path: A video file.
-        choose: As for `read_frames`.
-        strict: Whether damage in what is decoded is an error. Else FFmpeg hides what it can, so that damaged pictures
-            come back without a word.
-        cover: Height and width that the pictures as shown are resized to cover, by FFmpeg's bilinear filter while it
-            converts them; None leaves their size.
-
-    Returns:
-        uint8 RGB array of shape [F, H, W, 3], in one piece, as it is to be shown.
-
-    Raises:
-        ClipError: As `read_frames`.
+    With `strict`, damage in what is decoded is an error; else FFmpeg hides what it can, without a word. Its bilinear
+    filter resizes the pictures to `cover` a height and width, if they are given, while it converts them.
     """
     check_regular_file(path)
     with damage_as_clip_error(path):
@@ -104,18 +93,7 @@ def damage_as_clip_error(path: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video file and choose its video stream.
-
-    Args:
-        path: A regular file.
-        strict: Whether its decoder is to report damage.
-
-    Yields:
-        The container, which is closed afterwards, and the stream.
-
-    Raises:
-        ClipError: It is no video that can be decoded.
-    """
+    """Open a regular file and choose its video stream; `ClipError` if it is no video that can be decoded."""
     try:
         # Tags in a foreign encoding are no reason to refuse a video.
         container = av.open(path, metadata_errors="ignore")
@@ -184,7 +162,9 @@ def _read_by_index(
             if is_mpeg4_avi(container, stream):
                 index = picture_packets(container, stream)
                 numbers = choose(index.length)
-                frames = _frames_of_packets(path, stream, index, numbers, strict)
+                start = index.last_intra(numbers[0])
+                decoded = index.decoded(stream, start, numbers[-1])
+                frames = _numbered(checked(path, decoded, strict), numbers, start)
             else:
                 index = packet_index(container, stream)
                 if not index.has_decoding_times:
@@ -199,13 +179,6 @@ def _read_by_index(
         if error.kind == "corrupt":
             return None, index
         raise
-
-
-def _frames_of_packets(
-    path: str, stream: VideoStream, index: PicturePackets, numbers: Sequence[int], strict: bool
-) -> Iterator[VideoFrame]:
-    start = index.last_intra(numbers[0])
-    return _numbered(checked(path, index.decoded(stream, start, numbers[-1]), strict), numbers, start)
 
 
 def _frames_after_seek(
@@ -287,9 +260,9 @@ def _places(
     known = [time for time in times if time is not None]
     if isinstance(index, PacketIndex) and known == sorted(set(known)) and len(known) == len(times):
         place_of = {time: place for place, time in enumerate(known)}
-        places = [place_of.get(index.shown_pts[number]) for number in numbers]
-        if None not in places:
-            return [place for place in places if place is not None]
+        wanted = [index.shown_pts[number] for number in numbers]
+        if place_of.keys() >= set(wanted):
+            return [place_of[time] for time in wanted]
     reason = f"its decoder gives {len(times)} of its {index.length} frames, and not all that are wanted"
     raise ClipError(path, reason, "corrupt")
 

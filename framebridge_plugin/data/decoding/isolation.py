@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from framebridge_plugin.data.decoding.decoders import Decoder
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.exact import Choose, Timing
 from framebridge_plugin.errors import FrameBridgeError
@@ -34,35 +33,8 @@ TIME_LIMIT_S = 60.0
 START_LIMIT_S = 300.0
 
 
-def read_video_isolated(
-    path: str,
-    choose: Choose,
-    *,
-    decoder: Decoder = "pyav",
-    strict: bool = False,
-    cover: tuple[int, int] | None = None,
-    time_limit_s: float | None = None,
-) -> np.ndarray:
-    """Do what `read_video` does in a child process.
-
-    Args:
-        path: A video file.
-        choose: From the number of frames in the file to the wanted ones; it runs in this process.
-        decoder: As for `read_video`.
-        strict: As for `read_video`.
-        cover: As for `read_video`.
-        time_limit_s: Seconds after which the decoder is taken to hang; None for `TIME_LIMIT_S`.
-
-    Returns:
-        What `read_video` returns.
-
-    Raises:
-        ClipError: What `read_video` raises, and besides kind "crashed" where the child died over the file, and
-            "timeout" where it did not answer within the time limit.
-        UsageError: The decoder does not load.
-        FrameBridgeError: The child does not start.
-    """
-    options = {"decoder": decoder, "strict": strict, "cover": cover}
+def read_video_isolated(path: str, choose: Choose, *, time_limit_s: float | None = None, **options: Any) -> np.ndarray:
+    """Do what `read_video` does in a child process; a `ClipError` may be "crashed" or, at the limit, "timeout"."""
     with _living_child() as child:
         return child.read(path, choose, options, time_limit_s)
 
@@ -70,11 +42,7 @@ def read_video_isolated(
 def read_timing_isolated(path: str) -> Timing:
     """Do what `read_timing` does in a child process; raises `ClipError` as `read_video_isolated` does."""
     with _living_child() as child:
-        return child.read(path, _choose_nothing, None)
-
-
-def _choose_nothing(length: int) -> list[int]:
-    return []
+        return child.read(path, range, None)
 
 
 @contextlib.contextmanager
@@ -88,11 +56,7 @@ def _living_child() -> Iterator[DecodingProcess]:
 
 
 class DecodingProcess:
-    """The child process and the line to it.
-
-    Raises:
-        FrameBridgeError: It does not start.
-    """
+    """The child process and the line to it; `FrameBridgeError` if it does not start."""
 
     def __init__(self) -> None:
         # Two pipes, of which each process holds one end only: a closed end is how it learns that the other is gone.
@@ -133,11 +97,7 @@ class DecodingProcess:
     def read(
         self, path: str, choose: Choose, options: dict[str, Any] | None, time_limit_s: float | None = None
     ) -> Any:
-        """Have the child do `read_video` with these options, or without any `read_timing`, and return what that does.
-
-        Raises what that raises, and `ClipError` "crashed" or "timeout"; any error but one that the child reports ends
-        it. `time_limit_s` is `TIME_LIMIT_S` if None.
-        """
+        """Have the child do `read_video` with these options, or without any `read_timing`; it ends at other errors."""
         limit = TIME_LIMIT_S if time_limit_s is None else time_limit_s
         try:
             outcome = self._ask(path, choose, options, limit)
@@ -166,16 +126,11 @@ class DecodingProcess:
             if isinstance(reply, tuple):
                 with mmap.mmap(self._frames.fileno(), math.prod(reply), prot=mmap.PROT_READ) as shared:
                     return np.ndarray(reply, np.uint8, shared).copy()
-            answer: list[int] | ClipError
             try:
-                answer = list(choose(reply))
+                self._to_child.send(list(choose(reply)))
             except ClipError as error:
                 # The child decides what it means, since it also asks with numbers that it is not sure of.
-                answer = error
-            except Exception as error:
-                self._to_child.send(None)
-                return error
-            self._to_child.send(answer)
+                self._to_child.send(error)
 
     def _end(self) -> str:
         """Say how the child, which has closed its end of the line, ended."""

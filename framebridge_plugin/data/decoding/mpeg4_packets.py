@@ -8,6 +8,7 @@ sections 6.2.3 and 6.2.5). The packets come from one pass over the file, without
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,12 +32,7 @@ _INTRA, _PREDICTED = "00", "01"
 
 @dataclass(frozen=True)
 class PicturePackets:
-    """The packets of a file, each of which is one picture.
-
-    Attributes:
-        packets: In the order of the file, which is the order of the frames.
-        intra: Numbers of those that need no other, in ascending order; the first is 0.
-    """
+    """The packets of a file, in its order, each of which is one picture; and the numbers of the intra pictures."""
 
     packets: list[Packet]
     intra: list[int]
@@ -47,30 +43,11 @@ class PicturePackets:
         return len(self.packets)
 
     def last_intra(self, number: int) -> int:
-        """Where decoding may begin.
-
-        Args:
-            number: Number of a frame.
-
-        Returns:
-            Number of the last intra picture at or before it.
-        """
-        return max(intra for intra in self.intra if intra <= number)
+        """Number of the last intra picture at or before a frame, where decoding may begin."""
+        return self.intra[bisect_right(self.intra, number) - 1]
 
     def decoded(self, stream: VideoStream, start: int, last: int) -> Iterator[VideoFrame]:
-        """Decode a span of frames.
-
-        Args:
-            stream: The stream of the packets, of which nothing has been decoded.
-            start: Number of the first frame, an intra picture.
-            last: Number of the last one.
-
-        Yields:
-            The frames.
-
-        Raises:
-            NotIndexedError: There are not as many frames as packets.
-        """
+        """Decode from an intra picture to the frame `last`; `NotIndexedError` if not every packet gives a frame."""
         # The first packet too: its headers name the encoder, whose arithmetic the decoder has to imitate.
         numbers = [*([0] if start > 0 else []), *range(start, last + 1)]
         count = 0
@@ -84,31 +61,12 @@ class PicturePackets:
 
 
 def is_mpeg4_avi(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether `picture_packets` may be asked.
-
-    Args:
-        container: An open file.
-        stream: Its video stream.
-
-    Returns:
-        Whether it is MPEG-4 Part 2 video in an AVI file.
-    """
+    """Whether it is MPEG-4 Part 2 video in an AVI file."""
     return container.format.name == "avi" and stream.codec_context.codec.canonical_name == "mpeg4"
 
 
 def picture_packets(container: InputContainer, stream: VideoStream) -> PicturePackets:
-    """List the packets of a file in which every packet is one picture.
-
-    Args:
-        container: An open file of the kind of `is_mpeg4_avi`, at its start.
-        stream: Its video stream.
-
-    Returns:
-        The packets, at least one.
-
-    Raises:
-        NotIndexedError: The packets do not say which frames decoding gives.
-    """
+    """List the packets of such a file; `NotIndexedError` if they do not say which frames decoding gives."""
     packets: list[Packet] = []
     intra: list[int] = []
     layer: bytes | None = None

@@ -29,21 +29,15 @@ class DamagedPacketError(NotIndexedError):
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """What the packets of a file say about its frames.
-
-    Attributes:
-        shown_pts: Presentation times of the frames that are shown, sorted.
-        key_pts: Presentation times of the key packets, in ascending order.
-        has_decoding_times: Whether every packet carries a decoding time.
-        hides_frames: Whether an edit list hides frames that must be decoded.
-        has_open_groups: Whether frames are stored after a key frame and shown before it.
-    """
+    """What the packets of a file say about its frames; both lists of presentation times are sorted."""
 
     shown_pts: list[int]
     key_pts: list[int]
     has_decoding_times: bool
     hides_frames: bool
+    """Whether an edit list hides frames that must be decoded."""
     has_open_groups: bool
+    """Whether frames are stored after a key frame and shown before it."""
 
     @property
     def length(self) -> int:
@@ -51,30 +45,12 @@ class PacketIndex:
         return len(self.shown_pts)
 
     def last_key(self, number: int) -> int:
-        """Where decoding may begin.
-
-        Args:
-            number: Number of a frame.
-
-        Returns:
-            Presentation time of the last key packet at or before it.
-        """
+        """Presentation time of the last key packet at or before a frame, where decoding may begin."""
         return self.key_pts[bisect_right(self.key_pts, self.shown_pts[number]) - 1]
 
 
 def packet_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
-    """List the frames of a file without decoding it.
-
-    Args:
-        container: The open file, at its start.
-        stream: Its video stream.
-
-    Returns:
-        The index, of at least one frame.
-
-    Raises:
-        NotIndexedError: The packets do not say which frames decoding gives.
-    """
+    """List the frames of a file, at least one, without decoding it; `NotIndexedError` if the packets do not tell."""
     if INDEXED_CONTAINERS.isdisjoint(container.format.name.split(",")):
         raise NotIndexedError(f"its container is {container.format.name}, not mp4, mov, mkv or webm")
     codec = stream.codec_context.codec.canonical_name
