@@ -15,6 +15,10 @@ UPPER = ("framebridge_plugin.training", "framebridge_plugin.testing", "framebrid
 
 # What a layer must do without, from the lowest to the highest.
 FORBIDDEN = {
+    "settings": (
+        *("torch", "finetrainers", "diffusers", "transformers", "datasets", "av"),
+        *("framebridge_plugin.data", "framebridge_plugin.backbones", *UPPER),
+    ),
     "bridge": (
         *("finetrainers", "diffusers", "transformers", "accelerate", "peft", "datasets", "av", "wandb"),
         *("framebridge_plugin.schedulers", "framebridge_plugin.backbones", "framebridge_plugin.models"),

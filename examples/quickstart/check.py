@@ -69,7 +69,7 @@ def load_heldout(folder: Path, pipeline: FrameBridgeCogVideoXPipeline) -> HeldOu
         The clips.
     """
     config = pipeline.config
-    settings = ClipSettings(config.num_frames, config.height, config.width, FRAME_STRIDE, window="start")
+    settings = ClipSettings(config.num_frames, config.height, config.width, frame_stride=FRAME_STRIDE, window="start")
     rows = list(index_dataset({"data_root": str(folder)}))
     video = torch.stack([read_clip(path, settings, torch.Generator()) for path, _ in rows])
     z_0 = encode_video(pipeline.vae, video)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from torch.utils.data import DataLoader, Dataset
 
 from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
-from framebridge_plugin.data.clips import ClipSettings, frame_window
+from framebridge_plugin.data.clips import ClipSettings, clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipIndex, index_datasets
@@ -95,10 +95,7 @@ class _Rows(Dataset[BadFile | None]):
         path, settings = self.row(number)
 
         def choose(length: int) -> Sequence[int]:
-            window = frame_window(length, settings, _LATEST)
-            if window is None:
-                reason = f"it has {length} frames, fewer than the {settings.num_frames} of a clip"
-                raise ClipError(path, reason, "too_short")
+            window = clip_frames(path, length, settings, _LATEST)
             return sorted({0, *window, length - 1}) if self.full else window
 
         try:

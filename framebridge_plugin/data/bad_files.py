@@ -8,16 +8,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict
 
 from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.settings.base import CheckedSettings
+from framebridge_plugin.settings.data import BadFilesSection
 
 logger = logging.getLogger(__name__)
-
-Policy = Literal["raise", "skip", "quarantine"]
 
 SHARE_COUNTS_FROM = 64
 """Attempts before the share of bad ones means anything."""
@@ -33,38 +32,19 @@ class BadFile(TypedDict):
     reason: str
 
 
-@dataclass(frozen=True)
-class BadFilePolicy:
+class BadFilePolicy(CheckedSettings, BadFilesSection):
     """What a run does about files that cannot be read.
 
-    Attributes:
-        policy: "raise" ends the run at the first one. "skip" puts the clip that follows in the shuffled order in its
-            place. "quarantine" skips too, and adds the file to `quarantine_file`; what that lists when a run starts
-            is not opened in it.
-        quarantine_file: JSON lines with `path`, `kind` and `reason`; goes with "quarantine" and only with it. It is
-            made where there is none. Runs may share one.
-        max_share: Largest share of the attempts to read a clip that may fail, in [0, 1]; counted by each process from
-            its start on, once it has made `SHARE_COUNTS_FROM` attempts.
-        max_in_a_row: So many attempts in a row that fail end the run, at least 1.
+    "raise" ends the run at the first one; "skip" puts the clip that follows in the shuffled order in its place;
+    "quarantine" skips too, and adds the file to `quarantine_file`, which runs may share; what that lists when a run
+    starts is not opened in it. The limits are counted by each process, from its start on; they and the defaults are in
+    `settings.data.BadFilesSection`.
 
     Raises:
-        UsageError: A value is out of its range.
+        UsageError: A value is out of its range, or does not go with another.
     """
 
-    policy: Policy = "skip"
-    quarantine_file: str | None = None
-    max_share: float = 0.5
-    max_in_a_row: int = 16
-
-    def __post_init__(self) -> None:
-        if self.policy not in get_args(Policy):
-            raise UsageError(f"bad_files: policy is {self.policy!r}; it must be {' or '.join(get_args(Policy))}")
-        if (self.policy == "quarantine") != (self.quarantine_file is not None):
-            raise UsageError("bad_files: quarantine_file goes with policy quarantine, and only with it")
-        if type(self.max_share) not in (int, float) or not 0 <= self.max_share <= 1:
-            raise UsageError(f"bad_files: max_share is {self.max_share!r}; it must be a number from 0 to 1")
-        if type(self.max_in_a_row) is not int or self.max_in_a_row < 1:
-            raise UsageError(f"bad_files: max_in_a_row is {self.max_in_a_row!r}; it must be a whole number, 1 or more")
+    called = "bad_files"
 
     @property
     def max_attempts(self) -> int:
@@ -94,17 +74,7 @@ def load_bad_file_policy(path: str | os.PathLike[str]) -> BadFilePolicy:
 
 
 def read_bad_files(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a list of bad files: a quarantine, or the result of a run or of `finetrainers data check`.
-
-    Args:
-        path: JSON lines; there need not be such a file.
-
-    Returns:
-        Each line that has a `path`. Others, such as a last one that a full disk cut short, are logged and left out.
-
-    Raises:
-        FrameBridgeError: It is no text file.
-    """
+    """Read a list of bad files, if there is one; lines without a path, such as one cut short, are left out."""
     if not os.path.exists(path):
         return []
     entries = []
@@ -120,15 +90,15 @@ def read_bad_files(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return entries
 
 
+def files_to_skip(quarantine: str | os.PathLike[str] | None) -> frozenset[str]:
+    """Absolute paths of the files in a quarantine, which a run that begins now does not open."""
+    # `finetrainers data check` lists the files that its decoder reads wrongly, too; those are sound.
+    entries = [] if quarantine is None else read_bad_files(quarantine)
+    return frozenset(os.path.abspath(entry["path"]) for entry in entries if entry.get("kind") != "wrong_container")
+
+
 def describe(entry: Mapping[str, Any]) -> str:
-    """Says what is wrong with a file.
-
-    Args:
-        entry: A `BadFile`, or a line of a list of them.
-
-    Returns:
-        One line: path, kind and reason.
-    """
+    """One line about a bad file: path, kind and reason."""
     return f"{entry['path']}: {entry.get('kind')}: {entry.get('reason')}"
 
 
@@ -179,12 +149,11 @@ class BadFileTracker:
             with writing(self.path.parent):
                 self._prepare(quarantined, start * world_size, resumed)
         barrier()
-        self.known_files = frozenset(_absolute(entry["path"]) for entry in read_bad_files(quarantined))
+        self.files_to_skip = files_to_skip(quarantined)
         """Files in quarantine since before the run: those that `ClipStream` does not open."""
-        if rank == 0 and self.known_files:
-            logger.warning(
-                "%d files in quarantine are left out; they are listed in %s", *(len(self.known_files), quarantined)
-            )
+        if rank == 0 and self.files_to_skip:
+            count = len(self.files_to_skip)
+            logger.warning("%d files in quarantine are left out; they are listed in %s", count, quarantined)
         self._written = {entry["path"] for entry in read_bad_files(self.path)}
         self._unshared: list[str] = []
         self._in_quarantine: set[str] = set()
@@ -204,12 +173,10 @@ class BadFileTracker:
         quarantine.parent.mkdir(parents=True, exist_ok=True)
         quarantine.open("a").close()
         if not (resumed and quarantined.is_file()):
-            # `finetrainers data check` lists the files that its decoder reads wrongly, too; those are sound.
-            listed = [entry for entry in read_bad_files(quarantine) if entry.get("kind") != "wrong_container"]
-            _write_lines(quarantined, listed)
+            _write_lines(quarantined, read_bad_files(quarantine))
 
     def watch(self, samples: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Passes samples on, and keeps account of the files that were tried for them in vain.
+        """Passes samples on, and keeps account of the files that could not be read for them.
 
         Args:
             samples: What a `ClipStream`, or a `DataLoader` of one, yields, in its order; or other samples with
@@ -225,15 +192,16 @@ class BadFileTracker:
         """
         for sample in samples:
             has_clip = "video" not in sample or len(sample["video"]) > 0
-            for bad_file in sample["skipped"]:
+            skipped = sample["skipped"]
+            for bad_file in skipped:
                 if bad_file["kind"] == "wrong_container":
                     # The file is sound, and a later run with another decoder must not find it in a list.
                     raise UsageError(f"cannot read the clip {bad_file['path']}: {bad_file['reason']}")
                 self._note(bad_file)
             self._sample += 1
-            self._attempts += len(sample["skipped"]) + has_clip
-            self._bad += len(sample["skipped"])
-            self._check(sample["skipped"], has_clip)
+            self._attempts += len(skipped) + has_clip
+            self._bad += len(skipped)
+            self._check(skipped, has_clip)
             yield {key: value for key, value in sample.items() if key != "skipped"}
 
     def count(self) -> int:
@@ -248,7 +216,7 @@ class BadFileTracker:
         return len(self._written)
 
     def _note(self, bad_file: Mapping[str, Any]) -> None:
-        entry = {**bad_file, "path": _absolute(bad_file["path"])}
+        entry = {**bad_file, "path": os.path.abspath(bad_file["path"])}
         self._found.setdefault(entry["path"], entry)
         if entry["path"] not in self._written:
             logger.warning("cannot read the clip %s%s", describe(entry), _FATE[self.policy.policy])
@@ -264,10 +232,8 @@ class BadFileTracker:
         if policy.policy == "raise" and skipped:
             problem, remedy = "a clip cannot be read", "set framebridge.bad_files.policy=skip to go on without it"
         elif len(skipped) == policy.max_in_a_row:
-            problem, remedy = (
-                f"{len(skipped)} clips in a row cannot be read",
-                "raise framebridge.bad_files.max_in_a_row",
-            )
+            problem = f"{len(skipped)} clips in a row cannot be read"
+            remedy = "raise framebridge.bad_files.max_in_a_row"
         elif not has_clip and not skipped:
             problem, remedy = "every clip is in quarantine", f"check the data and {policy.quarantine_file}"
         elif not has_clip:
@@ -288,23 +254,9 @@ class BadFileTracker:
 _FATE = {"raise": "", "skip": "; another one takes its place", "quarantine": "; it is in quarantine now"}
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(path)
-
-
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one line what cannot be written within the block.
-
-    Args:
-        path: What is written there.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FrameBridgeError: The disk is full, or a folder is not writable.
-    """
+    """Turn the errors of a disk within the block into a `FrameBridgeError` that says what cannot be written."""
     try:
         yield
     except OSError as error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pyarrow.compute as pc
@@ -20,17 +19,27 @@ from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.settings.base import CheckedSettings
+from framebridge_plugin.settings.data import ClipSection, SourceSection
 
 logger = logging.getLogger(__name__)
 
-_UCF101_KEYS = ("split", "fold", "splits_dir")
-SOURCE_KEYS = ("data_root", "class_root", *_UCF101_KEYS, "csv", "video_root", "refresh_index")
-CAPTION_KEYS = ("id_token", "remove_common_llm_caption_prefixes")
-CLIP_KEYS = (
-    *("frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip"),
-    *("decoder", "strict", "resize", "isolated"),
-)
-ENTRY_KEYS = ("dataset_type", *SOURCE_KEYS, *CAPTION_KEYS, "video_resolution_buckets", *CLIP_KEYS, "reshape_mode")
+
+class DatasetSource(CheckedSettings, SourceSection):
+    """What `index_dataset` takes."""
+
+    called = "data set"
+
+    remove_common_llm_caption_prefixes: bool = False
+
+
+class DatasetEntry(DatasetSource, ClipSection):
+    """An entry of finetrainers' dataset file, whose `video_resolution_buckets` says the shape of the clips."""
+
+    called = ""
+
+    dataset_type: Literal["video"] = "video"
+    reshape_mode: Literal["resize_crop"] = "resize_crop"
 
 
 class ClipIndex(Sequence[tuple[str, str]]):
@@ -71,7 +80,7 @@ class ClipIndex(Sequence[tuple[str, str]]):
         return row["path"], self._caption(row[self._caption_column])
 
     def batches(self, size: int = 65_536) -> Iterator[tuple[list[str], list[str]]]:
-        """Yields all rows in order as lists of paths and of captions, `size` rows at a time."""
+        """Yields all rows in order as lists of paths and of captions."""
         columns = self._rows.select_columns(["path", self._caption_column]).with_format("arrow")
         for batch in columns.iter(batch_size=size):
             yield batch["path"].to_pylist(), [self._caption(text) for text in batch[self._caption_column].to_pylist()]
@@ -114,48 +123,42 @@ def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, C
         UsageError: The file is no such JSON, a key or value in it is wrong, or a decoder does not load.
         FrameBridgeError: A data set is missing, empty or inconsistent.
     """
-    return index_datasets(_read_json(Path(path)), str(path))
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is not an existing file")
+    return index_datasets(parse_json(read_text(path), str(path)), str(path))
 
 
 def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettings]]:
-    """Index every data set of finetrainers' dataset file, given its content.
-
-    Args:
-        content: What the JSON says; see `load_dataset_config`.
-        where: Where it stands, for the errors.
-
-    Returns:
-        The rows and the clip settings of each data set.
-
-    Raises:
-        UsageError: A key or value is wrong.
-        FrameBridgeError: A data set is missing, empty or inconsistent.
-    """
+    """Do what `load_dataset_config` does, given the content of the file, and where it stands for the errors."""
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UsageError(f'{where}: no data sets in it; it must be {{"datasets": [{{"data_root": ...}}, ...]}}')
     loaded = []
-    for number, entry in enumerate(entries):
-        place = f"{where}: datasets[{number}]"
-        _check_keys(entry, place)
-        settings = _clip_settings(entry, place)
-        load_decoder(settings.decoder)
-        loaded.append((index_dataset(entry, Path.cwd()), settings))
+    for number, values in enumerate(entries):
+        try:
+            entry = _entry(values)
+        except UsageError as error:
+            raise UsageError(f"{where}: datasets[{number}]: {error}") from error
+        load_decoder(entry.decoder)
+        clips = ClipSettings(**entry.model_dump(include=set(ClipSettings.model_fields)))
+        loaded.append((_index(entry, Path.cwd()), clips))
     return loaded
 
 
+def _entry(values: Any) -> DatasetEntry:
+    if not isinstance(values, dict):
+        raise UsageError("it is no object with keys and values")
+    values = {name: value for name, value in values.items() if value is not None}
+    buckets = values.pop("video_resolution_buckets", None)
+    match buckets:
+        case [[num_frames, height, width]] if values.keys().isdisjoint(("num_frames", "height", "width")):
+            return DatasetEntry(**values, num_frames=num_frames, height=height, width=width)
+    raise UsageError(f"video_resolution_buckets is {buckets!r}; it must be one size, [[frames, height, width]]")
+
+
 def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple[int, int, int]:
-    """Finds the one shape that a run's clips have.
-
-    Args:
-        loaded: What `load_dataset_config` returned.
-
-    Returns:
-        (frames, height, width)
-
-    Raises:
-        UsageError: They have several.
-    """
+    """The one shape (frames, height, width) that a run's clips have; `UsageError` if they have several."""
     shapes = {(settings.num_frames, settings.height, settings.width) for _, settings in loaded}
     if len(shapes) > 1:
         raise UsageError(
@@ -163,37 +166,6 @@ def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple
             "the same video_resolution_buckets for all"
         )
     return shapes.pop()
-
-
-def _check_keys(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} is no object with keys and values")
-    for key in entry:
-        if key not in ENTRY_KEYS:
-            near = difflib.get_close_matches(key, ENTRY_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(ENTRY_KEYS)}"
-            raise UsageError(f"{where}: unknown or unsupported key {key!r}; {hint}")
-    if entry.get("dataset_type", "video") != "video":
-        raise UsageError(f'{where}: dataset_type is {entry["dataset_type"]!r}; only "video" can be trained on')
-    if entry.get("reshape_mode", "resize_crop") != "resize_crop":
-        raise UsageError(
-            f"{where}: reshape_mode is {entry['reshape_mode']!r}; clips are always resized to cover the bucket and "
-            'centre-cropped: write "resize_crop" or leave it out'
-        )
-
-
-def _clip_settings(entry: Mapping[str, Any], where: str) -> ClipSettings:
-    buckets = entry.get("video_resolution_buckets")
-    if not isinstance(buckets, list) or len(buckets) != 1 or not isinstance(buckets[0], list) or len(buckets[0]) != 3:
-        raise UsageError(
-            f"{where}: video_resolution_buckets is {buckets!r}; it must be one size, [[frames, height, width]]"
-        )
-    num_frames, height, width = buckets[0]
-    options = {key: entry[key] for key in CLIP_KEYS if key in entry}
-    try:
-        return ClipSettings(num_frames=num_frames, height=height, width=width, **options)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
 
 
 def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = ".") -> ClipIndex:
@@ -220,48 +192,31 @@ def index_dataset(entry: Mapping[str, Any], base_dir: str | os.PathLike[str] = "
         UsageError: The keys do not name one data set.
         FrameBridgeError: A file or folder is missing, empty, of the wrong kind or inconsistent.
     """
-    given = [key for key in ("data_root", "class_root", "csv", "video_root") if entry.get(key) is not None]
-    if given not in (["data_root"], ["class_root"], ["csv", "video_root"]):
-        raise UsageError(
-            "a data set is either data_root, or class_root, or csv with video_root; given: "
-            + (", ".join(given) if given else "none")
-        )
-    captions = {
-        "id_token": _checked(entry, "id_token", str, "text"),
-        "remove_common_prefixes": bool(_checked(entry, "remove_common_llm_caption_prefixes", bool, "true or false")),
+    given: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name in DatasetSource.model_fields and value is not None:
+            given[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return _index(DatasetSource(**given), Path(base_dir))
+
+
+def _index(source: DatasetSource, base_dir: Path) -> ClipIndex:
+    options: dict[str, Any] = {
+        "id_token": source.id_token,
+        "remove_common_prefixes": source.remove_common_llm_caption_prefixes,
     }
-    options = {key: entry[key] for key in (*_UCF101_KEYS, "refresh_index") if entry.get(key) is not None}
-    allowed = {"class_root": _UCF101_KEYS, "csv": ("refresh_index",)}.get(given[0], ())
-    if misplaced := [key for key in options if key not in allowed]:
-        raise UsageError(f"{misplaced[0]} does not go with {given[0]}; leave it out")
-
-    if given == ["data_root"]:
-        root = local_data_root(str(entry["data_root"]), Path(base_dir))
-        clips = find_clips(root)
-        for note in clips.notes:
-            logger.warning("%s: %s", root, note)
-        rows = datasets.Dataset.from_dict(
-            {"path": [os.path.join(root, name) for name in clips.names], "caption": clips.captions},
-            info=datasets.DatasetInfo(description="\n".join(clips.notes)),
-        )
-        return ClipIndex(rows, "caption", **captions)
-    paths = {key: Path(base_dir, os.path.expanduser(str(entry[key]))) for key in given}
-    if given == ["class_root"]:
-        if "splits_dir" in options:
-            options["splits_dir"] = Path(base_dir, os.path.expanduser(str(options["splits_dir"])))
-        return ClipIndex(load_ucf101(paths["class_root"], **options), "label", **captions)
-    refresh = bool(options.get("refresh_index", False))
-    return ClipIndex(load_webvid(paths["csv"], paths["video_root"], refresh=refresh), "name", **captions)
-
-
-def _checked(entry: Mapping[str, Any], key: str, kind: type, wanted: str) -> Any:
-    value = entry.get(key)
-    if value is not None and not isinstance(value, kind):
-        raise UsageError(f"{key} is {value!r}; it must be {wanted}")
-    return value
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"{path} is not an existing file")
-    return parse_json(read_text(path), str(path))
+    if source.csv is not None:
+        table, videos = (Path(base_dir, str(path)) for path in (source.csv, source.video_root))
+        return ClipIndex(load_webvid(table, videos, refresh=source.refresh_index), "name", **options)
+    if source.class_root is not None:
+        splits = None if source.splits_dir is None else Path(base_dir, source.splits_dir)
+        rows = load_ucf101(Path(base_dir, source.class_root), source.split, source.fold, splits)
+        return ClipIndex(rows, "label", **options)
+    root = local_data_root(str(source.data_root), base_dir)
+    clips = find_clips(root)
+    for note in clips.notes:
+        logger.warning("%s: %s", root, note)
+    rows = datasets.Dataset.from_dict(
+        {"path": [os.path.join(root, name) for name in clips.names], "caption": clips.captions},
+        info=datasets.DatasetInfo(description="\n".join(clips.notes)),
+    )
+    return ClipIndex(rows, "caption", **options)

@@ -56,7 +56,7 @@ class ClipStream(IterableDataset[Sample]):
         world_size: Number of processes that share the data.
         start: Number of samples that this rank has already consumed.
         max_attempts: Number of files that are tried for a sample before it comes without a clip.
-        known_files: Absolute paths of files that are passed over unopened and not named.
+        files_to_skip: Absolute paths of files that are passed over unopened and not named.
 
     Raises:
         FrameBridgeError: There are no rows.
@@ -71,7 +71,7 @@ class ClipStream(IterableDataset[Sample]):
         start: int = 0,
         *,
         max_attempts: int = BadFilePolicy().max_attempts,
-        known_files: Collection[str] = (),
+        files_to_skip: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.datasets = list(datasets)
@@ -80,7 +80,7 @@ class ClipStream(IterableDataset[Sample]):
         self.world_size = world_size
         self.start = start
         self.max_attempts = max_attempts
-        self.known_files = known_files
+        self.files_to_skip = files_to_skip
         self._ends = list(itertools.accumulate(len(index) for index, _ in self.datasets))
         if not self._ends or self._ends[-1] == 0:
             raise FrameBridgeError("the data sets hold no clips; give at least one")
@@ -97,21 +97,14 @@ class ClipStream(IterableDataset[Sample]):
             yield self.sample(self.rank + number * self.world_size)
 
     def sample(self, position: int) -> Sample:
-        """Reads one sample.
-
-        Args:
-            position: Its place in the endless sequence of all ranks: epoch * epoch_size + offset in the epoch's order.
-
-        Returns:
-            The sample.
-        """
+        """Reads the sample at a place in the endless sequence of all ranks: epoch * epoch_size + offset."""
         epoch, offset = divmod(position, self.epoch_size)
         order = KeyedPermutation(self.epoch_size, self.seed, epoch)
         sample_seed = derive_seed(self.seed, epoch, order[offset])
         skipped: list[BadFile] = []
         for replacement in range(self.epoch_size):
             path, caption, settings = self._row(order[(offset + replacement) % self.epoch_size])
-            if self.known_files and os.path.abspath(path) in self.known_files:
+            if self.files_to_skip and os.path.abspath(path) in self.files_to_skip:
                 continue
             # A stream of its own for the clip's window and flip, so that nothing drawn from sample_seed repeats it;
             # a replacement keeps the seed of its slot, so that it is not the same clip twice in the epoch.
@@ -152,7 +145,7 @@ class ClipRates(Dataset[float | None]):
 
     def __getitem__(self, offset: int) -> float | None:
         path, _, settings = self._stream._row(self._order[offset])
-        if os.path.abspath(path) in self._stream.known_files:
+        if os.path.abspath(path) in self._stream.files_to_skip:
             return None
         try:
             return clip_rate(path, settings)

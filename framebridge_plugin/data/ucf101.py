@@ -8,28 +8,26 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import datasets
 import pyarrow as pa
 
 from framebridge_plugin.data.building import build_or_open
 from framebridge_plugin.data.class_folders import class_names, index_class_folders
-from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, foreign_classes, read_split, ucf101_class_names
+from framebridge_plugin.data.ucf101_classes import foreign_classes, read_split, split_list, ucf101_class_names
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.settings.data import Fold, Split
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["all", "train", "test"]
-
-_FOLDS = (1, 2, 3)
 _GROUP = re.compile(r"_g(\d+)_c\d+\.\w+$")
 
 
 def load_ucf101(
     root: str | os.PathLike[str],
     split: Split = "all",
-    fold: int = 1,
+    fold: Fold = 1,
     splits_dir: str | os.PathLike[str] | None = None,
     *,
     cache_dir: str | None = None,
@@ -57,8 +55,8 @@ def load_ucf101(
     """
     if split not in get_args(Split):
         raise UsageError(f"split is {split!r}; it must be one of {', '.join(get_args(Split))}")
-    if fold not in _FOLDS:
-        raise UsageError(f"fold is {fold!r}; it must be one of {', '.join(map(str, _FOLDS))}")
+    if fold not in get_args(Fold):
+        raise UsageError(f"fold is {fold!r}; it must be one of {', '.join(map(str, get_args(Fold)))}")
     folder = Path(root).expanduser().absolute()
     files, labels, left_out = index_class_folders(folder)
     classes = ucf101_class_names(folder)
@@ -69,8 +67,7 @@ def load_ucf101(
             f"{f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''}: the labels are not UCF-101's numbers"
         )
     if split != "all":
-        lists = folder.parent / SPLITS_FOLDER if splits_dir is None else Path(splits_dir).expanduser().absolute()
-        path = lists / f"{split}list{fold:02}.txt"
+        path = split_list(folder, split, fold, splits_dir)
         listed = {_key(name): name for name in read_split(path)}
         chosen = [number for number, file in enumerate(files) if _key(file) in listed]
         if not chosen:

@@ -53,32 +53,21 @@ def ucf101_class_names(root: str | os.PathLike[str]) -> list[str]:
 
 
 def foreign_classes(names: Sequence[str]) -> list[str]:
-    """Find what keeps a folder that looks like UCF-101 from having its labels.
-
-    Args:
-        names: The classes of a data set.
-
-    Returns:
-        Those that are not among `UCF101_CLASSES`, if more than half are, in whatever case; else none.
-    """
+    """What keeps a folder that is mostly UCF-101 from having its labels: the names that are not its classes."""
     known = {name.casefold() for name in UCF101_CLASSES}
     if 2 * sum(name.casefold() in known for name in names) <= len(names):
         return []
     return [name for name in names if name not in UCF101_CLASSES]
 
 
+def split_list(class_root: Path, split: str, fold: int, splits_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the official list of a half of a fold is: by default beside the folder of the classes."""
+    lists = class_root.parent / SPLITS_FOLDER if splits_dir is None else Path(splits_dir).expanduser().absolute()
+    return lists / f"{split}list{fold:02}.txt"
+
+
 def read_split(path: Path) -> list[str]:
-    """Read one of the official lists of clips.
-
-    Args:
-        path: trainlist01.txt or the like, whose lines may end with a label.
-
-    Returns:
-        The file names, such as Archery/v_Archery_g01_c01.avi.
-
-    Raises:
-        FrameBridgeError: It cannot be read.
-    """
+    """The clips in trainlist01.txt or the like, such as Archery/v_Archery_g01_c01.avi; a label may follow each."""
     if not path.is_file():
         raise FrameBridgeError(
             f"no such file: {path}; unpack UCF101TrainTestSplits-RecognitionTask.zip and give its folder as splits_dir"

@@ -12,23 +12,16 @@ from typing import Any, Protocol
 from framebridge_plugin.backbones.folders import local_path, read_json, writing_problem
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.layouts import find_clips
-from framebridge_plugin.data.tables import (
-    OPTIONAL_WEBVID_COLUMNS,
-    WEBVID_COLUMNS,
-    TextError,
-    csv_files,
-    read_table,
-)
-from framebridge_plugin.data.ucf101_classes import SPLITS_FOLDER, read_split
+from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, TextError, csv_files, read_table
+from framebridge_plugin.data.ucf101_classes import read_split, split_list
 from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import read_image
-from framebridge_plugin.recipe.data_sections import BadFilesSection, DataSection
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.settings.data import BadFilesSection, DataSection
 
 _SIZES = ("num_frames", "height", "width")
-_SOURCES = ({"data_root"}, {"class_root"}, {"csv", "video_root"})
 
 
 class ClipRule(Protocol):
@@ -55,8 +48,9 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
     elif data is not None and dataset_config is not None:
         yield Problem("dataset.dataset_config", "the data is named twice: remove this, or framebridge.data")
     if data is not None:
-        yield from _source_problems(data)
-        yield from _sampling_problems(data)
+        for name, message in data.conflicts():
+            yield Problem(f"framebridge.data.{name}".rstrip("."), message)
+        yield from _file_problems(data)
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield Problem(f"framebridge.data.{name}", message)
     if dataset_config is not None:
@@ -66,11 +60,9 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
 
 def _bad_files_problems(recipe: Recipe) -> Iterator[Problem]:
     section, bad_files = "framebridge.bad_files", recipe.framebridge.bad_files
-    if bad_files.policy == "quarantine" and bad_files.quarantine_file is None:
-        yield Problem(f"{section}.quarantine_file", "policy quarantine needs it: a file that runs may share")
-    elif bad_files.policy != "quarantine" and bad_files.quarantine_file is not None:
-        yield Problem(f"{section}.quarantine_file", f"has no effect with policy {bad_files.policy}: remove it")
-    elif bad_files.quarantine_file is not None:
+    for name, message in bad_files.conflicts():
+        yield Problem(f"{section}.{name}", message)
+    if bad_files.policy == "quarantine" and bad_files.quarantine_file is not None:
         file = Path(bad_files.quarantine_file)
         if problem := f"{file} is no file" if file.is_dir() else writing_problem(file.parent):
             yield Problem(f"{section}.quarantine_file", problem, on_disk=True)
@@ -100,13 +92,9 @@ def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFi
                 yield Problem(where, f"{name} in {bucket}: {message}")
 
 
-def _source_problems(data: DataSection) -> Iterator[Problem]:
+def _file_problems(data: DataSection) -> Iterator[Problem]:
     section = "framebridge.data"
-    given = {name for name in set().union(*_SOURCES) if getattr(data, name) is not None}
-    if given not in _SOURCES:
-        found = " and ".join(sorted(given)) or "none of them"
-        yield Problem(section, f"give either data_root, or class_root, or csv with video_root, not {found}")
-    for name in sorted(given - {"csv"}):
+    for name in sorted({*data.source} - {"csv"}):
         if name == "data_root" and local_path(data.data_root or "") is None:
             continue  # on the hub: found, or not, when the data is read
         folder = Path(getattr(data, name))
@@ -114,19 +102,17 @@ def _source_problems(data: DataSection) -> Iterator[Problem]:
             yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
         elif next(os.scandir(folder), None) is None:
             yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
-    yield from _split_problems(data)
-    if data.csv is None:
-        if data.refresh_index:
-            yield Problem(f"{section}.refresh_index", "has an effect with csv only: remove it")
-        return
-    try:
-        tables = csv_files(data.csv)
-    except FrameBridgeError as error:
-        yield Problem(f"{section}.csv", str(error), on_disk=True)
-        return
-    empty = [problem for table in tables if (problem := _file_problem(table))]
-    for problem in empty:
-        yield Problem(f"{section}.csv", problem, on_disk=True)
+    if data.class_root is not None and data.split != "all":
+        file = split_list(Path(data.class_root).absolute(), data.split, data.fold, data.splits_dir)
+        if not file.is_file():
+            yield Problem(f"{section}.splits_dir", f"no such file: {file}", on_disk=True)
+    if data.csv is not None:
+        try:
+            problems = [problem for table in csv_files(data.csv) if (problem := _file_problem(table))]
+        except FrameBridgeError as error:
+            problems = [str(error)]
+        for problem in problems:
+            yield Problem(f"{section}.csv", problem, on_disk=True)
 
 
 def content_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -140,15 +126,11 @@ def content_problems(recipe: Recipe) -> Iterator[Problem]:
     """
     data = recipe.framebridge.data
     if data is not None:
-        source = next(name for name in _SOURCE_KEYS if getattr(data, name) is not None)
-        yield from _entry_problems(f"framebridge.data.{source}", data.model_dump())
+        yield from _entry_problems(f"framebridge.data.{data.source[0]}", data.model_dump())
         return
     for entry in read_json(Path(str(recipe.dataset.dataset_config)))["datasets"]:
-        if all(isinstance(entry.get(key), str | None) for key in (*_SOURCE_KEYS, "splits_dir")):
+        if all(isinstance(entry.get(key), str | None) for key in ("data_root", "class_root", "csv", "splits_dir")):
             yield from _entry_problems("dataset.dataset_config", entry)
-
-
-_SOURCE_KEYS = ("data_root", "class_root", "csv")
 
 
 def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
@@ -161,8 +143,7 @@ def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             root = Path(entry["class_root"]).expanduser().absolute()
             class_names(root)
             if entry.get("split", "all") != "all":
-                lists = Path(entry["splits_dir"]) if entry.get("splits_dir") else root.parent / SPLITS_FOLDER
-                read_split(lists.expanduser() / f"{entry['split']}list{entry.get('fold', 1):02}.txt")
+                read_split(split_list(root, entry["split"], entry.get("fold", 1), entry.get("splits_dir")))
         elif entry.get("data_root") is not None and (root := Path(entry["data_root"]).expanduser()).is_dir():
             find_clips(root)
     except FrameBridgeError as error:
@@ -171,41 +152,6 @@ def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
 
 _CHECKED_BLOCKS = 16
 """Of each table, a quarter of a million rows, which takes a second; the others are read when the index is built."""
-
-
-def _split_problems(data: DataSection) -> Iterator[Problem]:
-    section = "framebridge.data"
-    if data.split == "all":
-        for name, default in (("fold", 1), ("splits_dir", None)):
-            if getattr(data, name) != default:
-                yield Problem(f"{section}.{name}", "has no effect with split all: set split to train or test")
-    elif data.class_root is None:
-        yield Problem(f"{section}.split", "has an effect with class_root only: remove it")
-    else:
-        lists = Path(data.splits_dir) if data.splits_dir else Path(data.class_root).absolute().parent / SPLITS_FOLDER
-        file = lists / f"{data.split}list{data.fold:02}.txt"
-        if not file.is_file():
-            yield Problem(f"{section}.splits_dir", f"no such file: {file}", on_disk=True)
-
-
-def _sampling_problems(data: DataSection) -> Iterator[Problem]:
-    section = "framebridge.data"
-    if data.decoder != "pyav":
-        for name, default in (("strict", False), ("resize", "torch")):
-            if getattr(data, name) != default:
-                yield Problem(f"{section}.{name}", f"does not go with decoder {data.decoder}: remove one of the two")
-    if data.frame_sampling == "stride":
-        if data.window_frames is not None:
-            yield Problem(f"{section}.window_frames", "has no effect with frame_sampling stride: set it to linspace")
-        return
-    if data.frame_stride != 1:
-        yield Problem(f"{section}.frame_stride", "has no effect with frame_sampling linspace: remove it")
-    if data.window_frames is None:
-        yield Problem(f"{section}.window_frames", "frame_sampling linspace needs it: the frames that a clip spans")
-    elif data.window_frames < data.num_frames:
-        yield Problem(
-            f"{section}.window_frames", f"should be at least num_frames, {data.num_frames}, not {data.window_frames}"
-        )
 
 
 def validation_problems(

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from framebridge_plugin.recipe.data_sections import BadFilesSection, Count, DataSection, PathText, Section
+from framebridge_plugin.settings.base import Count, PathText, Section
+from framebridge_plugin.settings.data import BadFilesSection, DataSection
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]

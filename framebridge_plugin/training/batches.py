@@ -68,10 +68,8 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         self.clip_rate: float | None
         """Frames per second at which the clips are seen; None if nothing says it."""
         if store is None:
-            known_files = self.bad_files.known_files
-            stream = ClipStream(
-                datasets, args.seed, **place, max_attempts=policy.max_attempts, known_files=known_files
-            )
+            skipped = self.bad_files.files_to_skip
+            stream = ClipStream(datasets, args.seed, **place, max_attempts=policy.max_attempts, files_to_skip=skipped)
             self.clip_rate = median_clip_rate(stream, args)
         else:
             self.clip_rate = store.manifest.clip_rate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from framebridge_plugin.data import ClipStream, load_bad_file_policy, load_dataset_config
-from framebridge_plugin.data.bad_files import BadFilePolicy, describe, read_bad_files
+from framebridge_plugin.data.bad_files import BadFilePolicy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
@@ -60,11 +59,10 @@ def rehearse(recipe: Recipe) -> None:
 
 def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:
     """Reads what the run would read first."""
-    quarantine = [] if policy.quarantine_file is None else read_bad_files(policy.quarantine_file)
+    skipped = files_to_skip(policy.quarantine_file)
     if args.precomputed is not None:
         return
-    known_files = {os.path.abspath(entry["path"]) for entry in quarantine}
-    stream = ClipStream(datasets, args.seed, max_attempts=policy.max_attempts, known_files=known_files)
+    stream = ClipStream(datasets, args.seed, max_attempts=policy.max_attempts, files_to_skip=skipped)
     sample = stream.sample(0)
     if not len(sample["video"]):
         bad_files = [f"  {describe(entry)}" for entry in sample["skipped"][:5]]

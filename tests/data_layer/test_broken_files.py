@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -17,7 +16,7 @@ TIME_LIMIT = 60
 
 
 def assert_is(kind: Kind, path: Path, strict: bool, isolated: bool = False) -> None:
-    settings = dataclasses.replace(CLIP, strict=strict, isolated=isolated)
+    settings = CLIP.model_copy(update={"strict": strict, "isolated": isolated})
     fault = kind.fault or (kind.strict_fault if strict else None)
     if fault is None:
         assert tuple(numbers_in(read_clip(str(path), settings, torch.Generator()))) == kind.frames

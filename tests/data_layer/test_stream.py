@@ -154,12 +154,12 @@ def test_broken_clips_are_named_and_replaced_the_same_way_everywhere(tmp_path):
         assert_same(alone[rank::3], ranks[rank])
 
 
-def test_known_files_are_passed_over_unopened(tmp_path):
+def test_files_to_skip_are_not_opened(tmp_path):
     data_set = write_data_set(tmp_path / "some_broken", 12, broken=2)
     expected = take(ClipStream([data_set], seed=5), 12)
     known = {str(tmp_path / "some_broken" / f"00{number}.mp4") for number in (0, 1)}
     os.remove(tmp_path / "some_broken/000.mp4")
-    samples = take(ClipStream([data_set], seed=5, known_files=known), 12)
+    samples = take(ClipStream([data_set], seed=5, files_to_skip=known), 12)
     assert [sample["skipped"] for sample in samples] == [[]] * 12
     assert_same(samples, [sample | {"skipped": []} for sample in expected])
 
@@ -172,7 +172,7 @@ def test_a_sample_comes_without_a_clip_when_nothing_can_be_read(tmp_path, worker
         for sample in take(ClipStream([data_set], seed=5, max_attempts=attempts), 6, workers):
             assert sample["video"].shape == (0, 3, 0, 0)
             assert len({bad_file["path"] for bad_file in sample["skipped"]}) == min(attempts, 5)
-    for sample in take(ClipStream([data_set], seed=5, known_files=paths), 6, workers):
+    for sample in take(ClipStream([data_set], seed=5, files_to_skip=paths), 6, workers):
         assert sample["video"].shape == (0, 3, 0, 0)
         assert sample["skipped"] == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -118,9 +117,9 @@ def test_the_rate_of_the_clips_is_the_median_of_what_is_seen(tmp_path, workers, 
     index = index_dataset({"data_root": str(root)})
     settings = ClipSettings(5, 16, 16, frame_stride=4)
 
-    def rate(settings: ClipSettings, seed: int, known_files: Sequence[str] = ()) -> float | None:
-        settings = dataclasses.replace(settings, isolated=isolated)
-        stream = ClipStream([(index, settings)], seed=seed, known_files=known_files)
+    def rate(settings: ClipSettings, seed: int, files_to_skip: Sequence[str] = ()) -> float | None:
+        settings = settings.model_copy(update={"isolated": isolated})
+        stream = ClipStream([(index, settings)], seed=seed, files_to_skip=files_to_skip)
         return median_clip_rate(stream, arguments(workers=workers))
 
     assert rate(settings, 1) == rate(settings, 2) == 6.25

@@ -144,11 +144,11 @@ def test_every_clip_setting_is_part_of_the_fingerprint_but_not_the_reading_proce
     there = data_fingerprint(index, settings)
     assert CLIP_CHANGES.keys() | {"isolated"} == {field.name for field in dataclasses.fields(settings)}
     for name, changes in CLIP_CHANGES.items():
-        here = data_fingerprint(index, dataclasses.replace(settings, **changes))
+        here = data_fingerprint(index, settings.model_copy(update=changes))
         assert there["clip"][name] != here["clip"][name]
-    resized = data_fingerprint(index, dataclasses.replace(settings, resize="decoder"))
+    resized = data_fingerprint(index, settings.model_copy(update={"resize": "decoder"}))
     assert first_difference(there, resized) == "clip.resize is torch there and decoder here"
-    assert first_difference(there, data_fingerprint(index, dataclasses.replace(settings, isolated=True))) is None
+    assert first_difference(there, data_fingerprint(index, settings.model_copy(update={"isolated": True}))) is None
 
 
 def test_files_and_captions_are_part_of_the_fingerprint(tmp_path):

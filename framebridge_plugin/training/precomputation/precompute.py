@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
-from framebridge_plugin.data.bad_files import BadFile, read_bad_files
+from framebridge_plugin.data.bad_files import BadFile, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
@@ -102,8 +102,8 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
         specification.check_datasets(datasets)
     captions = Captions([index for index, _ in datasets])
     quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
-    known_files = {os.path.abspath(entry["path"]) for entry in read_bad_files(quarantine)} if quarantine else ()
-    rate = functools.partial(median_clip_rate, ClipStream(datasets, args.seed, known_files=known_files), args)
+    clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))
+    rate = functools.partial(median_clip_rate, clips, args)
     manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, rate)
     return _Job(args, specification, datasets, captions, store, manifest, processes)
 
@@ -265,7 +265,7 @@ class _Job:
             barrier=self.processes.wait,
         )
         stream = ClipStream(
-            self.datasets, self.args.seed, max_attempts=policy.max_attempts, known_files=tracker.known_files
+            self.datasets, self.args.seed, max_attempts=policy.max_attempts, files_to_skip=tracker.files_to_skip
         )
         positions = itertools.chain.from_iterable(range(shard.first, shard.first + shard.count) for shard in shards)
         loader = sample_loader(_Positions(stream), self.args, positions)

@@ -1,0 +1,52 @@
+"""What all groups of settings share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from os.path import expanduser
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from framebridge_plugin.errors import UsageError
+
+Count = Annotated[int, Field(ge=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, types are strict, values are fixed once checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others ("" for the section), and what is wrong with it."""
+        yield from ()
+
+
+class CheckedSettings(Section):
+    """Settings outside of a recipe, by name or in their order: the first that is wrong is a `UsageError` at once."""
+
+    called: ClassVar[str] = ""
+    """What an error calls them."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        where = f"{self.called}: " if self.called else ""
+        try:
+            super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **named)
+        except ValidationError as failure:
+            raise UsageError(where + self._problem(dict(failure.errors(include_url=False)[0]))) from failure
+        for name, message in self.conflicts():
+            raise UsageError(f"{where}{name}{': ' if name else ''}{message}")
+
+    @classmethod
+    def _problem(cls, error: dict[str, Any]) -> str:
+        name, known = str(error["loc"][0]), list(cls.model_fields)
+        if error["type"] == "missing":
+            return f"{name} is missing"
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            return f"unknown or unsupported key {name!r}; {hint}"
+        return f"{name} is {error['input']!r}; it {error['msg'].removeprefix('Input ')}"

@@ -1,0 +1,139 @@
+"""What is read and how: the data sets, their clips, and what is done about files that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from framebridge_plugin.settings.base import Count, PathText, Section
+
+Split = Literal["all", "train", "test"]
+Fold = Literal[1, 2, 3]
+
+SOURCES = (("data_root",), ("class_root",), ("csv", "video_root"))
+"""The settings that name a data set: one of these groups, and nothing of the others."""
+
+
+class SourceSection(Section):
+    """Where the clips and captions of a data set are."""
+
+    data_root: PathText | None = Field(
+        default=None,
+        description="folder of clips and captions in one of finetrainers' layouts, or id of one on the hub",
+    )
+    class_root: PathText | None = Field(
+        default=None, description="folder with one folder of videos per class (UCF-101): its name is their caption"
+    )
+    split: Split = Field(default="all", description="of class_root: a half of one of UCF-101's official folds, or all")
+    fold: Fold = Field(default=1, description="which fold; with split train or test only")
+    splits_dir: PathText | None = Field(
+        default=None, description="folder with trainlist01.txt and so on; none: ucfTrainTestlist beside class_root"
+    )
+    csv: PathText | None = Field(
+        default=None,
+        description="WebVid's table (columns videoid and name), a folder of its parts, or a pattern; needs video_root",
+    )
+    video_root: PathText | None = Field(
+        default=None, description="folder that holds <videoid>.mp4 or <page_dir>/<videoid>.mp4"
+    )
+    refresh_index: bool = Field(
+        default=False, description="look for the videos of the csv again; else only if table or video_root changed"
+    )
+    id_token: str | None = Field(default=None, description="put in front of every caption; CogVideoX only")
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """Names of the settings that name the data set."""
+        return tuple(name for group in SOURCES for name in group if getattr(self, name) is not None)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.source not in SOURCES:
+            found = " and ".join(self.source) or "none of them"
+            yield "", f"give either data_root, or class_root, or csv with video_root, not {found}"
+        if self.split == "all":
+            for name, default in (("fold", 1), ("splits_dir", None)):
+                if getattr(self, name) != default:
+                    yield name, "has no effect with split all: set split to train or test"
+        elif self.class_root is None:
+            yield "split", "has an effect with class_root only: remove it"
+        if self.refresh_index and self.csv is None:
+            yield "refresh_index", "has an effect with csv only: remove it"
+
+
+class ClipSection(Section):
+    """How a clip is cut out of a video."""
+
+    num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
+    height: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
+    width: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
+    frame_sampling: Literal["stride", "linspace"] = Field(
+        default="stride",
+        description="stride: every frame_stride-th frame (WebVid); linspace: spread over window_frames (UCF-101)",
+    )
+    frame_stride: Count = Field(default=1, description="frames of the file from one frame of the clip to the next")
+    window_frames: Count | None = Field(
+        default=None, description="frames of the file that a clip spans; with linspace only"
+    )
+    window: Literal["random", "start"] = Field(default="random", description="where in the file the clip begins")
+    horizontal_flip: bool = Field(default=False, description="mirror every other clip, at random")
+    decoder: Literal["pyav", "decord"] = Field(
+        default="pyav", description="what reads the videos; decord refuses files that it is not known to read rightly"
+    )
+    strict: bool = Field(default=False, description="damaged pictures are errors; pyav only")
+    resize: Literal["torch", "decoder"] = Field(
+        default="torch",
+        description="torch: antialiased; decoder: FFmpeg's filter, other pixels, faster for 720p files; pyav only",
+    )
+    isolated: bool = Field(
+        default=False, description="a child process decodes: one that crashes or hangs costs a clip and not the run"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.decoder != "pyav":
+            for name, default in (("strict", False), ("resize", "torch")):
+                if getattr(self, name) != default:
+                    yield name, f"does not go with decoder {self.decoder}: remove one of the two"
+        if self.frame_sampling == "stride":
+            if self.window_frames is not None:
+                yield "window_frames", "has no effect with frame_sampling stride: set it to linspace"
+            return
+        if self.frame_stride != 1:
+            yield "frame_stride", "has no effect with frame_sampling linspace: remove it"
+        if self.window_frames is None:
+            yield "window_frames", "frame_sampling linspace needs it: the frames that a clip spans"
+        elif self.window_frames < self.num_frames:
+            yield "window_frames", f"should be at least num_frames, {self.num_frames}, not {self.window_frames}"
+
+
+class DataSection(ClipSection, SourceSection):
+    """One data set, and the shape of its clips; paths are relative to the working directory."""
+
+
+class BadFilesSection(Section):
+    """What happens when a clip cannot be read."""
+
+    policy: Literal["raise", "skip", "quarantine"] = Field(
+        default="skip",
+        description="skip: another clip takes its place; quarantine: that, and later runs do not open the file",
+    )
+    quarantine_file: PathText | None = Field(
+        default=None, description="JSON lines, made where there are none; with policy quarantine only"
+    )
+    max_share: float = Field(
+        default=0.5, ge=0, le=1, description="share of the attempts, from the 64th on, that may fail"
+    )
+    max_in_a_row: Count = Field(default=16, description="failed attempts in a row that end the run")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.policy == "quarantine" and self.quarantine_file is None:
+            yield "quarantine_file", "policy quarantine needs it: a file that runs may share"
+        elif self.policy != "quarantine" and self.quarantine_file is not None:
+            yield "quarantine_file", f"has no effect with policy {self.policy}: remove it"
