@@ -91,13 +91,6 @@ def _build(
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:
-    """Says which state of a file or folder this is, without reading it.
-
-    Args:
-        path: An existing file or folder.
-
-    Returns:
-        Its absolute path, size and time of change.
-    """
+    """Which state of a file or folder this is, told without reading it: absolute path, size and time of change."""
     status = os.stat(path)
     return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"

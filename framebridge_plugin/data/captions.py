@@ -19,15 +19,7 @@ COMMON_PREFIXES = (
 
 
 def clean_caption(caption: str, remove_common_prefixes: bool) -> str:
-    """Trim a caption.
-
-    Args:
-        caption: The caption as stored.
-        remove_common_prefixes: Whether to cut one of `COMMON_PREFIXES` from its start.
-
-    Returns:
-        The caption without surrounding white space and, if wanted, without such a phrase.
-    """
+    """The caption without surrounding white space and, if wanted, without one of `COMMON_PREFIXES`."""
     caption = caption.strip()
     if remove_common_prefixes:
         for prefix in COMMON_PREFIXES:

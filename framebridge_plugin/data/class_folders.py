@@ -14,35 +14,12 @@ _SYSTEM_FOLDERS = ("lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Info
 
 
 def class_names(root: str | os.PathLike[str]) -> list[str]:
-    """List the classes of a data set.
-
-    Args:
-        root: Folder with one folder per class; no classes are hidden folders, those that systems make, such as
-            lost+found and __MACOSX, those whose names are not UTF-8, and those that hold something, but no videos.
-
-    Returns:
-        The names of its folders, in Unicode's composed form (NFC) and in code-point order (capitals first), as the
-        reference numbers them; an empty folder is a class too, so that the numbers do not depend on which clips are
-        there.
-
-    Raises:
-        FrameBridgeError: It is no folder, has no such folders in it, or one that cannot be listed.
-    """
+    """The names of the classes in Unicode's composed form (NFC) and in code-point order, as the reference has them."""
     return list(_classes(root, LeftOut()))
 
 
 def index_class_folders(root: Path) -> tuple[list[str], list[str], LeftOut]:
-    """List the clips of every class, asking the disk once per folder.
-
-    Args:
-        root: Folder with one folder per class.
-
-    Returns:
-        The clips' file names relative to `root`, in order of class and name, the class of each, and what is left out.
-
-    Raises:
-        FrameBridgeError: It is no such folder, holds no videos, or has a folder that cannot be listed.
-    """
+    """The clips' file names relative to `root`, the class of each, and what is left out; at least one clip."""
     names, labels, left_out = [], [], LeftOut()
     for label, videos in _classes(root, left_out).items():
         names += videos

@@ -21,19 +21,7 @@ SHARD_EXTENSIONS = (".tar", ".parquet")
 
 
 def local_data_root(name_or_path: str, base_dir: Path) -> Path:
-    """The folder of a data set: a path as it is, a hub id downloaded (or found in the cache).
-
-    Args:
-        name_or_path: A folder, or an id such as `owner/name`.
-        base_dir: Folder that relative paths start from.
-
-    Returns:
-        An existing folder.
-
-    Raises:
-        FrameBridgeError: There is no such folder, and the hub has no such data set; or it is one of tar or parquet
-            files, which is not downloaded.
-    """
+    """The folder of a data set: a path as it is, a hub id downloaded (or found in the cache)."""
     path = Path(base_dir, os.path.expanduser(name_or_path))
     if path.is_dir():
         return path
@@ -84,17 +72,7 @@ class Clips(NamedTuple):
 
 
 def find_clips(root: Path) -> Clips:
-    """List the clips of a folder in one of finetrainers' layouts (see `index_dataset`).
-
-    Args:
-        root: The folder.
-
-    Returns:
-        At least one clip; a listed file that is missing is one too, which cannot be read.
-
-    Raises:
-        FrameBridgeError: The folder has none of the layouts, is inconsistent, or all of its clips are missing.
-    """
+    """List the clips of a folder, at least one; a listed file that is missing is one too, which cannot be read."""
     left_out = LeftOut()
     present = left_out.usable(os.listdir(root))
     metadata = [name for name in present if name.lower() in METADATA_FILES]

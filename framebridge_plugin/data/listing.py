@@ -14,14 +14,7 @@ VIDEO_EXTENSIONS = ("mp4", "mov", "m4v", "mkv", "webm", "avi")
 
 
 def is_video(name: str) -> bool:
-    """Tell by the extension, in capitals or not, whether a file should be a video.
-
-    Args:
-        name: A file name.
-
-    Returns:
-        Whether its extension is one of `VIDEO_EXTENSIONS`; no hidden file is a video.
-    """
+    """Tell by the extension, in capitals or not, whether a file should be a video; no hidden file is."""
     return extension(name) in VIDEO_EXTENSIONS and not name.startswith(".")
 
 
@@ -59,25 +52,12 @@ class LeftOut:
         self._examples: dict[str, str] = {}
 
     def add(self, reason: str, example: str) -> None:
-        """Counts one more.
-
-        Args:
-            reason: Why, as a noun in the plural.
-            example: What.
-        """
+        """Counts one more thing that is left out for a reason, a noun in the plural."""
         self.counts[reason] += 1
         self._examples[reason] = min(example, self._examples.get(reason, example))
 
     def usable(self, names: Iterable[str], folder: str = "") -> list[str]:
-        """Passes on the names that are neither hidden nor anything but UTF-8; hidden clips are counted.
-
-        Args:
-            names: Names of files in a folder.
-            folder: The folder, for the examples.
-
-        Returns:
-            The others, in order.
-        """
+        """The names, sorted, that are neither hidden nor anything but UTF-8; hidden clips are counted."""
         usable = []
         for name in names:
             if name.startswith("."):
@@ -96,28 +76,14 @@ class LeftOut:
 
 
 class FileFinder:
-    """Finds files by names that may differ from the disk's in Unicode normal form or in the case of the extension.
-
-    Args:
-        root: Folder that the names are relative to.
-    """
+    """Finds files below a folder by names that may differ in Unicode normal form or the case of the extension."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folders: dict[str, tuple[str, dict[str, str]] | None] = {}
 
     def find(self, name: str) -> str | None:
-        """Looks a file up, listing each folder once instead of asking for every file.
-
-        Args:
-            name: Path relative to the root.
-
-        Returns:
-            The same as the disk spells it; None if there is no such file.
-
-        Raises:
-            FrameBridgeError: A folder cannot be listed.
-        """
+        """The name as the disk spells it, or None; each folder is listed once, instead of asking for every file."""
         folder, file_name = os.path.split(os.path.normpath(name))
         listed = self._list(folder)
         if listed is None:

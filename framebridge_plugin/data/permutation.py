@@ -39,17 +39,7 @@ class KeyedPermutation:
         return value
 
     def index(self, value: int) -> int:
-        """The position of an element.
-
-        Args:
-            value: An element, in [0, size - 1].
-
-        Returns:
-            The position that holds it.
-
-        Raises:
-            ValueError: There is no such element.
-        """
+        """The position of an element."""
         if not 0 <= value < self.size:
             raise ValueError(f"{value} is not in a permutation of {self.size}")
         position = self._permute_back(value)

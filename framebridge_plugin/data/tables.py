@@ -31,17 +31,7 @@ class TextError(FrameBridgeError):
 
 
 def csv_files(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Find the CSV files of a table.
-
-    Args:
-        given: A file, a folder of .csv files, a pattern such as "results_2M_train_*.csv", or several of these.
-
-    Returns:
-        The files, absolute, those of a folder or pattern in order of their names.
-
-    Raises:
-        FrameBridgeError: There is none.
-    """
+    """The CSV files of a table, absolute, out of a file, a folder of them, a pattern, or several; at least one."""
     files: list[Path] = []
     for item in [given] if isinstance(given, str | os.PathLike) else given:
         path = Path(item).expanduser().absolute()
@@ -91,17 +81,7 @@ def read_table(
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Read the rows of a CSV file, the header first.
-
-    Args:
-        path: A table with commas between its cells.
-
-    Yields:
-        For each row with any text the line that it begins in, and its cells, as many as the header has.
-
-    Raises:
-        TextError: It is no such table.
-    """
+    """The rows of a CSV file that have any text, the header first: the line of each, and as many cells as it has."""
     line, width = 1, 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -197,18 +177,7 @@ def _plain(name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Args:
-        path: A file in UTF-8.
-
-    Returns:
-        Its content, with every line end as LF.
-
-    Raises:
-        TextError: It is not in UTF-8.
-        FrameBridgeError: It cannot be read.
-    """
+    """Read a text file in UTF-8, with every line end as LF."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -242,18 +211,7 @@ def _not_utf8(path: Path) -> tuple[int, str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read a list of one entry a line.
-
-    Args:
-        path: A file in UTF-8.
-
-    Returns:
-        Its lines without white space around them; empty ones count, but not at the end.
-
-    Raises:
-        TextError: It is not in UTF-8.
-        FrameBridgeError: It cannot be read.
-    """
+    """The lines of a text file without white space around them; empty ones count, but not at the end."""
     lines = [line.strip() for line in read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -264,18 +222,7 @@ _ESCAPES = re.compile(r"\\(?:ud[89ab]..\\ud[c-f]..|(?P<half>ud[89a-f]..)|.)", re
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON.
-
-    Args:
-        text: The JSON.
-        where: Where it stands, for the error.
-
-    Returns:
-        The value; all of its text can be written as UTF-8.
-
-    Raises:
-        UsageError: It is no such JSON.
-    """
+    """Parse JSON; `UsageError`, with where it stands, if it is none, or holds text that is not Unicode."""
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
@@ -297,18 +244,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read JSON lines.
-
-    Args:
-        path: A file in UTF-8 with one value a line.
-
-    Yields:
-        Where each value stands, as `file:line`, and the value.
-
-    Raises:
-        TextError: It is not in UTF-8.
-        FrameBridgeError: It cannot be read, or a line is no JSON.
-    """
+    """Read a file with one JSON value a line: where each stands, as `file:line`, and the value."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
