@@ -52,7 +52,7 @@ class SourceSection(Section):
         """Yields each setting that does not go with the others, and what is wrong with it."""
         yield from super().conflicts()
         if self.source not in SOURCES:
-            found = " and ".join(self.source) or "none of them"
+            found = " and ".join(sorted(self.source)) or "none of them"
             yield "", f"give either data_root, or class_root, or csv with video_root, not {found}"
         if self.split == "all":
             for name, default in (("fold", 1), ("splits_dir", None)):

@@ -199,7 +199,7 @@ GOOD_ENTRY = {"data_root": ".", "dataset_type": "video", "video_resolution_bucke
         ({"reshape_mode": "bicubic"}, "reshape_mode is 'bicubic'"),
         ({"id_token": 3}, "id_token is 3"),
         ({"remove_common_llm_caption_prefixes": "yes"}, "remove_common_llm_caption_prefixes is 'yes'"),
-        ({"csv": "a.csv"}, "not data_root and csv"),
+        ({"csv": "a.csv"}, "not csv and data_root"),
         ({"data_root": None}, "not none of them"),
     ],
 )
