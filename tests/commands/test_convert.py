@@ -41,20 +41,15 @@ def convert(folder: Path, checkpoint: str | Path, target: Path, capsys: Any, *mo
     return code, output.out, [line for line in output.err.splitlines() if line.startswith("error: ")]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "framebridge_plugin", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_from_checkpoint_to_video_in_real_processes(folder, tmp_path):
+def test_from_checkpoint_to_video(folder, tmp_path, capsys):
     """With 101 classes, as the authors' own: then the labels have UCF-101's names."""
     weights = reference_weights("bridge")
     table = weights["y_embedder.embedding_table.weight"]
     rows = torch.randn(102, table.shape[1], generator=torch.Generator().manual_seed(0))
     checkpoint = write_checkpoint(tmp_path / "ucf.pt", weights | {"y_embedder.embedding_table.weight": rows})
-    process = run(*options(folder, checkpoint, tmp_path / "model"))
-    assert process.returncode == 0, process.stderr
-    described, place = process.stdout.splitlines()
+    code, said, _ = convert(folder, checkpoint, tmp_path / "model", capsys)
+    assert code == 0
+    described, place = said.splitlines()
     assert described.startswith(f"{checkpoint}: bridge (transformer), weights 'ema': ")
     assert described.endswith("101 classes; no keys missing, none left over")
     assert place == f"model: {tmp_path / 'model'}"
@@ -63,7 +58,8 @@ def test_from_checkpoint_to_video_in_real_processes(folder, tmp_path):
 
     arguments = ["sample", "--model", str(tmp_path / "model"), "--image", str(folder / "picture.png"), "--steps=2"]
     arguments += ["--class-name", "GolfSwing", "--output", str(tmp_path / "swing.mp4")]
-    process = run(*arguments)
+    command = [sys.executable, "-m", "framebridge_plugin", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     with av.open(str(tmp_path / "swing.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

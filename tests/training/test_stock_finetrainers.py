@@ -50,9 +50,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]
     """Three steps, then a new process that resumes for two more."""
     folder = tmp_path_factory.mktemp("stock")
     # finetrainers' CogVideoX specification always pads captions to 226 tokens.
-    make_tiny_cogvideox(folder / "model", max_text_length=226)
-    clips = make_clips(folder / "clips", count=4, frames=9, size=64, layout="metadata")
-    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 64, 64]]}
+    make_tiny_cogvideox(folder / "model", max_text_length=226, sample_size=32)
+    clips = make_clips(folder / "clips", count=4, frames=9, size=32)
+    dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[9, 32, 32]]}
     (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
     begun = train(folder, steps=3)
     for name in RUNS:

@@ -121,8 +121,7 @@ def test_the_last_lines_name_the_model_and_a_command_that_samples_from_it(told):
     "program",
     [
         "import framebridge_plugin; framebridge_plugin.register()",
-        "from framebridge_plugin import FrameBridgeCogVideoXPipeline",
-        "from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline",
+        "from framebridge_plugin import FrameBridgeCogVideoXPipeline, FrameBridgeLattePipeline",
     ],
 )
 def test_an_import_says_nothing(program):
