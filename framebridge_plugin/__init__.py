@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from framebridge_plugin import library_messages, torchvision_repair
+from framebridge_plugin import imports, library_messages, torchvision_repair
 
 if TYPE_CHECKING:
     from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 library_messages.hold_back()
 torchvision_repair.repair_on_import()
+imports.defer_imports()
 
 _MODULE_OF_ATTRIBUTE = {
     "FrameBridgeCogVideoXPipeline": "framebridge_plugin.backbones.cogvideox.pipeline",

@@ -17,6 +17,7 @@ from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.imports import without_collection
 from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -165,7 +166,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     inputs = load_inputs(request)
 
-    from framebridge_plugin.commands.sample import sample
+    with without_collection():
+        from framebridge_plugin.commands.sample import sample
 
     sample(request, inputs)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.imports import without_collection
 from framebridge_plugin.recipe.latte_rules import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
@@ -80,14 +81,16 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
     """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
     dataset_config = write_run_files(recipe, staging)
 
-    from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
+    with without_collection():
+        from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
 
-    register()
+        register()
+
+        from framebridge_plugin.training import FrameBridgeTrainer
+
     args = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
     # finetrainers hands this to the trackers as it is, which would write into the working directory.
     args.logging_dir = str(output_dir / args.logging_dir)
-
-    from framebridge_plugin.training import FrameBridgeTrainer
 
     def publish() -> None:
         if staging == output_dir:

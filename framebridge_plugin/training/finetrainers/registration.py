@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.imports import without_collection
 from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, StrictParsing, read_training_type
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
 from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
@@ -48,15 +49,16 @@ def register() -> None:
     with _lock:
         if _registered:
             return
-        apply_repairs()
-        # Set before the rest: what is imported below may itself call this function.
-        _registered = True
-        _register_specifications()
-        _register_arguments()
-        _register_optimizer()
-        _register_scheduler()
-        _register_trainable_parameters()
-        _register_network_name()
+        with without_collection():
+            apply_repairs()
+            # Set before the rest: what is imported below may itself call this function.
+            _registered = True
+            _register_specifications()
+            _register_arguments()
+            _register_optimizer()
+            _register_scheduler()
+            _register_trainable_parameters()
+            _register_network_name()
 
 
 # --- Model names and arguments ---

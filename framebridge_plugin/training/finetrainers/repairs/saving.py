@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from framebridge_plugin.training.finetrainers.repairs import Repair
 
@@ -68,13 +69,11 @@ def _count_in_64_bits() -> None:
 
 
 def _peft_overlooks_checkpointed_layers() -> bool:
-    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    # Trying it out would load bitsandbytes; where peft finds the layers itself, the repair changes nothing.
+    import peft
 
-    model: Any = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1)))
-    inject_adapter_in_model(LoraConfig(r=1, target_modules=["0.0"]), model)
-    model[0] = checkpoint_wrapper(model[0])
-    return not get_peft_model_state_dict(model)
+    is_repaired = hasattr(peft.get_peft_model_state_dict, "__wrapped__")
+    return Version(peft.__version__) >= Version("0.21") and not is_repaired
 
 
 def _find_checkpointed_layers() -> None:
