@@ -309,7 +309,7 @@ def content_of(file: Path, base: Path | None) -> Any:
             described_tensors = {name: f"{str(t.dtype)[6:]} {list(t.shape)}" for name, t in sorted(tensors.items())}
             metadata = {name: read_json(text) for name, text in sorted((content.metadata() or {}).items())}
         found = {"metadata": metadata, "tensors": shortened(described_tensors)}
-        if source and "optimizer" not in file.name:
+        if source and file.parent.name != "trainer":
             begun = load_file(source) if source.is_file() else {}
             kept = {name: t for name, t in begun.items() if name in tensors and t.shape == tensors[name].shape}
             changes = [(t.double() - kept.get(name, torch.zeros(()))).flatten() for name, t in tensors.items()]
