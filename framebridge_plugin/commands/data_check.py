@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,24 +33,9 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
     """Read every clip of a recipe's data, as a run would, and print a table of what cannot be read.
 
     Every file is opened, indexed and decoded: the clip that begins last in it, or with "start" windows the one that
-    begins first. Each is read in a process of its own beside the reading processes, so that a decoder that crashes or
-    hangs is one more finding.
-
-    `output` gets a JSON line with path, kind and reason for each bad file, in the order of the data; a run takes it as
-    its `framebridge.bad_files.quarantine_file`. While a check is under way, `<output>.progress` says how far it has
-    come: after Ctrl-C or a kill, the same call goes on from there.
-
-    Args:
-        content: What `Recipe.dataset_config` returns.
-        output: The result file.
-        nproc: Number of reading processes, at least 1.
-        full: Whether every file is decoded from its first frame to its last.
-
-    Returns:
-        The exit code: 0 if all clips can be read, else 1.
-
-    Raises:
-        FrameBridgeError: The data cannot be indexed, the result cannot be written, or a reading process was killed.
+    begins first; with `full`, all of it. Decoders run in processes of their own, so that one that crashes or hangs is
+    one more finding. While a check is under way, `<output>.progress` says how far it has come: after Ctrl-C or a kill,
+    the same call goes on from there. Returns the exit code.
     """
     datasets = index_datasets(content, "the recipe's data")
     rows = _Rows(datasets, full)
@@ -98,14 +84,9 @@ class _Rows(Dataset[BadFile | None]):
             window = clip_frames(path, length, settings, _LATEST)
             return sorted({0, *window, length - 1}) if self.full else window
 
+        options = {"decoder": settings.decoder, "strict": settings.strict}
         try:
-            read_video_isolated(
-                path,
-                choose,
-                decoder=settings.decoder,
-                strict=settings.strict,
-                time_limit_s=_FULL_LIMIT_S if self.full else None,
-            )
+            read_video_isolated(path, choose, time_limit_s=_FULL_LIMIT_S if self.full else None, **options)
         except ClipError as error:
             return {"path": os.path.abspath(path), "kind": error.kind, "reason": error.reason}
         except RuntimeError as error:
@@ -132,32 +113,20 @@ class _Progress:
     def resume(self) -> BinaryIO:
         """Opens the result file for what comes next, cut to what belongs to the clips that are done."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        size = self._load()
-        file = self.output.open("wb" if size is None else "r+b")
-        file.truncate(size)
-        file.seek(0, os.SEEK_END)
-        return file
-
-    def _load(self) -> int | None:
-        try:
+        size = 0
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             state = json.loads(self.path.read_text())
-            size, done = state["bytes"], state["done"]
-            known = state["what"] == self._what and state["last"] == self._rows.row(done - 1)[0]
-            if known and self.output.stat().st_size >= size:
-                self.done = done
-                return size
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
-        return None
+            is_same = state["what"] == self._what and state["last"] == self._rows.row(state["done"] - 1)[0]
+            if is_same and self.output.stat().st_size >= state["bytes"]:
+                self.done, size = state["done"], state["bytes"]
+        file = self.output.open("ab")
+        file.truncate(size)
+        return file
 
     def save(self, clips: int, size: int) -> None:
         self.done += clips
-        state = {
-            "what": self._what,
-            "done": self.done,
-            "bytes": size,
-            "last": self._rows.row(self.done - 1)[0],
-        }
+        last = self._rows.row(self.done - 1)[0]
+        state = {"what": self._what, "done": self.done, "bytes": size, "last": last}
         partial = self.path.with_name(f".{self.path.name}")
         partial.write_text(json.dumps(state))
         partial.replace(self.path)

@@ -26,12 +26,7 @@ _SPLIT_FILES = ("classInd.txt", *(f"{half}list0{fold}.txt" for half in ("train",
 # installed in many places and cannot read this archive: then the next one has a go.
 UNPACKERS: Mapping[str, Callable[[str, str], list[str]]] = {
     "unar": lambda archive, folder: [
-        "-quiet",
-        "-no-directory",
-        "-force-overwrite",
-        "-output-directory",
-        folder,
-        archive,
+        *("-quiet", "-no-directory", "-force-overwrite", "-output-directory", folder, archive)
     ],
     "unrar": lambda archive, folder: ["x", "-o+", "-idq", archive, f"{folder}/"],
     "7zz": lambda archive, folder: ["x", "-y", "-bd", f"-o{folder}", archive],
@@ -45,15 +40,6 @@ def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> N
 
     The videos come to lie in `folder`/UCF-101, the lists in `folder`/ucfTrainTestlist, where `load_ucf101` looks for
     them. What is there already is not unpacked again.
-
-    Args:
-        archive: `UCF101.rar`, which one of `UNPACKERS` unpacks, or a .zip of the same.
-        folder: Where to; it is made.
-        splits: `UCF101TrainTestSplits-RecognitionTask.zip`; None leaves the lists out.
-
-    Raises:
-        FrameBridgeError: An archive is missing or damaged, no tool can unpack it, or classes, scenes or clips are
-            missing.
     """
     videos = folder / _VIDEOS
     if not videos.is_dir():
@@ -70,53 +56,43 @@ def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> N
 def _unpack_videos(archive: Path, folder: Path) -> None:
     if not archive.is_file():
         raise FrameBridgeError(f"{archive} is not an existing file; docs/data.md says where it is to be had")
-    # Beside its place and moved into it, so that half of it is never taken for the whole.
-    partial = folder / f".{_VIDEOS}.partial"
-    if archive.suffix.lower() == ".zip":
-        _new_folder(partial)
-        print(f"unpacking {archive} ...", flush=True)
-        if problem := _unpack_zip(archive, partial) or (
-            None if _move_videos(partial, folder) else f"it holds no folder {_VIDEOS}"
-        ):
-            shutil.rmtree(partial)
-            raise FrameBridgeError(f"{archive} cannot be unpacked ({problem}); get it again")
-        return
-    tools = {name: path for name in UNPACKERS if (path := shutil.which(name)) is not None}
+    is_zip = archive.suffix.lower() == ".zip"
+    tools = ["zipfile"] if is_zip else list(filter(shutil.which, UNPACKERS))
     if not tools:
         raise FrameBridgeError(
             f"nothing here can unpack {archive.name}: install one of {', '.join(UNPACKERS)} (such as `apt install "
             "unar`, `brew install unar`)"
         )
-    _new_folder(partial)
+    # Beside its place and moved into it, so that half of it is never taken for the whole.
+    partial = folder / f".{_VIDEOS}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     failures = []
-    for name, path in tools.items():
+    for name in tools:
         print(f"{name} unpacks {archive} ...", flush=True)
-        command = [path, *UNPACKERS[name](os.path.abspath(archive), os.path.abspath(partial))]
-        run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-        if run.returncode == 0 and _move_videos(partial, folder):
-            return
-        lines = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
-        failures.append(f"{name}: {lines[-1].strip() if lines else f'exit code {run.returncode}'}")
+        problem = _unpack_zip(archive, partial) if is_zip else _run_unpacker(name, archive, partial)
+        found = [path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()]
+        if problem is None and found:
+            found[0].rename(folder / _VIDEOS)
+            break
+        failures.append(f"{name}: {problem or f'it holds no folder {_VIDEOS}'}")
     shutil.rmtree(partial)
-    others = [name for name in UNPACKERS if name not in tools]
-    raise FrameBridgeError(
-        f"{archive} cannot be unpacked ({'; '.join(failures)}); get it again"
-        + (f", or install one of {', '.join(others)}" if others else "")
-    )
+    if len(failures) == len(tools):
+        others = [] if is_zip else [name for name in UNPACKERS if name not in tools]
+        raise FrameBridgeError(
+            f"{archive} cannot be unpacked ({'; '.join(failures)}); get it again"
+            + (f", or install one of {', '.join(others)}" if others else "")
+        )
 
 
-def _new_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _move_videos(partial: Path, folder: Path) -> bool:
-    """Moves the folder of the videos to its place, and tells whether there was one."""
-    unpacked = next((path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()), None)
-    if unpacked is not None:
-        unpacked.rename(folder / _VIDEOS)
-        shutil.rmtree(partial)
-    return unpacked is not None
+def _run_unpacker(name: str, archive: Path, folder: Path) -> str | None:
+    """Has a tool unpack an archive; returns what is wrong, or nothing."""
+    command = [name, *UNPACKERS[name](os.path.abspath(archive), os.path.abspath(folder))]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if run.returncode == 0:
+        return None
+    lines = [line.strip() for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {run.returncode}"
 
 
 def _unpack_zip(archive: Path, folder: Path) -> str | None:

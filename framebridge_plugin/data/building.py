@@ -32,21 +32,7 @@ def build_or_open(
 
     The table lies in the cache of `datasets` (`HF_DATASETS_CACHE`), is memory-mapped, and handed to other processes
     by its path. Processes that build the same table wait for each other; opening a complete one takes no lock and
-    writes nothing.
-
-    Args:
-        name: What the data set is called in the cache.
-        features: Its columns.
-        generate: Makes the rows, and may set the description of the information that it is given.
-        cache_dir: Folder for the table; by default the cache of `datasets`.
-        refresh: Whether to build it again.
-        **sources: What the table depends on; anything that JSON can say.
-
-    Returns:
-        The rows.
-
-    Raises:
-        FrameBridgeError: The source is wrong, or the cache cannot be written.
+    writes nothing. `generate` makes the rows, and may set the description of the information that it is given.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, sources], sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "framebridge" / f"{name}-{digest}"

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import pyarrow.compute as pc
@@ -19,27 +19,9 @@ from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.settings.base import CheckedSettings
-from framebridge_plugin.settings.data import ClipSection, SourceSection
+from framebridge_plugin.settings.data import DatasetSource, dataset_entries
 
 logger = logging.getLogger(__name__)
-
-
-class DatasetSource(CheckedSettings, SourceSection):
-    """What `index_dataset` takes."""
-
-    called = "data set"
-
-    remove_common_llm_caption_prefixes: bool = False
-
-
-class DatasetEntry(DatasetSource, ClipSection):
-    """An entry of finetrainers' dataset file, whose `video_resolution_buckets` says the shape of the clips."""
-
-    called = ""
-
-    dataset_type: Literal["video"] = "video"
-    reshape_mode: Literal["resize_crop"] = "resize_crop"
 
 
 class ClipIndex(Sequence[tuple[str, str]]):
@@ -131,30 +113,12 @@ def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, C
 
 def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettings]]:
     """Do what `load_dataset_config` does, given the content of the file, and where it stands for the errors."""
-    entries = content.get("datasets") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise UsageError(f'{where}: no data sets in it; it must be {{"datasets": [{{"data_root": ...}}, ...]}}')
     loaded = []
-    for number, values in enumerate(entries):
-        try:
-            entry = _entry(values)
-        except UsageError as error:
-            raise UsageError(f"{where}: datasets[{number}]: {error}") from error
+    for entry in dataset_entries(content, where):
         load_decoder(entry.decoder)
         clips = ClipSettings(**entry.model_dump(include=set(ClipSettings.model_fields)))
         loaded.append((_index(entry, Path.cwd()), clips))
     return loaded
-
-
-def _entry(values: Any) -> DatasetEntry:
-    if not isinstance(values, dict):
-        raise UsageError("it is no object with keys and values")
-    values = {name: value for name, value in values.items() if value is not None}
-    buckets = values.pop("video_resolution_buckets", None)
-    match buckets:
-        case [[num_frames, height, width]] if values.keys().isdisjoint(("num_frames", "height", "width")):
-            return DatasetEntry(**values, num_frames=num_frames, height=height, width=width)
-    raise UsageError(f"video_resolution_buckets is {buckets!r}; it must be one size, [[frames, height, width]]")
 
 
 def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple[int, int, int]:

@@ -49,24 +49,15 @@ def csv_files(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 def read_table(
     path: Path, columns: Sequence[str | Sequence[str]], optional: Collection[str] = ()
 ) -> Iterator[list[list[str]]]:
-    """Read columns of a CSV file, all of them as text; quoted cells may hold commas, quotes and line breaks.
+    """Read columns of a CSV file as text, in blocks: for each wanted column the list of its cells.
 
-    Args:
-        path: A table with commas between its cells, whose first row names the columns.
-        columns: Name of each wanted column, or several names, of which the first that the table has counts.
-        optional: Those that need not be there; their cells are "".
-
-    Yields:
-        Blocks of rows: for each wanted column the list of its cells. Rows without text are passed over.
-
-    Raises:
-        TextError: It is no such table; the message has the file, the line and the remedy.
+    A column may have several names, of which the first that the table has counts; one in `optional` need not be there,
+    and has "" in its cells then. `TextError` if it is no such table.
     """
     rows = table_rows(path)
     _, header = next(rows, (1, []))
-    places = _find_columns(
-        path, header, [(names,) if isinstance(names, str) else names for names in columns], optional
-    )
+    choices = [(names,) if isinstance(names, str) else names for names in columns]
+    places = _find_columns(path, header, choices, optional)
     cells: list[list[str]] = [[] for _ in places]
     # Few at a time: of many lists alive at once the garbage collector would make half of the work.
     while block := [row for _, row in islice(rows, 256)]:
@@ -147,17 +138,7 @@ def _find_columns(
 
 
 def check_header(where: str, header: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
-    """Refuse a table whose columns are not what they seem to be.
-
-    Args:
-        where: Where they stand, for the error.
-        header: Names of its columns.
-        columns: What the columns that mean something may be called.
-
-    Raises:
-        TextError: One of them is there twice, or only with another case or with spaces; or the cells are separated by
-            something else than commas.
-    """
+    """Refuse columns that are there twice, or only in another case or with spaces, and separators but commas."""
     for names in columns:
         if doubled := next((name for name in names if header.count(name) > 1), None):
             raise TextError(f"{where} has the column {doubled} {header.count(doubled)} times; keep one of them")
@@ -202,10 +183,8 @@ def _not_utf8(path: Path) -> tuple[int, str]:
                 text.decode()
             except UnicodeDecodeError as error:
                 line += len(_LINE_END.findall(text[: error.start]))
-                return (
-                    line,
-                    f"byte 0x{text[error.start]:02x} is of another encoding, such as Latin-1; save it as UTF-8",
-                )
+                byte = f"byte 0x{text[error.start]:02x}"
+                return line, f"{byte} is of another encoding, such as Latin-1; save it as UTF-8"
             line += len(_LINE_END.findall(text))
     return line, "it ends within a character; get it again"
 

@@ -14,19 +14,7 @@ _COLUMNS = ("caption", "image_path", "video_path", *NUMBERS)
 
 
 def read_validation_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the samples of a validation file.
-
-    Args:
-        path: A file with one of `VALIDATION_SUFFIXES`; JSON holds a list "data" of objects.
-
-    Returns:
-        Its rows, without the cells that are empty or null. What stands in CSV is text, but for the columns `NUMBERS`,
-        where it is a number if it can be read as one.
-
-    Raises:
-        TextError: It is no such file.
-        FrameBridgeError: It cannot be read.
-    """
+    """Read a validation file's rows without empty cells; in CSV, only what `NUMBERS` names is a number."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
         rows = table_rows(path)

@@ -19,7 +19,7 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.settings.data import BadFilesSection, DataSection
+from framebridge_plugin.settings.data import BadFilesSection, DataSection, SourceSection, dataset_entries
 
 _SIZES = ("num_frames", "height", "width")
 
@@ -33,15 +33,7 @@ class ClipRule(Protocol):
 
 
 def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
-    """Check where the clips come from and their shape.
-
-    Args:
-        recipe: A recipe whose single values are right.
-        rule: Which clips the model takes.
-
-    Yields:
-        Each problem.
-    """
+    """Check where the clips come from and their shape."""
     data, dataset_config = recipe.framebridge.data, recipe.dataset.dataset_config
     if data is None and dataset_config is None:
         yield Problem("framebridge.data", "the recipe names no data: give framebridge.data, or dataset.dataset_config")
@@ -73,23 +65,22 @@ def _bad_files_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFilesSection) -> Iterator[Problem]:
-    """Check the shapes of the clips; the other keys are checked by the reader of the data."""
     where = "dataset.dataset_config"
     try:
         content = read_json(Path(dataset_config))
     except ValueError as error:
         yield Problem(where, str(error), on_disk=True)
         return
-    entries = content.get("datasets")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        yield Problem(where, f"{dataset_config} should hold a list 'datasets' with one entry per data set")
+    try:
+        entries = dataset_entries(content, dataset_config)
+    except UsageError as error:
+        yield Problem(where, str(error))
         return
     if "bad_files" in content and bad_files != BadFilesSection():
         yield Problem("framebridge.bad_files", f"{dataset_config} has bad_files of its own: remove one of the two")
-    for bucket in (bucket for entry in entries for bucket in entry.get("video_resolution_buckets") or []):
-        if isinstance(bucket, list) and len(bucket) == 3 and all(type(size) is int for size in bucket):
-            for name, message in rule.problems(*bucket):
-                yield Problem(where, f"{name} in {bucket}: {message}")
+    for shape in {(entry.num_frames, entry.height, entry.width): None for entry in entries}:
+        for name, message in rule.problems(*shape):
+            yield Problem(where, f"{name} in {list(shape)}: {message}")
 
 
 def _file_problems(data: DataSection) -> Iterator[Problem]:
@@ -116,35 +107,27 @@ def _file_problems(data: DataSection) -> Iterator[Problem]:
 
 
 def content_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Check the lists, tables and captions of the data that is there, with the reader that a run has.
-
-    Args:
-        recipe: A recipe with nothing else wrong about its data.
-
-    Yields:
-        Each problem.
-    """
-    data = recipe.framebridge.data
+    """Check the lists, tables and captions of the data that is there, with the reader that a run has."""
+    data, config = recipe.framebridge.data, str(recipe.dataset.dataset_config)
     if data is not None:
-        yield from _entry_problems(f"framebridge.data.{data.source[0]}", data.model_dump())
-        return
-    for entry in read_json(Path(str(recipe.dataset.dataset_config)))["datasets"]:
-        if all(isinstance(entry.get(key), str | None) for key in ("data_root", "class_root", "csv", "splits_dir")):
-            yield from _entry_problems("dataset.dataset_config", entry)
+        yield from _text_problems(f"framebridge.data.{data.source[0]}", data)
+    else:
+        for entry in dataset_entries(read_json(Path(config)), config):
+            yield from _text_problems("dataset.dataset_config", entry)
 
 
-def _entry_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _text_problems(where: str, source: SourceSection) -> Iterator[Problem]:
     try:
-        if entry.get("csv") is not None:
-            for table in csv_files(entry["csv"]):
+        if source.csv is not None:
+            for table in csv_files(source.csv):
                 for _ in islice(read_table(table, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS), _CHECKED_BLOCKS):
                     pass
-        elif entry.get("class_root") is not None:
-            root = Path(entry["class_root"]).expanduser().absolute()
+        elif source.class_root is not None:
+            root = Path(source.class_root).absolute()
             class_names(root)
-            if entry.get("split", "all") != "all":
-                read_split(split_list(root, entry["split"], entry.get("fold", 1), entry.get("splits_dir")))
-        elif entry.get("data_root") is not None and (root := Path(entry["data_root"]).expanduser()).is_dir():
+            if source.split != "all":
+                read_split(split_list(root, source.split, source.fold, source.splits_dir))
+        elif (root := Path(str(source.data_root))).is_dir():
             find_clips(root)
     except FrameBridgeError as error:
         yield Problem(where, str(error), on_disk=not isinstance(error, TextError | UsageError))
@@ -157,16 +140,7 @@ _CHECKED_BLOCKS = 16
 def validation_problems(
     recipe: Recipe, rule: ClipRule, caption_problem: Callable[[str], str | None]
 ) -> Iterator[Problem]:
-    """Check the file of samples to validate with, and the pictures that it names.
-
-    Args:
-        recipe: A recipe whose single values are right.
-        rule: Which clips the model makes.
-        caption_problem: What is wrong with a caption, or None.
-
-    Yields:
-        Each problem.
-    """
+    """Check the file of samples to validate with, and the pictures that it names."""
     if recipe.validation.validation_dataset_file is None:
         return
     where, path = "validation.validation_dataset_file", Path(recipe.validation.validation_dataset_file)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from framebridge_plugin.settings.base import Count, PathText, Section
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.settings.base import CheckedSettings, Count, PathText, Section
 
 Split = Literal["all", "train", "test"]
 Fold = Literal[1, 2, 3]
@@ -137,3 +138,49 @@ class BadFilesSection(Section):
             yield "quarantine_file", "policy quarantine needs it: a file that runs may share"
         elif self.policy != "quarantine" and self.quarantine_file is not None:
             yield "quarantine_file", f"has no effect with policy {self.policy}: remove it"
+
+
+class DatasetSource(CheckedSettings, SourceSection):
+    """What `index_dataset` takes."""
+
+    called = "data set"
+
+    remove_common_llm_caption_prefixes: bool = Field(
+        default=False, description='cut phrases such as "The video shows" from the start of captions'
+    )
+
+
+class DatasetEntry(DatasetSource, ClipSection):
+    """An entry of finetrainers' dataset file, whose `video_resolution_buckets` says the shape of the clips."""
+
+    called = ""
+
+    dataset_type: Literal["video"] = Field(default="video", description="images cannot be trained on")
+    reshape_mode: Literal["resize_crop"] = Field(
+        default="resize_crop", description="clips are always resized to cover the bucket, and centre-cropped"
+    )
+
+
+def dataset_entries(content: Any, where: str) -> list[DatasetEntry]:
+    """The entries of finetrainers' dataset file, given its content; `UsageError` if one is wrong."""
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f'{where}: no data sets in it; it must be {{"datasets": [{{"data_root": ...}}, ...]}}')
+    checked = []
+    for number, values in enumerate(entries):
+        try:
+            checked.append(_entry(values))
+        except UsageError as error:
+            raise UsageError(f"{where}: datasets[{number}]: {error}") from error
+    return checked
+
+
+def _entry(values: Any) -> DatasetEntry:
+    if not isinstance(values, dict):
+        raise UsageError("it is no object with keys and values")
+    values = {name: value for name, value in values.items() if value is not None}
+    buckets = values.pop("video_resolution_buckets", None)
+    match buckets:
+        case [[num_frames, height, width]] if values.keys().isdisjoint(("num_frames", "height", "width")):
+            return DatasetEntry(**values, num_frames=num_frames, height=height, width=width)
+    raise UsageError(f"video_resolution_buckets is {buckets!r}; it must be one size, [[frames, height, width]]")

@@ -91,7 +91,8 @@ def test_dataset_json(minimal, tmp_path):
     assert "named twice" in problems_of(minimal, f"dataset.dataset_config={table}")[0]
     for content, message in (
         (json.dumps({"datasets": [entry | {"video_resolution_buckets": [[16, 64, 96]]}]}), "8 k + 1"),
-        (json.dumps({"datasets": []}), "should hold a list 'datasets'"),
+        (json.dumps({"datasets": []}), "no data sets in it"),
+        (json.dumps({"datasets": [entry | {"frame_strid": 3}]}), "did you mean 'frame_stride'"),
         ("[]", "should hold a JSON object"),
         ('{"datasets', "not readable JSON"),
     ):
