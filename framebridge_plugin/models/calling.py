@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from framebridge_plugin.models.latte import LatteTransformer
@@ -38,7 +39,7 @@ def call_transformer(
     Returns:
         The output in float32, [B, T, C, h, w].
     """
-    with _unrounded_time(transformer, timestep):
+    with _unrounded_time(transformer, transformer.time_proj, timestep):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),
             encoder_hidden_states=encoder_hidden_states,
@@ -47,6 +48,28 @@ def call_transformer(
             attention_kwargs=attention_kwargs,
             return_dict=False,
         )[0].float()
+
+
+def call_wan(
+    transformer: WanTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs a Wan network as `call_transformer` runs a CogVideoX network."""
+    with _unrounded_time(transformer, transformer.condition_embedder.timesteps_proj, timestep):
+        return (
+            transformer(
+                hidden_states=hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2),
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+            .transpose(1, 2)
+            .float()
+        )
 
 
 def call_latte(
@@ -76,19 +99,19 @@ def call_latte(
         inputs = torch.cat([image_latents_B1CHW, inputs], dim=1)
         if neural_prior_BFCHW is not None:
             inputs = torch.cat([inputs, torch.cat([image_latents_B1CHW, neural_prior_BFCHW], dim=1)], dim=2)
-    with _unrounded_time(transformer, timestep_B):
+    with _unrounded_time(transformer, transformer.time_proj, timestep_B):
         output = transformer(inputs.to(transformer.dtype), timestep_B, class_labels_B, return_dict=False)[0].float()
     return output[:, -latents_BFCHW.shape[1] :]
 
 
 @contextlib.contextmanager
-def _unrounded_time(transformer: Any, timestep: torch.Tensor | None) -> Iterator[None]:
-    """Gives the time embedding the time as it is: FSDP2 casts all floating-point inputs to the weights' precision."""
+def _unrounded_time(transformer: Any, embedding: nn.Module, timestep: torch.Tensor | None) -> Iterator[None]:
+    """Gives the time's embedding the time as it is: FSDP2 casts all floating-point inputs to the weights' precision."""
     is_sharded = isinstance(transformer, FSDPModule)
     if timestep is None or not is_sharded:
         yield
         return
-    hook = transformer.time_proj.register_forward_pre_hook(lambda module, args: (timestep,))
+    hook = embedding.register_forward_pre_hook(lambda module, args: (timestep,))
     try:
         yield
     finally:

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from framebridge_plugin.models import LatteTransformer
-from framebridge_plugin.models.calling import call_latte, call_transformer
+from framebridge_plugin.models.calling import call_latte, call_transformer, call_wan
 from tests.reference_vectors import load_vectors
+from tests.tiny_wan import make_tiny_wan_network
 
 TIME = 965.716
-Network = CogVideoXTransformer3DModel | LatteTransformer
+Network = CogVideoXTransformer3DModel | LatteTransformer | WanTransformer3DModel
 
 
 @pytest.fixture
@@ -54,20 +55,30 @@ def make_latte(**changes: Any) -> LatteTransformer:
     return LatteTransformer(**{**settings, "sample_height": 4, "sample_width": 4, "num_frames": 4, **changes})
 
 
-def call(transformer: Network, times: list[torch.Tensor]) -> torch.Tensor:
-    hook = transformer.time_proj.register_forward_hook(lambda module, args, output: times.append(args[0]))
+def make_wan() -> WanTransformer3DModel:
+    return make_tiny_wan_network(text_dim=8).train()
+
+
+def time_embedding(transformer: Network) -> torch.nn.Module:
+    is_wan = isinstance(transformer, WanTransformer3DModel)
+    return transformer.condition_embedder.timesteps_proj if is_wan else transformer.time_proj
+
+
+def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) -> torch.Tensor:
+    hook = time_embedding(transformer).register_forward_hook(lambda module, args, output: times.append(args[0]))
     latents = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    time = torch.tensor([TIME])
+    time = torch.tensor([time])
     if isinstance(transformer, LatteTransformer):
         output = call_latte(transformer, latents, time, torch.tensor([2]), latents.flip(-1))
     else:
         text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
-        output = call_transformer(transformer, latents, time, text)
+        run = call_wan if isinstance(transformer, WanTransformer3DModel) else call_transformer
+        output = run(transformer, latents, time, text)
     hook.remove()
     return output
 
 
-@pytest.mark.parametrize("make", [make_cogvideox, make_latte])
+@pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan])
 def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_process_group):
     transformer = make().bfloat16()
     times: list[torch.Tensor] = []
@@ -76,18 +87,20 @@ def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     # As finetrainers shards a network.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, cast_forward_inputs=True)
-    for block in sharded.transformer_blocks:
+    for block in sharded.blocks if make is make_wan else sharded.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(sharded, mesh=mesh, mp_policy=policy)
     for _ in range(2):
         output = call(sharded, times)
         assert output.dtype == torch.float32
         assert torch.equal(output, whole)
-    assert not sharded.time_proj._forward_pre_hooks
+    assert not time_embedding(sharded)._forward_pre_hooks
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in sharded.parameters())
     assert [time.dtype for time in times] == [torch.float32] * 3
     assert [time.item() for time in times] == pytest.approx([TIME] * 3, abs=1e-4)
+    rounded = call(transformer, [], torch.tensor(TIME).bfloat16().item())
+    assert not torch.equal(rounded, whole)
 
 
 @pytest.fixture
