@@ -105,10 +105,9 @@ def call_latte(
 
 
 @contextlib.contextmanager
-def _unrounded_time(transformer: Any, embedding: nn.Module, timestep: torch.Tensor | None) -> Iterator[None]:
-    """Gives the time's embedding the time as it is: FSDP2 casts all floating-point inputs to the weights' precision."""
-    is_sharded = isinstance(transformer, FSDPModule)
-    if timestep is None or not is_sharded:
+def _unrounded_time(transformer: Any, embedding: nn.Module | None, timestep: torch.Tensor | None) -> Iterator[None]:
+    """Gives the time's embedding the time as it is: FSDP2 casts floating-point inputs to the weights' precision."""
+    if embedding is None or timestep is None or not isinstance(transformer, FSDPModule):
         yield
         return
     hook = embedding.register_forward_pre_hook(lambda module, args: (timestep,))
