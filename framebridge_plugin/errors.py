@@ -16,3 +16,8 @@ class UsageError(FrameBridgeError):
     """The recipe or the command line is wrong; the command ends with exit code 2."""
 
     exit_code = 2
+
+
+def first_line(error: object) -> str:
+    """The first line of what an error says, for a message of one line; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

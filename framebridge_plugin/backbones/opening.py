@@ -32,7 +32,7 @@ from framebridge_plugin.backbones.lora_folders import (
 )
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
 from framebridge_plugin.backbones.saving import local_folder
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -187,9 +187,9 @@ def opening(source: str | os.PathLike) -> Iterator[None]:
     except FrameBridgeError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FrameBridgeError(
-            f"cannot open model {str(source)!r}: {line}; give a run's folder, or a complete model in diffusers format"
+            f"cannot open model {str(source)!r}: {first_line(error)}; give a run's folder, or a complete model in "
+            "diffusers format"
         ) from error
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.folders import LORA_FILE, file_problem, local_path
 from framebridge_plugin.backbones.lora_folders import LoraInfo
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 
 COGVIDEOX_COMPONENTS = {
     "tokenizer": ("transformers", "T5Tokenizer"),
@@ -58,7 +58,7 @@ def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_
         return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, **hub_settings))
     except (OSError, HFValidationError, ValueError) as error:
         raise FrameBridgeError(
-            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({_first_line(error)}); "
+            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); "
             "check the name, or download it and give the folder"
         ) from error
 
@@ -237,10 +237,6 @@ def _commit(folder: Path) -> str:
 def _absolute(source: str) -> str:
     """A folder's whole path, since a relative one would mean another folder elsewhere; a hub id as it is."""
     return str(Path(source).resolve()) if os.path.isdir(source) else source
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _library_of(component_class: type) -> str:

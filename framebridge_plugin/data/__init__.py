@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# ruff: noqa: F401 (for type checkers alone)
 if TYPE_CHECKING:
     from framebridge_plugin.data.bad_files import BadFilePolicy, BadFileTracker, load_bad_file_policy
     from framebridge_plugin.data.clips import ClipSettings, read_clip
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, ucf101_class_names
     from framebridge_plugin.data.webvid import load_webvid
 
-_ATTRIBUTES = {
+_MODULES = {
     "bad_files": ("BadFilePolicy", "BadFileTracker", "load_bad_file_policy"),
     "clips": ("ClipSettings", "read_clip"),
     "decoding.errors": ("ClipError",),
@@ -31,31 +32,14 @@ _ATTRIBUTES = {
     "ucf101_classes": ("UCF101_CLASSES", "ucf101_class_names"),
     "webvid": ("load_webvid",),
 }
-_MODULE_OF_ATTRIBUTE = {name: f"{__name__}.{module}" for module, names in _ATTRIBUTES.items() for name in names}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "UCF101_CLASSES",
-    "BadFilePolicy",
-    "BadFileTracker",
-    "ClipError",
-    "ClipIndex",
-    "ClipSettings",
-    "ClipStream",
-    "Sample",
-    "index_dataset",
-    "load_bad_file_policy",
-    "load_dataset_config",
-    "load_ucf101",
-    "load_webvid",
-    "read_clip",
-    "read_frames",
-    "ucf101_class_names",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF_ATTRIBUTE:
-        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from pathlib import Path
 
 from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video, printable
 from framebridge_plugin.errors import FrameBridgeError
@@ -15,22 +14,16 @@ _SYSTEM_FOLDERS = ("lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Info
 
 def class_names(root: str | os.PathLike[str]) -> list[str]:
     """The names of the classes in Unicode's composed form (NFC) and in code-point order, as the reference has them."""
-    return list(_classes(root, LeftOut()))
+    return list(class_folders(root)[0])
 
 
-def index_class_folders(root: Path) -> tuple[list[str], list[str], LeftOut]:
-    """The clips' file names relative to `root`, the class of each, and what is left out; at least one clip."""
-    names, labels, left_out = [], [], LeftOut()
-    for label, videos in _classes(root, left_out).items():
-        names += videos
-        labels += [label] * len(videos)
-    if not names:
-        raise _no_videos(root, left_out)
-    return names, labels, left_out
+def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], LeftOut]:
+    """The videos of each class relative to the root, both in order, and what is left out; at least one class.
 
-
-def _classes(root: str | os.PathLike[str], left_out: LeftOut) -> dict[str, list[str]]:
-    """The videos of each class relative to the root, both in order."""
+    An empty folder is a class, so that the numbers do not depend on which clips are there. No classes are hidden
+    folders, those that systems make, those whose names are not UTF-8, and those that hold something, but no videos.
+    """
+    left_out = LeftOut()
     folders = []
     try:
         with os.scandir(root) as entries:
@@ -68,11 +61,12 @@ def _classes(root: str | os.PathLike[str], left_out: LeftOut) -> dict[str, list[
         else:
             left_out.add("folders without videos", folder)
     if not classes:
-        raise _no_videos(root, left_out)
-    return classes
+        raise no_videos(root, left_out)
+    return classes, left_out
 
 
-def _no_videos(root: str | os.PathLike[str], left_out: LeftOut) -> FrameBridgeError:
+def no_videos(root: str | os.PathLike[str], left_out: LeftOut) -> FrameBridgeError:
+    """What is wrong with a folder without a single video."""
     return FrameBridgeError(
         f"{root}: its folders hold no videos; the videos ({', '.join(VIDEO_EXTENSIONS)}) lie right in the folder of "
         "their class" + (f"; left out: {left_out}" if left_out.counts else "")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, FileFinder, LeftOut, extension, is_video, name_key
 from framebridge_plugin.data.tables import check_header, parse_json, read_json_lines, read_lines, read_table, read_text
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -30,14 +30,13 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
     if path.exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is None:
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     _refuse_shards_of_hub(name_or_path)
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
-    except (OSError, HFValidationError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise FrameBridgeError(
-            f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({_first_line(error)}); check "
+            f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); check "
             "the name, or download it and give the folder"
         ) from error
 
@@ -45,11 +44,10 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
 def _refuse_shards_of_hub(name: str) -> None:
     """Such data sets tend to be large, so this comes before the download."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     try:
         files = huggingface_hub.list_repo_files(name, repo_type="dataset")
-    except (OSError, HFValidationError, ValueError):
+    except (OSError, ValueError):
         return  # no network: the download, or the cache, says the rest
     shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
     if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
@@ -78,15 +76,14 @@ def find_clips(root: Path) -> Clips:
     metadata = [name for name in present if name.lower() in METADATA_FILES]
     if len(metadata) > 1:
         raise FrameBridgeError(f"{root} holds {' and '.join(metadata)}; keep one of them")
-    notes: list[str] = []
     if metadata:
-        names, captions = _read_metadata(root / metadata[0])
+        clips = list(_read_metadata(root / metadata[0]))
     else:
-        names, captions = _find_pairs(root, present, left_out)
-    if not metadata and not names:
-        names, captions = _read_lists(root, present)
-    if not names:
+        clips = _find_pairs(root, present, left_out) or _read_lists(root, present)
+    if not clips:
         raise FrameBridgeError(f"{root} names no clips; give at least one clip with a caption")
+    names, captions = (list(texts) for texts in zip(*clips, strict=True))
+    notes: list[str] = []
     finder = FileFinder(root)
     found = [finder.find(name) for name in names]
     if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
@@ -101,15 +98,12 @@ def find_clips(root: Path) -> Clips:
     return Clips([file or name for name, file in zip(names, found, strict=True)], captions, notes)
 
 
-def _read_metadata(path: Path) -> tuple[list[str], list[str]]:
-    names: list[str] = []
-    captions: list[str] = []
-    if path.suffix.lower() == ".csv":
-        for block in read_table(path, ["file_name", CAPTION_COLUMNS]):
-            names += block[0]
-            captions += block[1]
-        return names, captions
+def _read_metadata(path: Path) -> Iterator[tuple[str, str]]:
     records: Iterable[tuple[str, Any]]
+    if path.suffix.lower() == ".csv":
+        for names, captions in read_table(path, ["file_name", CAPTION_COLUMNS]):
+            yield from zip(names, captions, strict=True)
+        return
     if path.suffix.lower() == ".jsonl":
         records = read_json_lines(path)
     else:
@@ -124,38 +118,35 @@ def _read_metadata(path: Path) -> tuple[list[str], list[str]]:
         if not isinstance(name, str) or not isinstance(caption, str):
             check_header(where, list(row), [("file_name",), CAPTION_COLUMNS])
             raise FrameBridgeError(f"{where} needs file_name and one of {', '.join(CAPTION_COLUMNS)}, both text")
-        names.append(name)
-        captions.append(caption)
-    return names, captions
+        yield name, caption
 
 
-def _find_pairs(root: Path, present: Iterable[str], left_out: LeftOut) -> tuple[list[str], list[str]]:
+def _find_pairs(root: Path, present: Iterable[str], left_out: LeftOut) -> list[tuple[str, str]]:
     videos: dict[str, list[str]] = {}
     texts: dict[str, list[str]] = {}
     for name in present:
         if is_video(name) or extension(name) == "txt":
             stem = name_key(name).rpartition(".")[0]
             (videos if is_video(name) else texts).setdefault(stem, []).append(name)
-    names, captions = [], []
+    clips = []
     for stem in sorted(videos.keys() & texts.keys(), key=lambda stem: texts[stem]):
         if len(videos[stem]) > 1:
             several = sorted(videos[stem], key=lambda name: VIDEO_EXTENSIONS.index(extension(name)))
             raise FrameBridgeError(f"{root / texts[stem][0]} belongs to {' and '.join(several)}; keep one of them")
         if len(texts[stem]) > 1:
             raise FrameBridgeError(f"{root / videos[stem][0]} has {' and '.join(texts[stem])}; keep one of them")
-        names.append(videos[stem][0])
-        captions.append(read_text(root / texts[stem][0]).strip())
-    if names:
+        clips.append((videos[stem][0], read_text(root / texts[stem][0]).strip()))
+    if clips:
         for reason, alone in (
             ("videos without a .txt caption beside them", videos.keys() - texts.keys()),
             ("texts without a video beside them", texts.keys() - videos.keys()),
         ):
             for name in (name for stem in alone for name in (videos | texts)[stem]):
                 left_out.add(reason, name)
-    return names, captions
+    return clips
 
 
-def _read_lists(root: Path, present: Iterable[str]) -> tuple[list[str], list[str]]:
+def _read_lists(root: Path, present: Iterable[str]) -> list[tuple[str, str]]:
     lists = [[name for name in present if name.lower() in choices] for choices in (VIDEO_LISTS, CAPTION_LISTS)]
     if any(len(names) != 1 for names in lists):
         below = (os.path.relpath(f"{folder}/{name}", root) for folder, _, names in os.walk(root) for name in names)
@@ -170,14 +161,7 @@ def _read_lists(root: Path, present: Iterable[str]) -> tuple[list[str], list[str
         raise FrameBridgeError(
             f"{root}: {lists[0][0]} has {len(names)} lines but {lists[1][0]} has {len(captions)}; one line per clip"
         )
-    for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
-        if caption and not name:
-            raise FrameBridgeError(
-                f"{root / lists[0][0]}:{number} is empty, but the caption is not; one line per clip"
-            )
-    kept = [number for number, name in enumerate(names) if name]
-    return [names[number] for number in kept], [captions[number] for number in kept]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    clips = list(zip(names, captions, strict=True))
+    if shifted := next((number for number, (name, caption) in enumerate(clips, 1) if caption and not name), None):
+        raise FrameBridgeError(f"{root / lists[0][0]}:{shifted} is empty, but the caption is not; one line per clip")
+    return [clip for clip in clips if clip[0]]

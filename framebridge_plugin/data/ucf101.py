@@ -6,16 +6,13 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import datasets
-import pyarrow as pa
 
-from framebridge_plugin.data.building import build_or_open
-from framebridge_plugin.data.class_folders import class_names, index_class_folders
-from framebridge_plugin.data.ucf101_classes import foreign_classes, read_split, split_list, ucf101_class_names
+from framebridge_plugin.data.class_folders import class_folders, no_videos
+from framebridge_plugin.data.ucf101_classes import foreign_classes, label_names, read_split, split_list
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.settings.data import Fold, Split
 
@@ -29,13 +26,10 @@ def load_ucf101(
     split: Split = "all",
     fold: Fold = 1,
     splits_dir: str | os.PathLike[str] | None = None,
-    *,
-    cache_dir: str | None = None,
 ) -> datasets.Dataset:
     """Load UCF-101, or another folder with one folder of videos per class.
 
-    The folders are listed at every call, which takes milliseconds; the index is built again when a file was added or
-    removed.
+    The folders are listed at every call, which takes milliseconds.
 
     Args:
         root: The folder of the class folders ("UCF-101" in the archive).
@@ -43,7 +37,6 @@ def load_ucf101(
             whose clips show the same scene.
         fold: 1, 2 or 3; without effect for "all".
         splits_dir: The folder "ucfTrainTestlist" with trainlist01.txt and so on; by default beside `root`.
-        cache_dir: Folder for the index; by default the cache of `datasets`.
 
     Returns:
         Rows with `path` (absolute), `label`, a `ClassLabel` of the names that `ucf101_class_names` gives, and `group`,
@@ -58,8 +51,11 @@ def load_ucf101(
     if fold not in get_args(Fold):
         raise UsageError(f"fold is {fold!r}; it must be one of {', '.join(map(str, get_args(Fold)))}")
     folder = Path(root).expanduser().absolute()
-    files, labels, left_out = index_class_folders(folder)
-    classes = ucf101_class_names(folder)
+    found, left_out = class_folders(folder)
+    labels = {file: label for label, files in found.items() for file in files}
+    if not labels:
+        raise no_videos(folder, left_out)
+    classes = label_names(list(found))
     notes = []
     if foreign := foreign_classes(classes):
         notes.append(
@@ -69,52 +65,34 @@ def load_ucf101(
     if split != "all":
         path = split_list(folder, split, fold, splits_dir)
         listed = {_key(name): name for name in read_split(path)}
-        chosen = [number for number, file in enumerate(files) if _key(file) in listed]
-        if not chosen:
+        labels = {file: label for file, label in labels.items() if _key(file) in listed}
+        if not labels:
             raise FrameBridgeError(f"{folder}: none of its videos is in {path}")
-        files, labels = [files[number] for number in chosen], [labels[number] for number in chosen]
-        present = {_key(name): name for name in class_names(folder)}
-        missing = [name for key, name in sorted(listed.items()) if key not in set(map(_key, files))]
+        missing = [listed[key] for key in sorted(listed.keys() - set(map(_key, labels)))]
         if missing:
             notes.append(
                 f"{len(missing)} of the {len(listed)} videos of the {split} split of fold {fold} are missing, such as "
                 f"{missing[0]}: bad files, where their class has a folder"
             )
-        kept = [name for name in missing if _key(name.partition("/")[0]) in present]
-        files += kept
-        labels += [present[_key(name.partition("/")[0])] for name in kept]
+        present = {_key(name): name for name in found}
+        for name in missing:
+            if label := present.get(_key(name.partition("/")[0])):
+                labels[name] = label
     if left_out.counts:
         notes.append(f"left out: {left_out}")
     for note in notes:
         logger.warning("%s: %s", folder, note)
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def rows(info: datasets.DatasetInfo) -> Iterator[pa.Table]:
-        info.description = "\n".join(notes)
-        groups = [_GROUP.search(file) for file in files]
-        yield pa.table(
-            {
-                "path": pa.array([f"{folder}/{file}" for file in files], pa.string()),
-                "label": pa.array([numbers[label] for label in labels], pa.int64()),
-                "group": pa.array([int(group[1]) if group else -1 for group in groups], pa.int32()),
-            }
-        )
-
-    features = datasets.Features(
-        {
-            "path": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=classes),
-            "group": datasets.Value("int32"),
-        }
-    )
-    sources: dict[str, Any] = {
-        "root": str(folder),
-        "files": files,
-        "labels": labels,
-        "classes": classes,
-        "notes": notes,
+    groups = [_GROUP.search(file) for file in labels]
+    columns = {
+        "path": [f"{folder}/{file}" for file in labels],
+        "label": list(labels.values()),
+        "group": [int(group[1]) if group else -1 for group in groups],
     }
-    return build_or_open("ucf101", features, rows, cache_dir=cache_dir, **sources)
+    features = datasets.Features(
+        path=datasets.Value("string"), label=datasets.ClassLabel(names=classes), group=datasets.Value("int32")
+    )
+    info = datasets.DatasetInfo(description="\n".join(notes), features=features)
+    return datasets.Dataset.from_dict(columns, info=info)
 
 
 def _key(name: str) -> str:

@@ -48,8 +48,12 @@ def ucf101_class_names(root: str | os.PathLike[str]) -> list[str]:
     Raises:
         FrameBridgeError: It is no folder, or has no folders in it.
     """
-    names = class_names(root)
-    return list(UCF101_CLASSES) if set(names) <= set(UCF101_CLASSES) else names
+    return label_names(class_names(root))
+
+
+def label_names(names: Sequence[str]) -> list[str]:
+    """All classes of UCF-101 where a data set has no others, else its own."""
+    return list(UCF101_CLASSES if set(names) <= set(UCF101_CLASSES) else names)
 
 
 def foreign_classes(names: Sequence[str]) -> list[str]:

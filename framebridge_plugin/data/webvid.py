@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import hashlib
+import json
 import logging
 import os
 import unicodedata
@@ -13,7 +17,6 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from framebridge_plugin.data.building import build_or_open, file_stamp
 from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, extension, is_utf8, printable
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, csv_files, read_table
 from framebridge_plugin.errors import FrameBridgeError
@@ -21,6 +24,7 @@ from framebridge_plugin.errors import FrameBridgeError
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".mp4"
+_FEATURES = datasets.Features({name: datasets.Value("string") for name in (*WEBVID_COLUMNS, "path")})
 # Listing a folder on network storage is waiting, not work.
 _LISTING_THREADS = 16
 # Links to nothing or to themselves, and folders of somebody else, such as lost+found. Other errors are the disk's.
@@ -64,19 +68,51 @@ def load_webvid(
     root = Path(video_root).expanduser().absolute()
     if not root.is_dir():
         raise FrameBridgeError(f"video_root {root} is not an existing folder")
-    rows = build_or_open(
-        "webvid",
-        datasets.Features({name: datasets.Value("string") for name in (*WEBVID_COLUMNS, "path")}),
-        lambda info: _rows(files, root, info),
-        cache_dir=cache_dir,
-        refresh=refresh,
-        csv_files=list(map(str, files)),
-        video_root=str(root),
-        stamps=list(map(file_stamp, [*files, root])),
-    )
+    stamps = [_stamp(path) for path in (*files, root)]
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:20]
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "framebridge" / f"webvid-{digest}"
+    description = cache / "description.txt"  # written last: it says that the table is complete
+    try:
+        if refresh or not description.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with open(cache / ".lock", "a") as lock:
+                with contextlib.suppress(OSError):  # some network file systems have none
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if refresh or not description.is_file():
+                    _build(files, root, cache / "rows.arrow", description)
+        info = datasets.DatasetInfo(description=description.read_text(encoding="utf-8"), features=_FEATURES)
+        rows = datasets.Dataset.from_file(str(cache / "rows.arrow"), info=info, split=datasets.Split.TRAIN)
+    except OSError as error:
+        raise FrameBridgeError(
+            f"cannot build or open the index of the data set: {error}; it needs a folder with room, which "
+            "HF_DATASETS_CACHE can name"
+        ) from error
     if rows.info.description != _counts(len(rows), 0, 0, len(rows)):
         logger.warning("%s: %s", files[0], rows.info.description)
     return rows
+
+
+def _stamp(path: Path) -> str:
+    """Which state of a file or folder this is, told without reading it."""
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def _build(files: Sequence[Path], root: Path, rows: Path, description: Path) -> None:
+    info, schema = datasets.DatasetInfo(), _FEATURES.arrow_schema
+    partial = [path.with_name(f".{path.name}.{os.getpid()}") for path in (rows, description)]
+    try:
+        with pa.OSFile(str(partial[0]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for table in _rows(files, root, info):
+                writer.write_table(table)
+        partial[1].write_text(info.description, encoding="utf-8")
+        partial[0].replace(rows)
+        partial[1].replace(description)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+        # Arrow keeps what building took, and every loader worker would inherit it.
+        pa.default_memory_pool().release_unused()
 
 
 def _counts(total: int, without_file: int, without_caption: int, used: int) -> str:
@@ -111,7 +147,7 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
             ]
         has_caption = [bool(caption.strip()) for caption in captions]
         without_caption += has_caption.count(False)
-        table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], [*WEBVID_COLUMNS, "path"])
+        table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], schema=_FEATURES.arrow_schema)
         yield table if all(has_caption) else table.filter(pa.array(has_caption))
     left = f"; left out of {root}: {left_out}" if left_out.counts else ""
     if not any_use:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.latte import LATTE_SIZES, LatteTransformer, spatial_positions, temporal_positions
 
 PRIOR_PREFIX = "nwarp_model."
@@ -157,9 +157,8 @@ def _load_weights(checkpoint: str | os.PathLike) -> tuple[str, dict[str, torch.T
             "save its dictionary 'ema' or 'model' alone"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FrameBridgeError(
-            f"{checkpoint}: not a whole file of torch.save ({first_line}); download it again"
+            f"{checkpoint}: not a whole file of torch.save ({first_line(error)}); download it again"
         ) from error
     for weights in ("ema", "model"):
         state_dict = content.get(weights) if isinstance(content, dict) else None

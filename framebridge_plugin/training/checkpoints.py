@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from framebridge_plugin.backbones.folders import two_file_problem
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
 
@@ -316,10 +316,9 @@ def _complete_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def _cannot_resume(folder: Path, reason: BaseException | str) -> FrameBridgeError:
-    line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
     return FrameBridgeError(
-        f"cannot resume from {folder}: {line}; resume with the settings of the run's recipe.yaml, or, if the folder "
-        "is damaged, remove it to go on from the checkpoint before it"
+        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml, or, if the "
+        "folder is damaged, remove it to go on from the checkpoint before it"
     )
 
 

@@ -34,7 +34,7 @@ from framebridge_plugin.backbones.saving import (
     save_lora_file,
     save_model_folder,
 )
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.projection_adapter import full_rank_settings, with_identity
 from framebridge_plugin.models.reference_checkpoints import (
@@ -142,10 +142,9 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
             for name in ("weight", "bias")
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FrameBridgeError(
-            f"{found}: cannot read the LoRA and its base model ({line}); take the folder as it was written, and "
-            f"correct the base model's place in its {LORA_INFO_FILE}"
+            f"{found}: cannot read the LoRA and its base model ({first_line(error)}); take the folder as it was written, "
+            f"and correct the base model's place in its {LORA_INFO_FILE}"
         ) from error
 
     layer = f"{INPUT_PROJECTION}.lora_B"

@@ -15,7 +15,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -34,8 +34,9 @@ def cannot_load(
     """The error, of one line, for a component that cannot be loaded; `expected` says what the folder should be."""
     if problem := two_file_problem(find_saved_model(Path(source)) or Path(source)):
         return FrameBridgeError(problem)
-    line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-    return FrameBridgeError(f"cannot load {what} from {source!r}: {line}; check that the folder is {expected}")
+    return FrameBridgeError(
+        f"cannot load {what} from {source!r}: {first_line(reason)}; check that the folder is {expected}"
+    )
 
 
 def load_config(
