@@ -317,8 +317,8 @@ def _complete_checkpoints(root: Path) -> dict[int, Path]:
 
 def _cannot_resume(folder: Path, reason: BaseException | str) -> FrameBridgeError:
     return FrameBridgeError(
-        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml, or, if the "
-        "folder is damaged, remove it to go on from the checkpoint before it"
+        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml, or, "
+        "if the folder is damaged, remove it to go on from the checkpoint before it"
     )
 
 

@@ -143,8 +143,8 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise FrameBridgeError(
-            f"{found}: cannot read the LoRA and its base model ({first_line(error)}); take the folder as it was written, "
-            f"and correct the base model's place in its {LORA_INFO_FILE}"
+            f"{found}: cannot read the LoRA and its base model ({first_line(error)}); take the folder as it was "
+            f"written, and correct the base model's place in its {LORA_INFO_FILE}"
         ) from error
 
     layer = f"{INPUT_PROJECTION}.lora_B"
