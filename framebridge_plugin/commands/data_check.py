@@ -133,14 +133,8 @@ class _Progress:
 
 
 def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
-    loader = DataLoader(
-        rows,
-        CLIPS_AT_A_TIME,
-        sampler=range(start, len(rows)),
-        num_workers=nproc,
-        collate_fn=list,
-        worker_init_fn=_leave_interrupts_to_main_process,
-    )
+    options: dict[str, Any] = {"collate_fn": list, "worker_init_fn": _leave_interrupts_to_main_process}
+    loader = DataLoader(rows, CLIPS_AT_A_TIME, sampler=range(start, len(rows)), num_workers=nproc, **options)
     bad = 0
     with Progress(len(rows), "Checking", initial=start, unit="clip") as bar:
         try:

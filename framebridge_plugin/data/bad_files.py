@@ -73,9 +73,9 @@ def load_bad_file_policy(path: str | os.PathLike[str]) -> BadFilePolicy:
         raise UsageError(f"{path}: {error}") from error
 
 
-def read_bad_files(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_bad_files(path: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
     """Read a list of bad files, if there is one; lines without a path, such as one cut short, are left out."""
-    if not os.path.exists(path):
+    if path is None or not os.path.exists(path):
         return []
     entries = []
     for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
@@ -93,8 +93,8 @@ def read_bad_files(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def files_to_skip(quarantine: str | os.PathLike[str] | None) -> frozenset[str]:
     """Absolute paths of the files in a quarantine, which a run that begins now does not open."""
     # `finetrainers data check` lists the files that its decoder reads wrongly, too; those are sound.
-    entries = [] if quarantine is None else read_bad_files(quarantine)
-    return frozenset(os.path.abspath(entry["path"]) for entry in entries if entry.get("kind") != "wrong_container")
+    entries = (entry for entry in read_bad_files(quarantine) if entry.get("kind") != "wrong_container")
+    return frozenset(os.path.abspath(entry["path"]) for entry in entries)
 
 
 def describe(entry: Mapping[str, Any]) -> str:
@@ -156,9 +156,7 @@ class BadFileTracker:
             logger.warning("%d files in quarantine are left out; they are listed in %s", count, quarantined)
         self._written = {entry["path"] for entry in read_bad_files(self.path)}
         self._unshared: list[str] = []
-        self._in_quarantine: set[str] = set()
-        if policy.quarantine_file is not None:
-            self._in_quarantine.update(entry["path"] for entry in read_bad_files(policy.quarantine_file))
+        self._in_quarantine = {entry["path"] for entry in read_bad_files(policy.quarantine_file)}
         self._attempts = self._bad = 0
         self._found: dict[str, Mapping[str, Any]] = {}
 
@@ -186,13 +184,11 @@ class BadFileTracker:
             Each sample without `skipped`.
 
         Raises:
-            TooManyBadFilesError: The policy allows no more.
-            UsageError: The decoder that the recipe names is not one for such files.
-            FrameBridgeError: A file of the account cannot be written.
+            FrameBridgeError: The policy allows no more bad files, the decoder is not one for such files
+                (`UsageError`), or a file of the account cannot be written.
         """
         for sample in samples:
-            has_clip = "video" not in sample or len(sample["video"]) > 0
-            skipped = sample["skipped"]
+            skipped, has_clip = sample["skipped"], "video" not in sample or len(sample["video"]) > 0
             for bad_file in skipped:
                 if bad_file["kind"] == "wrong_container":
                     # The file is sound, and a later run with another decoder must not find it in a list.

@@ -61,22 +61,23 @@ class ClipIndex(Sequence[tuple[str, str]]):
         row = self._rows[number]
         return row["path"], self._caption(row[self._caption_column])
 
-    def batches(self, size: int = 65_536) -> Iterator[tuple[list[str], list[str]]]:
+    def batches(self) -> Iterator[tuple[list[str], list[str]]]:
         """Yields all rows in order as lists of paths and of captions."""
-        columns = self._rows.select_columns(["path", self._caption_column]).with_format("arrow")
-        for batch in columns.iter(batch_size=size):
+        for batch in self._tables("path", self._caption_column):
             yield batch["path"].to_pylist(), [self._caption(text) for text in batch[self._caption_column].to_pylist()]
 
     def common_folder(self) -> str:
         """The innermost folder that all files lie in."""
-        paths = self._rows.select_columns("path").with_format("arrow").iter(batch_size=65_536)
-        bounds = [pc.min_max(batch["path"]).as_py() for batch in paths]
+        bounds = [pc.min_max(batch["path"]).as_py() for batch in self._tables("path")]
         ends = [min(bound["min"] for bound in bounds), max(bound["max"] for bound in bounds)]
         return os.path.dirname(os.path.commonprefix(ends))
 
     def distinct_captions(self) -> Iterator[str]:
         """Yields every caption that occurs, without reading millions of rows one by one."""
         return map(self._caption, self._rows.unique(self._caption_column))
+
+    def _tables(self, *columns: str) -> Iterator[Any]:
+        return self._rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=65_536)
 
     def _caption(self, stored: Any) -> str:
         if self.class_names is not None:

@@ -80,31 +80,26 @@ class FileFinder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._folders: dict[str, tuple[str, dict[str, str]] | None] = {}
+        self._folders: dict[str, tuple[str, dict[str, str]]] = {}
 
     def find(self, name: str) -> str | None:
         """The name as the disk spells it, or None; each folder is listed once, instead of asking for every file."""
         folder, file_name = os.path.split(os.path.normpath(name))
-        listed = self._list(folder)
-        if listed is None:
-            return None
-        found = listed[1].get(file_name) or listed[1].get(name_key(file_name))
-        return None if found is None else os.path.join(listed[0], found)
-
-    def _list(self, folder: str) -> tuple[str, dict[str, str]] | None:
         if folder not in self._folders:
-            actual: str | None = folder
-            if not (self._root / folder).is_dir():
-                actual = self.find(folder) if os.path.basename(folder) else None
-            self._folders[folder] = None if actual is None else self._names(actual)
-        return self._folders[folder]
+            self._folders[folder] = self._list(folder)
+        actual, names = self._folders[folder]
+        found = names.get(file_name) or names.get(name_key(file_name))
+        return None if found is None else os.path.join(actual, found)
 
-    def _names(self, folder: str) -> tuple[str, dict[str, str]] | None:
+    def _list(self, folder: str) -> tuple[str, dict[str, str]]:
+        """The folder as the disk spells it, and in it the names of files by themselves and by their keys."""
+        if not (self._root / folder).is_dir():
+            folder = (self.find(folder) if os.path.basename(folder) else None) or folder
         path = self._root / folder
-        if not path.is_dir():
-            return None
         try:
             names = sorted(os.listdir(path), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
         except OSError as error:
             raise FrameBridgeError(f"{path} cannot be listed: {error.strerror}; make it readable") from error
         return folder, {name_key(name): name for name in names} | {name: name for name in names}

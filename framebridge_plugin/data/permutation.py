@@ -10,15 +10,11 @@ _MASK_64 = (1 << 64) - 1
 
 
 class KeyedPermutation:
-    """A permutation of 0 ... size - 1 that is a function of a key.
+    """A permutation of 0 ... size - 1 that is a function of a key, such as `(seed, epoch)`.
 
     A Feistel network of four rounds permutes the smallest range of 4^k numbers that holds `size` (at least 256, since
     networks of few bits are not uniform); a number outside `size` is permuted again until it falls inside (cycle
     walking).
-
-    Args:
-        size: Number of elements, at least 1.
-        *key: What the permutation is for, such as `(seed, epoch)`.
     """
 
     def __init__(self, size: int, *key: int | str) -> None:

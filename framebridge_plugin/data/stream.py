@@ -27,8 +27,8 @@ class Sample(TypedDict):
     """One training sample.
 
     `video` is float32 of shape [F, 3, H, W] in [-1, 1]; `sample_seed`, in [0, 2^63 - 1], belongs to this sample in
-    this epoch and seeds whatever else is drawn for it. `skipped` lists the files that were tried in vain for it. With
-    F = 0 there is no clip: nothing that may be tried can be read.
+    this epoch and seeds whatever else is drawn for it. `skipped` lists the files that should have given its clip and
+    could not be read. With F = 0 there is no clip: nothing that may be tried can be read.
     """
 
     caption: str
@@ -117,7 +117,7 @@ class ClipStream(IterableDataset[Sample]):
                     break
             else:
                 return {"caption": caption, "video": video_FCHW, "sample_seed": sample_seed, "skipped": skipped}
-        # The reading processes do not know how the others fare, so nothing is raised here.
+        # Nothing is raised here: a reading process does not know how the others fare.
         return {"caption": "", "video": torch.empty(0, 3, 0, 0), "sample_seed": sample_seed, "skipped": skipped}
 
     def _row(self, number: int) -> tuple[str, str, ClipSettings]:
@@ -128,12 +128,9 @@ class ClipStream(IterableDataset[Sample]):
 
 
 class ClipRates(Dataset[float | None]):
-    """The rates, in frames per second, at which the first `RATE_CLIPS` clips of a run go by as in life.
+    """The rates at which the first `RATE_CLIPS` clips of a run go by as in life, the same for every rank and resume.
 
-    They are the same for every rank and resume. A file that does not say it, or cannot be opened, has None.
-
-    Args:
-        stream: The run's clips.
+    In frames per second; a file that does not say it, or cannot be opened, has None.
     """
 
     def __init__(self, stream: ClipStream) -> None:

@@ -82,16 +82,15 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     width = width or len(row)
                     if len(row) != width:
                         problem = f"it has {len(row)} cells, the first row {width}"
-                        raise _no_table(path, line, f"{problem}; put a cell that holds a comma in quotes")
+                        raise _unreadable(path, line, f"{problem}; put a cell that holds a comma in quotes")
                     yield line, row
                 line = reader.line_num + 1
     except csv.Error as error:
         # "unexpected end of data", "',' expected after '\"'", "field larger than field limit": of one cause.
-        raise _no_table(
-            path, line, "a quote opens a cell and does not close it where the cell ends; close it, or double it"
-        ) from error
+        problem = "a quote opens a cell and does not close it where the cell ends; close it, or double it"
+        raise _unreadable(path, line, problem) from error
     except UnicodeDecodeError as error:
-        raise _no_table(path, *_not_utf8(path)) from error
+        raise _unreadable(path, *_not_utf8(path)) from error
     except OSError as error:
         raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -104,9 +103,9 @@ def _checked(path: Path, file: TextIO) -> Iterator[str]:
         if "\0" in block or _SPACE_BEFORE_QUOTE.search(block):
             for line, text in enumerate(lines, number):
                 if "\0" in text:
-                    raise _no_table(path, line, _NUL)
+                    raise _unreadable(path, line, _NUL)
                 if _SPACE_BEFORE_QUOTE.search(text):
-                    raise _no_table(path, line, "a space stands between a comma and a quote; remove it")
+                    raise _unreadable(path, line, "a space stands between a comma and a quote; remove it")
         number += len(lines)
         yield from lines
 
@@ -116,8 +115,8 @@ _SPACE_BEFORE_QUOTE = re.compile(r', "(?!["\r\n,]|\Z)')
 _NUL = "it holds a NUL byte (UTF-16, or a damaged file); save it as UTF-8"
 
 
-def _no_table(path: Path, line: int, problem: str) -> TextError:
-    return TextError(f"{path}:{line} is no readable CSV table in UTF-8: {problem}")
+def _unreadable(path: Path, line: int, problem: str, what: str = "CSV table") -> TextError:
+    return TextError(f"{path}:{line} is no readable {what} in UTF-8: {problem}")
 
 
 def _find_columns(
@@ -162,13 +161,11 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line, problem = _not_utf8(path)
-        raise TextError(f"{path}:{line} is no readable text file in UTF-8: {problem}") from error
+        raise _unreadable(path, *_not_utf8(path), "text file") from error
     except OSError as error:
         raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise TextError(f"{path}:{line} is no readable text file in UTF-8: {_NUL}")
+        raise _unreadable(path, text[: text.index("\0")].count("\n") + 1, _NUL, "text file")
     return text
 
 

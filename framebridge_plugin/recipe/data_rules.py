@@ -190,14 +190,14 @@ def _row_problems(
 
 def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
     for name in ("image_path", "video_path"):
-        path = row.get(name)
-        if path is None or str(path).startswith("http"):
+        path = str(row.get(name) or "")
+        if not path or path.startswith("http"):
             continue
-        if not Path(str(path)).exists() or (name == "video_path" and Path(str(path)).is_dir()):
+        if not Path(path).exists() or (name == "video_path" and Path(path).is_dir()):
             yield f"{name}: no such file: {path}"
         elif name == "image_path":
             try:
-                read_image(str(path))
+                read_image(path)
             except UsageError as error:
                 yield f"image_path: {error}"
 

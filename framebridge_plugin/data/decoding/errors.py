@@ -9,24 +9,9 @@ from typing import Literal
 from framebridge_plugin.errors import FrameBridgeError
 
 ClipErrorKind = Literal[
-    "missing",
-    "unreadable",
-    "not_regular",
-    "empty",
-    "not_video",
-    "no_video_stream",
-    "codec",
-    "no_frames",
-    "too_short",
-    "too_large",
-    "corrupt",
-    "size_change",
-    "rotation",
-    "pixel_aspect",
-    "wrong_container",
-    "timeout",
-    "crashed",
-]
+    "missing", "unreadable", "not_regular", "empty", "not_video", "no_video_stream", "codec", "no_frames", "too_short",
+    "too_large", "corrupt", "size_change", "rotation", "pixel_aspect", "wrong_container", "timeout", "crashed",
+]  # fmt: skip
 """What is wrong with a file, in one word.
 
 "wrong_container" is a sound file of a kind that the chosen decoder reads wrongly or not at all; "rotation" one that is
