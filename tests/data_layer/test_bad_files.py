@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from framebridge_plugin.data import BadFilePolicy, BadFileTracker, ClipSettings, ClipStream, load_bad_file_policy
+from framebridge_plugin.data import BadFilePolicy, BadFileTracker, ClipSettings, ClipStream
 from framebridge_plugin.data.bad_files import TooManyBadFilesError, read_bad_files
 from framebridge_plugin.data.folders import ClipIndex
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError
 from tests.data_layer.broken_files import CLIP, KINDS, write_corpus
 
 LENIENT = {"max_share": 1.0, "max_in_a_row": len(KINDS)}
@@ -305,30 +305,3 @@ def test_an_account_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     ):
         with pytest.raises(FrameBridgeError, match=f"^cannot write {tmp_path / 'file'}[^\n]*$"):
             BadFileTracker(policy, output)
-
-
-def test_the_policy_stands_in_the_dataset_file(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text('{"datasets": []}')
-    assert load_bad_file_policy(path) == BadFilePolicy("skip", None, 0.5, 16)
-    path.write_text('{"datasets": [], "bad_files": {"policy": "raise", "max_share": 1, "max_in_a_row": 3}}')
-    assert load_bad_file_policy(path) == BadFilePolicy("raise", None, 1, 3)
-    path.write_text('{"bad_files": {"max_shares": 1}}')
-    with pytest.raises(UsageError, match="data.json: .*max_shares"):
-        load_bad_file_policy(path)
-
-
-@pytest.mark.parametrize(
-    ("values", "name"),
-    [
-        ({"policy": "ignore"}, "policy"),
-        ({"policy": "quarantine"}, "quarantine_file"),
-        ({"quarantine_file": "x"}, "quarantine_file"),
-        ({"max_share": 1.5}, "max_share"),
-        ({"max_share": True}, "max_share"),
-        ({"max_in_a_row": 0}, "max_in_a_row"),
-    ],
-)
-def test_a_wrong_policy_is_refused(values, name):
-    with pytest.raises(UsageError, match=f"^bad_files: {name}"):
-        BadFilePolicy(**values)

@@ -10,7 +10,6 @@ import torch
 
 from framebridge_plugin.data import ClipError, ClipSettings, read_clip, read_frames
 from framebridge_plugin.data.clips import frame_window
-from framebridge_plugin.errors import UsageError
 from framebridge_plugin.resizing import resize_and_crop
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
 from tests.data_layer.video_kinds import DATA, ffmpeg, write_turned
@@ -274,27 +273,3 @@ def test_linspace_spreads_the_frames_over_a_window_as_numpy_does(length):
         starts.add(window[0])
     assert starts == set(range(max(length - 48, 0) + 1))
     assert frame_window(15, settings, 0.0) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("window_frames", {"frame_sampling": "linspace"}),
-        ("window_frames", {"window_frames": 48}),
-        ("window_frames", {"frame_sampling": "linspace", "window_frames": 4}),
-        ("frame_stride", {"frame_sampling": "linspace", "window_frames": 9, "frame_stride": 3}),
-        ("strict", {"decoder": "decord", "strict": True}),
-        ("resize", {"decoder": "decord", "resize": "decoder"}),
-        ("num_frames", {"num_frames": 0}),
-        ("width", {"width": 8.0}),
-        ("frame_stride", {"frame_stride": True}),
-        ("horizontal_flip", {"horizontal_flip": 1}),
-        ("decoder", {"decoder": "torchcodec"}),
-        ("frame_strid", {"frame_strid": 3}),
-    ],
-)
-def test_wrong_settings_are_refused(name, settings):
-    with pytest.raises(UsageError, match=f"^clip settings: .*{name}"):
-        ClipSettings(**{"num_frames": 5, "height": 8, "width": 8, **settings})
-    with pytest.raises(UsageError, match="width is missing"):
-        ClipSettings(5, 8)

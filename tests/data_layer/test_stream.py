@@ -100,19 +100,6 @@ def test_two_ranks_share_what_one_rank_sees(data_set, workers):
         assert sorted(merged[start : start + 7]) == [f"clip {number}" for number in range(7)]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_an_epoch_is_every_clip_once_however_many_read_it(tmp_path, world_size, workers):
-    data_set = write_data_set(tmp_path / "eight", 8)
-    expected = list(itertools.islice(ClipStream([data_set], seed=3), 8))
-    assert sorted(sample["caption"] for sample in expected) == [f"clip {number}" for number in range(8)]
-    ranks = [
-        take(ClipStream([data_set], seed=3, rank=rank, world_size=world_size), 8 // world_size, workers)
-        for rank in range(world_size)
-    ]
-    assert_same([sample for turn in zip(*ranks, strict=True) for sample in turn], expected)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 5, 9])
 def test_a_resumed_stream_continues_where_it_stopped(data_set, start, workers):

@@ -190,5 +190,3 @@ def test_wrong_requests_are_refused(corpus, tmp_path):
         load_ucf101(corpus, "test", splits_dir=tmp_path / "none")
     with pytest.raises(FrameBridgeError, match="cannot be listed"):
         load_ucf101(tmp_path / "none")
-    with pytest.raises(UsageError, match="split: has an effect with class_root only"):
-        index_dataset({"data_root": str(tmp_path), "split": "test"})

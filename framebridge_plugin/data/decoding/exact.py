@@ -147,10 +147,6 @@ def read_timing(path: str) -> Timing:
         return Timing(float(stream.average_rate or stream.guessed_rate or 0), length)
 
 
-class _SeekFailedError(Exception):
-    """Decoding after a seek did not give the frames of the index."""
-
-
 def _read_by_index(
     path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
 ) -> tuple[np.ndarray | None, PacketIndex | PicturePackets | None]:
@@ -163,38 +159,26 @@ def _read_by_index(
                 index = picture_packets(container, stream)
                 numbers = choose(index.length)
                 start = index.last_intra(numbers[0])
-                decoded = index.decoded(stream, start, numbers[-1])
-                frames = _numbered(checked(path, decoded, strict), numbers, start)
+                frames = checked(path, index.decoded(stream, start, numbers[-1]), strict)
             else:
                 index = packet_index(container, stream)
                 if not index.has_decoding_times:
                     return None, index
                 numbers = choose(index.length)
-                frames = _frames_after_seek(path, container, stream, index, numbers, strict)
-            return to_rgb(path, frames, len(numbers), cover, aspect), index
-    except (av.FFmpegError, NotIndexedError, _SeekFailedError):
-        return None, index
+                # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
+                key = index.last_key(numbers[0])
+                container.seek(key, stream=stream, backward=True)
+                start = bisect_left(index.shown_pts, key)
+                decoded = checked(path, container.decode(stream), strict)
+                frames = _span(decoded, index.shown_pts[start : numbers[-1] + 1])
+            return to_rgb(path, _numbered(frames, numbers, start), len(numbers), cover, aspect), index
+    except (av.FFmpegError, NotIndexedError):
+        pass
     except ClipError as error:
         # In a file with open groups, a seek can make damage of what is whole.
-        if error.kind == "corrupt":
-            return None, index
-        raise
-
-
-def _frames_after_seek(
-    path: str,
-    container: InputContainer,
-    stream: VideoStream,
-    index: PacketIndex,
-    numbers: Sequence[int],
-    strict: bool,
-) -> Iterator[VideoFrame]:
-    # By its presentation time: by the decoding time, FFmpeg would seek to the key packet before it.
-    key = index.last_key(numbers[0])
-    container.seek(key, stream=stream, backward=True)
-    start = bisect_left(index.shown_pts, key)
-    span = _span(checked(path, container.decode(stream), strict), index.shown_pts[start : numbers[-1] + 1])
-    return _numbered(span, numbers, start)
+        if error.kind != "corrupt":
+            raise
+    return None, index
 
 
 def _span(frames: Iterable[VideoFrame], expected_pts: Sequence[int]) -> Iterator[VideoFrame]:
@@ -205,14 +189,14 @@ def _span(frames: Iterable[VideoFrame], expected_pts: Sequence[int]) -> Iterator
     for frame in frames:
         if frame.pts != following:
             if has_begun or frame.pts is None or following is None or frame.pts > following:
-                raise _SeekFailedError
+                raise NotIndexedError("decoding after a seek gives other frames")
             continue
         has_begun = True
         yield frame
         following = next(expected, None)
         if following is None:
             return
-    raise _SeekFailedError
+    raise NotIndexedError("decoding after a seek gives too few frames")
 
 
 def _numbered(frames: Iterable[VideoFrame], numbers: Sequence[int], first: int) -> Iterator[VideoFrame]:

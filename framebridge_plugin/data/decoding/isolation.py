@@ -36,13 +36,13 @@ START_LIMIT_S = 300.0
 def read_video_isolated(path: str, choose: Choose, *, time_limit_s: float | None = None, **options: Any) -> np.ndarray:
     """Do what `read_video` does in a child process; a `ClipError` may be "crashed" or, at the limit, "timeout"."""
     with _living_child() as child:
-        return child.read(path, choose, options, time_limit_s)
+        return child.read(path, choose, options, time_limit_s or TIME_LIMIT_S)
 
 
 def read_timing_isolated(path: str) -> Timing:
     """Do what `read_timing` does in a child process; raises `ClipError` as `read_video_isolated` does."""
     with _living_child() as child:
-        return child.read(path, range, None)
+        return child.read(path, range, None, TIME_LIMIT_S)
 
 
 @contextlib.contextmanager
@@ -94,11 +94,8 @@ class DecodingProcess:
         """Whether it can be asked."""
         return self.process.poll() is None
 
-    def read(
-        self, path: str, choose: Choose, options: dict[str, Any] | None, time_limit_s: float | None = None
-    ) -> Any:
+    def read(self, path: str, choose: Choose, options: dict[str, Any] | None, limit: float) -> Any:
         """Have the child do `read_video` with these options, or without any `read_timing`; it ends at other errors."""
-        limit = TIME_LIMIT_S if time_limit_s is None else time_limit_s
         try:
             outcome = self._ask(path, choose, options, limit)
         except TimeoutError as error:
