@@ -1,51 +1,59 @@
-"""From an image to the latents that a bridge starts from: the same code for training and for sampling.
+"""From pixels to the latents that a bridge runs between, and back: the same code for training and for sampling.
 
 Layouts: B batch, F video frames, T latent frames, C channels, H and W height and width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLLTXVideo
 from diffusers.utils.torch_utils import randn_tensor
 
 FRAMES_AT_ONCE = 16
 """Frames that an image autoencoder is given in one call, which bounds its memory."""
 
+_STILL_IS_CONSTANT = (AutoencoderKLCogVideoX, AutoencoderKLLTXVideo)
+"""Their time axis is padded with the first frame; Wan's is padded with zeros."""
 
-def latent_scale(vae: AutoencoderKLCogVideoX | AutoencoderKL) -> float:
-    """The factor from the autoencoder's latents to the network's.
 
-    Args:
-        vae: The autoencoder, of videos or of images.
+def still_is_constant(vae: Any) -> bool:
+    """Whether the latents of a still video are those of one frame, repeated over time."""
+    return isinstance(vae, _STILL_IS_CONSTANT)
 
-    Returns:
-        `scaling_factor`, or its inverse where the config says `invert_scale_latents`.
+
+def latent_scale(vae: Any) -> float:
+    """The factor from the autoencoder's latents to the network's: `scaling_factor`, or its inverse where the config
+    says `invert_scale_latents`; 1 where it has none.
     """
-    factor = vae.config.scaling_factor
+    factor = vae.config.get("scaling_factor") or 1.0
     return 1.0 / factor if vae.config.get("invert_scale_latents") else factor
 
 
 def latent_shift(vae: AutoencoderKL) -> float:
-    """What is taken from an image autoencoder's latents before they are scaled.
-
-    Args:
-        vae: The autoencoder.
-
-    Returns:
-        `shift_factor`; 0 where the config has none.
-    """
+    """What is taken from an image autoencoder's latents before they are scaled."""
     return vae.config.get("shift_factor") or 0.0
 
 
+def _statistics(vae: Any, like_BCTHW: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Mean and standard deviation by which a video autoencoder's latents are normalised, for each channel."""
+    numbers: list[torch.Tensor | float] = []
+    for name, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
+        found = getattr(vae, name, None)  # LTX keeps them beside its weights, Wan in its config
+        found = vae.config.get(name) if found is None else found
+        if found is not None:
+            found = torch.as_tensor(found, dtype=torch.float32, device=like_BCTHW.device).view(1, -1, 1, 1, 1)
+        numbers.append(default if found is None else found)
+    return numbers[0], numbers[1]
+
+
 @torch.no_grad()
-def encode_video(
-    vae: AutoencoderKLCogVideoX, video_BFCHW: torch.Tensor, device: torch.device | None = None
-) -> torch.Tensor:
-    """Encodes videos to scaled latents: the mode of the posterior, nothing is drawn.
+def encode_video(vae: Any, video_BFCHW: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Encodes videos to normalised latents: the mode of the posterior, nothing is drawn.
 
     Args:
-        vae: The autoencoder; the computation has its precision.
+        vae: A video autoencoder of diffusers; the computation has its precision.
         video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
         device: Where to compute; by default where the autoencoder is (offloading hooks move it only when it runs).
 
@@ -53,29 +61,44 @@ def encode_video(
         Float32 latents of shape [B, T, C, h, w].
     """
     video_BCFHW = video_BFCHW.to(device=device or vae.device, dtype=vae.dtype).transpose(1, 2).contiguous()
-    latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode()
-    return latents_BCTHW.transpose(1, 2).float() * latent_scale(vae)
+    latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode().float()
+    mean, std = _statistics(vae, latents_BCTHW)
+    return ((latents_BCTHW - mean) / std * latent_scale(vae)).transpose(1, 2)
 
 
 @torch.no_grad()
-def encode_image(
-    vae: AutoencoderKLCogVideoX, image_BCHW: torch.Tensor, device: torch.device | None = None
+def encode_still(
+    vae: Any, image_BCHW: torch.Tensor, num_frames: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Encodes still images as one frame each.
-
-    A still video has a still latent (the causal padding repeats the first frame), so that
-    `encode_image(vae, image).expand(-1, T, -1, -1, -1)` equals `encode_video` of the repeated image, at a fraction
-    of its cost.
+    """Encodes videos in which nothing moves, as one frame where that is the same (see `still_is_constant`).
 
     Args:
-        vae: The autoencoder.
+        vae: A video autoencoder of diffusers.
         image_BCHW: Pixels in [-1, 1], shape [B, 3, H, W].
+        num_frames: F, the number of frames of the videos.
         device: As for `encode_video`.
 
     Returns:
-        Float32 latents of shape [B, 1, C, h, w].
+        Float32 latents of shape [B, T, C, h, w], or [B, 1, C, h, w] to be repeated over time.
     """
+    frames = 1 if still_is_constant(vae) else num_frames
+    return encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, frames, -1, -1, -1), device)
+
+
+def encode_image(vae: Any, image_BCHW: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Encodes still images as one frame each, to float32 latents of shape [B, 1, C, h, w]."""
     return encode_video(vae, image_BCHW.unsqueeze(1), device)
+
+
+@torch.no_grad()
+def decode_video(vae: Any, latents_BTCHW: torch.Tensor) -> torch.Tensor:
+    """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
+    latents_BCTHW = latents_BTCHW.transpose(1, 2).float() / latent_scale(vae)
+    mean, std = _statistics(vae, latents_BCTHW)
+    latents_BCTHW = (latents_BCTHW * std + mean).to(vae.dtype)
+    # LTX 0.9.1 and later denoise in their last step, which they are told the time of: 0, there is no noise left.
+    time = {"temb": latents_BCTHW.new_zeros(len(latents_BCTHW))} if vae.config.get("timestep_conditioning") else {}
+    return vae.decode(latents_BCTHW, **time).sample
 
 
 @torch.no_grad()
@@ -94,7 +117,7 @@ def encode_frames(
         vae: The autoencoder; the computation has its precision.
         video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
         generator: The source of the draws; a list gives one to each video.
-        device: Where to compute; by default where the autoencoder is (offloading hooks move it only when it runs).
+        device: As for `encode_video`.
 
     Returns:
         Float32 latents of shape [B, F, C, h, w].
@@ -114,15 +137,7 @@ def encode_frames(
 
 @torch.no_grad()
 def decode_frames(vae: AutoencoderKL, latents_BFCHW: torch.Tensor) -> torch.Tensor:
-    """Decodes scaled latents frame by frame with an image autoencoder.
-
-    Args:
-        vae: The autoencoder; the computation has its precision.
-        latents_BFCHW: Latents as `encode_frames` returns them, [B, F, C, h, w].
-
-    Returns:
-        Float32 pixels in about [-1, 1], [B, F, 3, H, W].
-    """
+    """Decodes latents as `encode_frames` returns them to float32 pixels in about [-1, 1], [B, F, 3, H, W]."""
     latents = (latents_BFCHW.flatten(0, 1) / latent_scale(vae) + latent_shift(vae)).to(vae.dtype)
     pixels = torch.cat([vae.decode(some).sample.float() for some in latents.split(FRAMES_AT_ONCE)])
     return pixels.unflatten(0, latents_BFCHW.shape[:2])
@@ -134,8 +149,7 @@ def add_pixel_noise(
     """Adds Gaussian noise whose standard deviation is log-normal: exp(N(log_mean, log_std^2)), one draw a sample.
 
     Args:
-        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame
-                gets its own noise.
+        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame gets its own.
         log_mean: Mean of the logarithm of the standard deviation (the reference uses -3, about .05 in [-1, 1]).
         log_std: Standard deviation of that logarithm (.5 in the reference).
         generator: The source of every draw; the noise is drawn on its device.

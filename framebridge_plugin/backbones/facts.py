@@ -61,6 +61,7 @@ class BackboneFacts:
         name: `model_name` of its recipes.
         title: What users call it; the names of its pipelines' classes contain it.
         adapter: Place of its `BackboneAdapter`, "package.module:Class".
+        pipeline: Place of the pipeline that samples from it.
         parts: Components of a model's folder, each with the class that its config names, or None for any.
         clip_rule: The rule for its clips, from the configs of autoencoder and network; a config may be empty.
         network: The folder of the trained network.
@@ -72,6 +73,8 @@ class BackboneFacts:
             None for a network that is made for it.
         defaults: Its values of the recipe's section `framebridge`, where they are not the general ones.
         sampling: Its `num_inference_steps`, `guidance_scale` and `grid` where nobody says another.
+        plain: For a text-to-video model that was not trained as a bridge: settings of the `FrameBridgeScheduler`, and
+            `num_frames`, `height` and `width`.
         without_effect: Settings of a recipe that do nothing for it, by their paths, with the reason.
         config_problem: What is wrong with a component's config, to be read after its place; by default nothing.
     """
@@ -79,6 +82,7 @@ class BackboneFacts:
     name: str
     title: str
     adapter: str
+    pipeline: str
     parts: Mapping[str, str | None]
     clip_rule: Callable[[Mapping[str, Any], Mapping[str, Any]], ClipShapeRule]
     network: str = "transformer"
@@ -89,12 +93,22 @@ class BackboneFacts:
     input_projection: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    plain: Mapping[str, Any] = field(default_factory=dict)
     without_effect: Mapping[str, str] = field(default_factory=dict)
     config_problem: Callable[[str, Mapping[str, Any]], str | None] = lambda part, config: None
 
     def load_adapter(self) -> Any:
         """The adapter's class; imports torch and diffusers."""
         return _load(self.adapter)
+
+    def load_pipeline(self) -> Any:
+        """The pipeline's class; imports torch and diffusers."""
+        return _load(self.pipeline)
+
+
+def call_settings(facts: BackboneFacts) -> dict[str, Any]:
+    """`num_inference_steps` and `guidance_scale` with which its models are sampled where nobody says others."""
+    return {name: facts.sampling[name] for name in ("num_inference_steps", "guidance_scale")}
 
 
 def backbone_names() -> list[str]:

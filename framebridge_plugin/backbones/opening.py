@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from safetensors import SafetensorError
 
 from framebridge_plugin.backbones.facts import BackboneFacts
@@ -35,6 +33,7 @@ from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.backbone import build_backbone
 
 _HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -103,7 +102,9 @@ def _check_configs(saved: SavedModel, given: Mapping[str, Any]) -> None:
     own = next((folder / "scheduler" for folder in (saved.lora, saved.base) if folder is not None), Path())
     if "scheduler" in given and "transformer" not in given and (own / "scheduler_config.json").is_file():
         name = read_json(own / "scheduler_config.json").get("_class_name")
-        check_scheduler(given["scheduler"], was_bridge=name == FrameBridgeScheduler.__name__)
+        facts = backbone_of(own.parent)
+        assert facts is not None
+        check_scheduler(given["scheduler"], facts, was_bridge=name == FrameBridgeScheduler.__name__)
     kind = None if saved.base is None else backbone_of(saved.base)
     if saved.base is None or kind is None:
         return
@@ -220,22 +221,11 @@ def load_components(
 
 
 def load_scheduler(folder: Path) -> Any:
-    """The scheduler of a saved model: a bridge, or a diffusion baseline's.
-
-    Args:
-        folder: Its folder.
-
-    Returns:
-        The scheduler.
-
-    Raises:
-        FrameBridgeError: If it is another one.
-    """
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
-    for scheduler_class in (FrameBridgeScheduler, CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
-        if scheduler_class.__name__ == name:
-            return scheduler_class.from_pretrained(folder)
-    raise FrameBridgeError(f"{folder} is for a {name}, which is no bridge; copy the model again")
+    """The scheduler of a saved model: a bridge, or a diffusion baseline's, which its pipeline examines."""
+    config = read_json(folder / "scheduler_config.json")
+    if config.get("_class_name") == FrameBridgeScheduler.__name__:
+        return FrameBridgeScheduler.from_pretrained(folder)
+    return build_backbone(config)
 
 
 def say(text: str) -> None:

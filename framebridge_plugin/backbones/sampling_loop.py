@@ -5,6 +5,7 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from framebridge_plugin.backbones.facts import BackboneFacts, call_settings
+from framebridge_plugin.backbones.folders import config_problem
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import pictures_levels
 from framebridge_plugin.progress import Progress
@@ -28,15 +31,9 @@ ImageInput = Picture | Sequence[Picture]
 Generators = torch.Generator | list[torch.Generator]
 
 
-def check_scheduler(scheduler: Any, was_bridge: bool = False) -> None:
-    """Refuses a scheduler by which our networks cannot be sampled.
-
-    Args:
-        scheduler: What the pipeline is to sample with.
-        was_bridge: Whether the pipeline was built with a bridge, so that its network is no diffusion model.
-
-    Raises:
-        FrameBridgeError: If it is neither a bridge nor, for the diffusion baseline, a CogVideoX scheduler.
+def check_scheduler(scheduler: Any, facts: BackboneFacts, was_bridge: bool = False) -> None:
+    """Refuses a scheduler by which the networks of a backbone cannot be sampled; `was_bridge`: the pipeline was built
+    with a bridge, so that its network is no diffusion model.
     """
     if isinstance(scheduler, FrameBridgeScheduler):
         return
@@ -46,40 +43,21 @@ def check_scheduler(scheduler: Any, was_bridge: bool = False) -> None:
             f"a {name} is no bridge, which the model was built with; change its sampler by {bridge}.from_config("
             "pipeline.scheduler.config, sampler=..., grid=...)"
         )
-    if not isinstance(scheduler, CogVideoXDDIMScheduler | CogVideoXDPMScheduler):
+    problem = config_problem({"_class_name": name, **getattr(scheduler, "config", {})}, "scheduler", facts)
+    if problem:
         raise FrameBridgeError(
-            f"a {name} is no bridge; give a {bridge}, or for a diffusion baseline the CogVideoXDDIMScheduler or "
-            "CogVideoXDPMScheduler that it was saved with"
+            f"a {name} is no bridge; give a {bridge}, or for a diffusion baseline the scheduler that it was saved with"
         )
 
 
 def check_output_type(output_type: str) -> None:
-    """Refuses an unknown kind of result before anything is computed.
-
-    Args:
-        output_type: One of `OUTPUT_TYPES`.
-
-    Raises:
-        FrameBridgeError: If it is not.
-    """
+    """Refuses an unknown kind of result before anything is computed."""
     if output_type not in OUTPUT_TYPES:
         raise FrameBridgeError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
 
 
 def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor:
-    """Resizes and crops images as training does with its clips.
-
-    Args:
-        image: One image or several, see `framebridge_plugin.media.pictures_levels`.
-        height: Height wanted, in pixels.
-        width: Width wanted, in pixels.
-
-    Returns:
-        Pixels in [-1, 1], [B, 3, height, width].
-
-    Raises:
-        FrameBridgeError: If there is no image, or one is none.
-    """
+    """Pixels in [-1, 1], [B, 3, height, width], of one image or several, resized and cropped as clips are."""
     pixels = [torch.from_numpy(levels_HWC).permute(2, 0, 1) for levels_HWC in pictures_levels(image)]
     if not pixels:
         raise FrameBridgeError("no image given; pass at least one")
@@ -87,19 +65,7 @@ def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor
 
 
 def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:
-    """How many pairs of image and text or class there are, where one of either may serve for all.
-
-    Args:
-        num_images: Number of images.
-        num_conditions: Number of texts or classes.
-        name: What they are called, in the plural.
-
-    Returns:
-        The larger of the two.
-
-    Raises:
-        FrameBridgeError: If the two are neither equal nor one of them 1.
-    """
+    """How many pairs of image and text or class there are, where one of either may serve for all."""
     batch_size = max(num_images, num_conditions)
     if {num_images, num_conditions} - {1, batch_size}:
         raise FrameBridgeError(f"{num_images} images but {num_conditions} {name}; give one for all, or one for each")
@@ -107,50 +73,22 @@ def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:
 
 
 def call_defaults(pipeline: Any, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
-    """What a call was asked for, else what the model says of itself, else the defaults of its kind.
-
-    Args:
-        pipeline: The pipeline, whose config may say both, as its `default_call` does.
-        num_inference_steps: What the caller gave.
-        guidance_scale: What the caller gave.
-
-    Returns:
-        Number of steps and weight of the guidance.
-    """
+    """Steps and guidance of a call: what it was asked for, else what the model says, else the backbone's own."""
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     found = {
         name: next(value for value in (given[name], pipeline.config[name], default) if value is not None)
-        for name, default in pipeline.default_call.items()
+        for name, default in call_settings(pipeline.adapter.facts).items()
     }
     return int(found["num_inference_steps"]), float(found["guidance_scale"])
 
 
 def repeat_batch(tensor: Any, batch_size: int) -> Any:
-    """Repeats every sample in its place.
-
-    Args:
-        tensor: A batch whose size divides `batch_size`, or None.
-        batch_size: The size wanted.
-
-    Returns:
-        The larger batch; None stays None.
-    """
+    """Repeats every sample in its place, up to `batch_size`; None stays None."""
     return None if tensor is None else tensor.repeat_interleave(batch_size // tensor.shape[0], dim=0)
 
 
 def check_generator(generator: Generators | None, num_videos: int) -> Generators:
-    """The source of a call's draws.
-
-    Args:
-        generator: What the caller gave.
-        num_videos: Number of videos that will be drawn.
-
-    Returns:
-        The caller's generator or generators, or one with a fresh seed if there is none.
-
-    Raises:
-        FrameBridgeError: If there are several, but not one for each video.
-    """
+    """The source of a call's draws, one with a fresh seed if the caller gave none."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -160,30 +98,13 @@ def check_generator(generator: Generators | None, num_videos: int) -> Generators
 
 
 def guide(output: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance.
-
-    Args:
-        output: What the network gave for a batch twice as large, [2 B, ...]: the unconditional half comes first.
-        scale: Weight w of uncond + w (cond - uncond).
-
-    Returns:
-        The guided output, [B, ...].
-    """
+    """uncond + scale (cond - uncond), of an output [2 B, ...] whose unconditional half comes first."""
     unconditional, conditional = output.chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
 
 def dynamic_scale(scale: float, time: float, num_inference_steps: int) -> float:
-    """The weight of one step under `use_dynamic_cfg`, by the formula of diffusers' CogVideoX pipelines.
-
-    Args:
-        scale: The weight that the caller gave.
-        time: What the network is told.
-        num_inference_steps: Number of steps.
-
-    Returns:
-        A weight in [1, 1 + scale].
-    """
+    """The weight of one step under `use_dynamic_cfg`, by the formula of diffusers' CogVideoX pipelines."""
     progress = (num_inference_steps - time) / num_inference_steps
     return 1 + scale * (1 - math.cos(math.pi * progress**5.0)) / 2
 
@@ -197,7 +118,7 @@ def sample_latents(
     timesteps: Sequence[float] | None = None,
     guidance_scale: float,
     use_dynamic_cfg: bool = False,
-    generator: Generators | None,
+    generator: Generators | None = None,
     latents: torch.Tensor | None = None,
     callback_on_step_end: Callable[..., dict] | None = None,
     callback_tensors: Mapping[str, torch.Tensor | None] | None = None,
@@ -230,7 +151,7 @@ def sample_latents(
     """
     pipeline._interrupt = False
     scheduler, device = pipeline.scheduler, prior.device
-    check_scheduler(scheduler, getattr(pipeline, "_was_bridge", False))
+    check_scheduler(scheduler, pipeline.adapter.facts, getattr(pipeline, "_was_bridge", False))
     is_bridge = isinstance(scheduler, FrameBridgeScheduler)
     guided = guidance_scale > 1.0
     pipeline._guidance_scale = guidance_scale
@@ -247,7 +168,7 @@ def sample_latents(
     else:
         latents = randn_tensor(prior.shape, generator=generator, device=device) * scheduler.init_noise_sigma
 
-    times = scheduler.timesteps
+    times, step_arguments = scheduler.timesteps, inspect.signature(scheduler.step).parameters
     pipeline._num_timesteps = len(times)
     old_pred_original_sample = None
     with sampling_progress(pipeline, len(times)) as progress_bar:
@@ -280,7 +201,8 @@ def sample_latents(
                     return_dict=False,
                 )
             else:
-                latents = scheduler.step(output, t, latents, generator=generator).prev_sample
+                draws = {"generator": generator} if "generator" in step_arguments else {}
+                latents = scheduler.step(output, t, latents, **draws).prev_sample
             latents = latents.float()
 
             if callback_on_step_end is not None:

@@ -26,13 +26,6 @@ from framebridge_plugin.backbones.folders import LORA_FILE, file_problem, local_
 from framebridge_plugin.backbones.lora_folders import LoraInfo
 from framebridge_plugin.errors import FrameBridgeError, first_line
 
-COGVIDEOX_COMPONENTS = {
-    "tokenizer": ("transformers", "T5Tokenizer"),
-    "text_encoder": ("transformers", "T5EncoderModel"),
-    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
-}
-"""What training of a CogVideoX leaves as it is: library and class of each component."""
-
 
 def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
     """The folder of a model: a path as it is, a hub id downloaded (or found in the cache).

@@ -90,10 +90,22 @@ def flow_sigmas(backbone: Any, index: Index) -> torch.Tensor:
     Returns:
         sigma in (0, 1], rising with the index; float64, of the shape of `index`.
     """
-    config = backbone.config
-    u = (as_float64(index) + 1) / config.num_train_timesteps
-    shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+    u = (as_float64(index) + 1) / backbone.config.num_train_timesteps
+    shift = _static_shift(backbone)
     return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_index(backbone: Any, sigmas: torch.Tensor) -> torch.Tensor:
+    """Compute the real-valued indices of noise levels, the inverse of `flow_sigmas`, in [0, N - 1]."""
+    shift = _static_shift(backbone)
+    count = backbone.config.num_train_timesteps
+    u = sigmas.double() / (shift - (shift - 1) * sigmas.double())
+    return (count * u - 1).clamp(0, count - 1)
+
+
+def _static_shift(backbone: Any) -> float:
+    config = backbone.config
+    return 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
 
 
 def backbone_loss_terms(

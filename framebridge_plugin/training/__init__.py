@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from framebridge_plugin.training.specifications.cogvideox import CogVideoXBridgeSpecification
-    from framebridge_plugin.training.specifications.latte import LatteBridgeSpecification
-    from framebridge_plugin.training.specifications.neural_prior import NeuralPriorSpecification
+    from framebridge_plugin.training.specification import (
+        CogVideoXBridgeSpecification,
+        LatteBridgeSpecification,
+        NeuralPriorSpecification,
+    )
     from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
 _MODULE_OF_ATTRIBUTE = {
-    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications.cogvideox",
+    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specification",
     "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
-    "LatteBridgeSpecification": "framebridge_plugin.training.specifications.latte",
-    "NeuralPriorSpecification": "framebridge_plugin.training.specifications.neural_prior",
+    "LatteBridgeSpecification": "framebridge_plugin.training.specification",
+    "NeuralPriorSpecification": "framebridge_plugin.training.specification",
 }
 
 __all__ = [

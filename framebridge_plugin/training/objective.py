@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import CogVideoXDDIMScheduler
 
+from framebridge_plugin.backbones.adapter import Network
 from framebridge_plugin.bridge import EDGES, TARGETS
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.backbone import backbone_kind, backbone_loss_terms, flow_index
 
 OBJECTIVES = ("bridge", "diffusion")
-
-Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents [B, T, C, H, W], time [B]) -> output [B, T, C, H, W]; image and text (or class) are bound already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +70,13 @@ class ObjectiveSettings:
             raise UsageError(f"caption_dropout={self.caption_dropout}; use a share in [0, 1)")
 
 
-def build_scheduler(
-    backbone: CogVideoXDDIMScheduler, settings: ObjectiveSettings
-) -> FrameBridgeScheduler | CogVideoXDDIMScheduler:
+def build_scheduler(backbone: Any, settings: ObjectiveSettings, grid: str = "trailing") -> Any:
     """The scheduler that a model is trained with and saved with.
 
     Args:
         backbone: The pretrained model's own scheduler.
         settings: The objective.
+        grid: The times that the saved model is sampled at by default, see `FrameBridgeScheduler`.
 
     Returns:
         A `FrameBridgeScheduler` over the backbone, or the backbone itself for the diffusion baseline.
@@ -90,8 +88,9 @@ def build_scheduler(
         beta_min=settings.beta_min,
         beta_max=settings.beta_max,
         target=settings.target,
-        alignment="variance_preserving" if settings.snr_aligned else "none",
+        alignment=None if settings.snr_aligned else "none",
         alignment_edge=settings.alignment_edge,
+        grid=grid,
     )
 
 
@@ -124,29 +123,38 @@ def bridge_prediction(
 
 
 def diffusion_prediction(
-    network: Network,
-    scheduler: CogVideoXDDIMScheduler,
-    z_0: torch.Tensor,
-    noise: torch.Tensor,
-    timestep: torch.Tensor,
+    network: Network, backbone: Any, z_0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prediction and target of the diffusion baseline, as finetrainers weighs them.
+    """The same for the diffusion baseline, whose loss is the backbone's own: see `backbone_loss_terms`."""
+    noisy, time, target = backbone_loss_terms(backbone, z_0, noise, index)
+    return network(noisy, time), target
 
-    The network predicts what the scheduler's `prediction_type` says: v or eps. finetrainers multiplies the squared
-    difference with 1 / (1 - alphas_cumprod); both are scaled here so that the product is the plain one.
+
+def finetrainers_terms(
+    scheduler: Any, sigmas: torch.Tensor, terms: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prediction and target as finetrainers' loop weighs them, and the sigmas that it looks its weights up with.
 
     Args:
-        network: The network with everything but latents and time bound.
-        scheduler: The backbone's scheduler.
-        z_0: Latents of the video, [B, T, C, H, W].
-        noise: Standard normal, [B, T, C, H, W].
-        timestep: Integer diffusion timesteps, [B].
+        scheduler: What `build_scheduler` returned.
+        sigmas: What finetrainers drew, B elements: index / N, or the noise levels of a flow-matching baseline.
+        terms: Prediction and target for indices [B].
 
     Returns:
-        (prediction, target), both [B, T, C, H, W] and both times sqrt(1 - alphas_cumprod).
+        (prediction, target, sigmas [B]).
     """
-    noisy = scheduler.add_noise(z_0, noise, timestep)
-    predicts_noise = scheduler.config.prediction_type == "epsilon"
-    target = noise if predicts_noise else scheduler.get_velocity(z_0, noise, timestep)
-    scale = (1.0 - scheduler.alphas_cumprod.to(z_0.device)[timestep]).sqrt().to(z_0.dtype).view(-1, 1, 1, 1, 1)
-    return scale * network(noisy, timestep), scale * target
+    count = scheduler.config.num_train_timesteps
+    sigmas = sigmas.flatten().double()
+    if not isinstance(scheduler, FrameBridgeScheduler) and backbone_kind(scheduler) == "flow_matching":
+        # Its weights are 1; its levels are those of the scheduler's own shift.
+        prediction, target = terms(flow_index(scheduler, sigmas))
+        return prediction, target, sigmas.float()
+    index = (sigmas * count).round().clamp(0, count - 1)
+    prediction, target = terms(index)
+    if not isinstance(scheduler, FrameBridgeScheduler):
+        # finetrainers multiplies the squared difference with 1 / (1 - alphas_cumprod): the product is the plain one.
+        alphas = scheduler.alphas_cumprod.to(prediction.device)[index.long()]
+        scale = (1.0 - alphas).sqrt().to(prediction.dtype).view(-1, *[1] * (prediction.ndim - 1))
+        prediction, target = scale * prediction, scale * target
+    # It truncates sigma * 1000 to find the weight: half a step keeps it on this index.
+    return prediction, target, ((index + 0.5) / count).float()

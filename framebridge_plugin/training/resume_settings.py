@@ -54,7 +54,8 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
         backbone = {
             name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
         }
-        settings["noise schedule"] = f"of digest {short_digest(backbone)}"
+        if backbone:
+            settings["noise schedule"] = f"of digest {short_digest(backbone)}"
     for number, (index, clips) in enumerate(datasets):
         facts = {"rows": len(index), **clips.fingerprint()}
         settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.recipe.latte_rules import data_class_names, data_clip_shape
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
 
     from framebridge_plugin.recipe import Recipe
 
-# Arguments of finetrainers' parser, as we extend it, that a specification takes under the same name: every one, and
-# those of each model.
-_SETTINGS = ("transformer_id", "vae_id", "transformer_dtype", "vae_dtype", "revision", "cache_dir")
-_SETTINGS_OF = {
-    "cogvideox_bridge": ("tokenizer_id", "text_encoder_id", "text_encoder_dtype"),
-    "latte_bridge": ("latte_size", "neural_prior", "seed"),
-    "latte_neural_prior": ("latte_size", "seed"),
-}
+# Arguments of finetrainers' parser that a specification takes under the same name.
+_SETTINGS = (
+    *("transformer_id", "vae_id", "tokenizer_id", "text_encoder_id", "revision", "cache_dir"),
+    *("transformer_dtype", "vae_dtype", "text_encoder_dtype"),
+)
 
 _VERSIONS_OF = (
     "framebridge-plugin",
@@ -120,11 +118,17 @@ def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
     """
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS
 
-    settings = {name: getattr(args, name) for name in (*_SETTINGS, *_SETTINGS_OF[args.model_name])}
-    if recipe.is_latte:
-        settings |= {"clip_shape": data_clip_shape(recipe), "class_names": data_class_names(recipe)}
+    own = find_backbone(args.model_name).load_adapter().setting_names
+    settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if hasattr(args, name)}
+    if "class_names" in own:
+        settings["class_names"] = data_class_names(recipe)
     specification_class = SUPPORTED_MODEL_CONFIGS[args.model_name][args.training_type]
-    return specification_class(args.pretrained_model_name_or_path, objective=args.framebridge_objective, **settings)
+    return specification_class(
+        args.pretrained_model_name_or_path,
+        objective=args.framebridge_objective,
+        clip_shape=data_clip_shape(recipe),
+        **settings,
+    )
 
 
 def refuse_start(recipe: Recipe) -> None:

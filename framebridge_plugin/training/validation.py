@@ -13,9 +13,9 @@ from PIL import Image
 
 from framebridge_plugin.data.decoding.exact import read_pictures
 from framebridge_plugin.data.validation_rows import read_validation_rows
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
-from framebridge_plugin.training.specifications.samples import validation_image
 
 
 class ValidationVideo(NamedTuple):
@@ -84,6 +84,17 @@ def sample_validation_videos(
         contact_sheet(videos, item.sheet, labels=[item.caption] * len(videos), images=[image] * len(videos))
         written.append(item)
     return written
+
+
+def validation_image(prompt: str, image: Image.Image | None, video: list[Image.Image] | None) -> Image.Image:
+    """The image that a validation row starts from: its own, or the first frame of its video."""
+    if image is not None:
+        return image
+    if not video:
+        raise FrameBridgeError(
+            f"validation sample {prompt!r} has no image; add an image_path (or video_path) to the validation file"
+        )
+    return video[0]
 
 
 def read_validation_file(path: str | Path) -> list[dict[str, Any]]:

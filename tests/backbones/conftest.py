@@ -8,10 +8,16 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from framebridge_plugin.backbones.saving import COGVIDEOX_COMPONENTS, save_model_folder
+from framebridge_plugin.backbones.saving import save_model_folder
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.tiny_models import LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
+
+LINKED = {
+    "tokenizer": ("transformers", "T5Tokenizer"),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+}
 
 
 def make_trained_folder(folder: Path, base: Path, objective: str = "bridge", num_frames: int = 9) -> Path:
@@ -28,7 +34,7 @@ def make_trained_folder(folder: Path, base: Path, objective: str = "bridge", num
         network_config=transformer.config,
         network_state_dict=transformer.state_dict(),
         scheduler=bridge if objective == "bridge" else backbone,
-        linked_components={name: (*source, base / name) for name, source in COGVIDEOX_COMPONENTS.items()},
+        linked_components={name: (*source, base / name) for name, source in LINKED.items()},
         settings={"num_frames": num_frames, "height": 64, "width": 64},
     )
     return folder

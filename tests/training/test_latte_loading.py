@@ -117,7 +117,7 @@ def test_it_saves_a_model_that_it_and_the_pipeline_open_bit_for_bit(models, tmp_
     assert unchanged
     assert all(path.stat().st_nlink > 1 for path in unchanged)
     if kind == "bridge_neural_prior":
-        assert same_weights(pipeline.neural_prior, specification._prior_network)
+        assert same_weights(pipeline.neural_prior, specification.adapter.prior_network)
 
 
 @KINDS
@@ -186,7 +186,7 @@ def test_the_neural_prior_of_a_lora_run_is_found_again(models, tmp_path):
     specification._save_lora_weights(str(tmp_path / "lora"), layers, scheduler, {"lora_config": json.dumps(lora)})
     info = json.loads((tmp_path / "lora/framebridge.json").read_text())
     assert info["replaced_components"] == {"neural_prior": str(other / "neural_prior")}
-    assert same_weights(open_pipeline(str(tmp_path / "lora")).neural_prior, specification._prior_network)
+    assert same_weights(open_pipeline(str(tmp_path / "lora")).neural_prior, specification.adapter.prior_network)
 
 
 @pytest.mark.parametrize("where", ["run", "checkpoint", "model", "network alone", "bridge on it"])
@@ -203,7 +203,7 @@ def test_the_neural_prior_is_found_wherever_a_run_left_it(models, tmp_path, wher
     shutil.copytree(models / "neural_prior", tmp_path / "run/checkpoints/step_000002/model")
     specification = make_from_scratch("bridge", models, neural_prior=str(folder))
     specification.load_diffusion_models()
-    assert same_weights(specification._prior_network, expected)
+    assert same_weights(specification.adapter.prior_network, expected)
 
 
 @pytest.mark.parametrize(

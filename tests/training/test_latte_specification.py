@@ -13,7 +13,7 @@ from framebridge_plugin.backbones.encoding import encode_frames
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.training.specifications.samples import drops_caption
+from framebridge_plugin.training.draws import drops_caption
 from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_latte
 from tests.training.latte_runs import (
     CLIP_SHAPE,
@@ -130,7 +130,7 @@ def test_the_neural_prior_is_told_the_true_class_where_the_bridge_is_told_none(m
     loss = (prediction - target).square().mean()
     gradient = torch.autograd.grad(loss, transformer.patch_embed.proj.weight)[0]
 
-    prior = specification._prior_network(image.expand_as(z_0), None, true_labels).sample
+    prior = specification.adapter.prior_network(image.expand_as(z_0), None, true_labels).sample
     z_t = scheduler.add_noise(z_0, prior, draw_noise(z_0), index)
     inputs = torch.cat([torch.cat([image, z_t], dim=1), torch.cat([image, prior], dim=1)], dim=2)
     output = transformer(inputs, index.float(), told).sample[:, 1:]
@@ -242,7 +242,7 @@ def test_forward_is_the_unweighted_bridge_loss(models, kind, target, snr_aligned
 
     prior, channels = still, []
     if kind == "bridge_neural_prior":
-        prior = specification._prior_network(still, None, labels).sample
+        prior = specification.adapter.prior_network(still, None, labels).sample
         channels = [torch.cat([image, prior], dim=1)]
     z_t = scheduler.add_noise(z_0, prior, noise, index)
     shown, time = scheduler.align(z_t, prior, index)
@@ -289,7 +289,7 @@ def test_forward_of_the_neural_prior_is_the_mean_square_of_the_video(models):
 def test_the_neural_prior_is_frozen_and_no_part_of_what_is_trained(models):
     specification = make_latte_specification("bridge_neural_prior", models / "bridge_neural_prior")
     loaded = specification.load_diffusion_models()
-    prior, network = specification._prior_network, loaded["transformer"]
+    prior, network = specification.adapter.prior_network, loaded["transformer"]
     assert set(loaded) == {"transformer", "scheduler"}
     assert not {id(p) for p in prior.parameters()} & {id(p) for p in network.parameters()}
     before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
@@ -311,7 +311,7 @@ def test_the_neural_prior_has_its_own_precision(models):
         "bridge_neural_prior", models / "bridge_neural_prior", transformer_dtype=torch.bfloat16
     )
     assert specification.load_diffusion_models()["transformer"].dtype == torch.bfloat16
-    assert specification._prior_network.dtype == torch.float32
+    assert specification.adapter.prior_network.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["bridge", "bridge_neural_prior", "neural_prior"])
@@ -329,7 +329,7 @@ def test_every_tensor_follows_the_latents_to_their_device(models, kind):
     )
     assert prediction.device.type == target.device.type == "meta"
     if kind == "bridge_neural_prior":
-        assert specification._prior_network.device.type == "meta"
+        assert specification.adapter.prior_network.device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["bridge", "diffusion"])

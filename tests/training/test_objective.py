@@ -19,6 +19,7 @@ from framebridge_plugin.training.objective import (
     bridge_prediction,
     build_scheduler,
     diffusion_prediction,
+    finetrainers_terms,
 )
 
 # Within the ratios that the bridge reaches: index 0 has a higher one than step 0, index 999 that of step 965.7.
@@ -210,7 +211,11 @@ def test_a_backbone_that_predicts_noise_is_compared_with_the_noise(case):
 def weighted_diffusion_loss(
     network: Network, backbone: CogVideoXDDIMScheduler, case: Case, steps: torch.Tensor
 ) -> torch.Tensor:
-    prediction, target = diffusion_prediction(network, backbone, case.z_0, case.eps, steps)
+    def terms(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return diffusion_prediction(network, backbone, case.z_0, case.eps, index)
+
+    prediction, target, sigmas = finetrainers_terms(backbone, steps / 1000, terms)
+    assert (sigmas * 1000).long().tolist() == steps.tolist()
     weights = 1 / (1 - backbone.alphas_cumprod[steps])  # finetrainers.utils.prepare_loss_weights
     return (weights * (prediction - target).square().flatten(1).mean(dim=1)).float()
 

@@ -13,9 +13,9 @@ import yaml
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training import CogVideoXBridgeSpecification, LatteBridgeSpecification
+from framebridge_plugin.training.draws import drops_caption
 from framebridge_plugin.training.precomputation.store import LatentStore, Manifest, write_shard
 from framebridge_plugin.training.precomputation.stream import StoredStream
-from framebridge_plugin.training.specifications.samples import drops_caption
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
 from tests.training.run_results import assert_same_weights, losses, metrics, succeeded
 

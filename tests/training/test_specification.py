@@ -317,7 +317,6 @@ def test_training_and_sampling_use_the_same_rotary_embedding(rotary_folder, heig
     specification = make_specification(rotary_folder)
     transformer, scheduler = load_trained(specification)
     pipeline = specification.load_pipeline(transformer=transformer, scheduler=scheduler)
-    specification.vae_config = pipeline.vae.config
     seen = []
 
     def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -144,5 +144,5 @@ def test_a_full_run_saves_the_trained_model_for_the_pipeline(trainers, inputs, n
 
 def test_what_the_neural_prior_says_stays_as_it_was(trainers, inputs):
     model = FrameBridgeLattePipeline.from_pretrained(inputs / "models/bridge_neural_prior")
-    used = trainers["bridge_neural_prior-lora-accelerate"].model_specification._prior_network.state_dict()
+    used = trainers["bridge_neural_prior-lora-accelerate"].model_specification.adapter.prior_network.state_dict()
     assert all(torch.equal(tensor, used[key]) for key, tensor in model.neural_prior.state_dict().items())

@@ -33,6 +33,7 @@ COGVIDEOX = BackboneFacts(
     name="cogvideox_bridge",
     title="CogVideoX",
     adapter="framebridge_plugin.backbones.cogvideox.adapter:CogVideoXAdapter",
+    pipeline="framebridge_plugin.backbones.cogvideox.pipeline:FrameBridgeCogVideoXPipeline",
     parts={
         "transformer": "CogVideoXTransformer3DModel",
         "vae": "AutoencoderKLCogVideoX",
@@ -45,6 +46,7 @@ COGVIDEOX = BackboneFacts(
     predictions=("v_prediction",),
     input_projection=INPUT_PROJECTION,
     sampling={"num_inference_steps": 50, "guidance_scale": 6.0, "grid": "trailing"},
+    plain={"target": "v", "alignment_edge": "reference", "num_frames": 17, "height": 256, "width": 256},
     without_effect=dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
     config_problem=config_problem,
 )

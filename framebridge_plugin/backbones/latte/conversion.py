@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
+from framebridge_plugin.backbones.facts import call_settings
 from framebridge_plugin.backbones.folders import (
     EXTRA_WEIGHTS_FILE,
     LORA_FILE,
@@ -24,11 +25,11 @@ from framebridge_plugin.backbones.folders import (
     read_json,
     two_file_problem,
 )
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.latte.rules import find_neural_prior, neural_prior_problem
 from framebridge_plugin.backbones.lora_folders import read_lora_info
 from framebridge_plugin.backbones.saving import (
-    COGVIDEOX_COMPONENTS,
     describe_base,
     local_folder,
     save_lora_file,
@@ -99,7 +100,7 @@ def convert_reference_checkpoint(
             network_state_dict=main.state_dict,
             scheduler=FrameBridgeScheduler(target="eps_psi", grid="linspace") if main_name == "transformer" else None,
             linked_components=linked,
-            settings=FrameBridgeLattePipeline.default_call if main_name == "transformer" else None,
+            settings=call_settings(LATTE_BRIDGE) if main_name == "transformer" else None,
         )
     return reference
 
@@ -125,7 +126,7 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
     if two_file_problem(found) is None:
         raise FrameBridgeError(f"{found}: no LoRA in two files (it has no {EXTRA_WEIGHTS_FILE}); use it as it is")
     info = read_lora_info(found)
-    names = ("transformer", *COGVIDEOX_COMPONENTS)
+    names = ("transformer", "tokenizer", "text_encoder", "vae")
     sources = {name: info.replaced_components.get(name, info.base_model) for name in names}
     try:
         folders = {name: local_folder(source) for name, source in sources.items()}

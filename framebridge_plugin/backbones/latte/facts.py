@@ -26,6 +26,7 @@ LATTE_BRIDGE = BackboneFacts(
     name="latte_bridge",
     title="FrameBridgeLatte",
     adapter="framebridge_plugin.backbones.latte.adapter:LatteAdapter",
+    pipeline="framebridge_plugin.backbones.latte.pipeline:FrameBridgeLattePipeline",
     parts={"transformer": "LatteTransformer", "vae": "AutoencoderKL", "scheduler": None},
     clip_rule=clip_rule,
     condition="class",

@@ -6,10 +6,10 @@ Layouts: B batch, F frames, C channels, H and W height and width of the pixels, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +20,20 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
 from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
 from framebridge_plugin.backbones.folders import LORA_FILE
-from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.backbones.latte.adapter import LatteAdapter
 from framebridge_plugin.backbones.latte.rules import class_problem, neural_prior_mismatch
-from framebridge_plugin.backbones.opening import find_model, load_components, opening
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
     call_defaults,
     check_generator,
     check_output_type,
-    check_scheduler,
     common_batch_size,
     images_to_pixels,
     repeat_batch,
-    sample_latents,
 )
-from framebridge_plugin.backbones.saving import SavingWithoutLora
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.models.calling import call_latte
@@ -44,12 +41,6 @@ from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 ClassInput = int | str | list[int] | list[str]
-
-_LOADERS: dict[str, Callable[..., Any]] = {
-    "vae": AutoencoderKL,
-    "transformer": LatteTransformer,
-    "neural_prior": LatteTransformer,
-}
 
 
 @dataclass
@@ -64,7 +55,7 @@ class FrameBridgeLattePipelineOutput(BaseOutput):
     frames: torch.Tensor | np.ndarray | list[list[Image.Image]]
 
 
-class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMixin):
+class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin):
     """Image and class to video with a Latte network, frame by frame in the latents of an image autoencoder.
 
     With a `FrameBridgeScheduler` it runs the bridge backwards (FrameBridge, arXiv 2410.15371): from the image's
@@ -85,7 +76,7 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         FrameBridgeError: If a component is missing, or two do not fit each other.
     """
 
-    default_call: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 1000, "guidance_scale": 7.0}
+    adapter = LatteAdapter
     model_cpu_offload_seq = "neural_prior->transformer->vae"
     _optional_components = ["transformer", "scheduler", "neural_prior"]  # noqa: RUF012 (diffusers' way to say it)
     _callback_tensor_inputs = ["latents", "image_latents", "neural_prior"]  # noqa: RUF012
@@ -105,59 +96,15 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         problem = _component_problem(vae, transformer, scheduler, neural_prior)
         if problem:
             raise FrameBridgeError(problem)
-        if transformer is not None:
-            check_scheduler(scheduler)
-        self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
-        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, fps=fps)
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "fps": fps}
+        self._set_up(scheduler if transformer is not None else None, **settings)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        base_model: str | os.PathLike | None = None,
-        allow_other_base: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Opens a run, a model or a LoRA.
-
-        Args:
-            pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
-                of a model or of a LoRA, or the hub id of a model or a LoRA. A LoRA is loaded into the model that it
-                was trained on.
-            base_model: Where that is now, a folder or a hub id; by default where it was.
-            allow_other_base: Whether the LoRA may be loaded into another model than that.
-            **kwargs: As in diffusers: `dtype`, `revision`, `cache_dir`, components by their names, ...
-
-        Returns:
-            The pipeline, on the CPU.
-
-        Raises:
-            FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
-                one.
-        """
-        with opening(pretrained_model_name_or_path):
-            saved = find_model(
-                pretrained_model_name_or_path,
-                (LATTE_BRIDGE, LATTE_NEURAL_PRIOR),
-                kwargs,
-                base_model=base_model,
-                allow_other_base=allow_other_base,
-            )
-            components = kwargs | load_components(saved, _LOADERS, kwargs)
-            if saved.base is None:
-                names = (*_LOADERS, "scheduler")
-                pipeline = cls(**{name: components[name] for name in names if name in components})
-            else:
-                pipeline = super().from_pretrained(saved.base, **components)
-            if saved.info is not None and saved.info.fps is not None and "fps" not in kwargs:
-                pipeline.register_to_config(fps=saved.info.fps)
-            if saved.lora is not None:
-                pipeline.load_lora_weights(saved.lora)
-        return pipeline
+    def _loaders(cls) -> dict[str, Callable[..., Any]]:
+        return {"vae": AutoencoderKL, "transformer": LatteTransformer, "neural_prior": LatteTransformer}
 
     @torch.no_grad()
     def __call__(
@@ -260,12 +207,9 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         class_labels: torch.Tensor,
         neural_prior: torch.Tensor | None = None,
         num_inference_steps: int = 1000,
-        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 7.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        **loop: Any,
     ) -> torch.Tensor:
         """The sampling loop on latents: what `__call__` runs between encoding and decoding.
 
@@ -275,12 +219,9 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
             neural_prior: Videos of the neural prior [B, F, C, h, w], for a network that takes them; then they are the
                 end point z_T of the bridge, in place of the repeated image.
             num_inference_steps: Calls of the network.
-            timesteps: As in `__call__`.
             guidance_scale: Weight of classifier-free guidance on the class; 1 or less switches it off.
-            generator: The source of every draw; a list gives one to each video.
-            latents: Where the sampler starts, in place of the scheduler's own start.
-            callback_on_step_end: As in `__call__`.
             callback_on_step_end_tensor_inputs: As in `__call__`.
+            **loop: `timesteps`, `generator`, `latents` and `callback_on_step_end`, as in `__call__`.
 
         Returns:
             Float32 latents of the videos, [B, F, C, h, w].
@@ -288,23 +229,18 @@ class FrameBridgeLattePipeline(SavingWithoutLora, DiffusionPipeline, LoraBaseMix
         prior = neural_prior
         if prior is None:
             prior = image_latents.expand(-1, self.transformer.config.num_frames, -1, -1, -1)
-        labels, image, coarse = class_labels, image_latents, neural_prior
-        if guidance_scale > 1.0:
-            labels = torch.cat([torch.full_like(class_labels, self.transformer.null_label), class_labels])
-            image = torch.cat([image_latents] * 2)
-            coarse = None if neural_prior is None else torch.cat([neural_prior] * 2)
-        return sample_latents(
-            self,
-            lambda noisy, time: call_latte(self.transformer, noisy, time, labels, image, coarse),
+        null_labels = torch.full_like(class_labels, self.transformer.null_label)
+        return self._denoise(
+            self.transformer,
+            image_latents,
             prior,
+            {"class_labels": class_labels},
+            {"class_labels": null_labels},
             num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
             guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            callback_on_step_end=callback_on_step_end,
             callback_tensors={"image_latents": image_latents, "neural_prior": neural_prior},
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+            **loop,
         )
 
     @property

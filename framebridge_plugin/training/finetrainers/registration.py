@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from framebridge_plugin.backbones.facts import backbone_names
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, StrictParsing, read_training_type
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 TRAINING_TYPES = ("lora", "full-finetune")
 TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
 
-_SPECIFICATIONS = {
-    "cogvideox_bridge": ("framebridge_plugin.training.specifications.cogvideox", "CogVideoXBridgeSpecification"),
-    "latte_bridge": ("framebridge_plugin.training.specifications.latte", "LatteBridgeSpecification"),
-    "latte_neural_prior": ("framebridge_plugin.training.specifications.neural_prior", "NeuralPriorSpecification"),
-}
 _lock = threading.RLock()
 _registered = False
 _framebridge_args: FrameBridgeArgs | None = None
@@ -70,13 +66,17 @@ class LazySpecifications(dict[str, Any]):
     A specification imports finetrainers, so it cannot be imported before finetrainers has been.
 
     Args:
-        module: Where the class is.
-        name: Name of the class.
+        model_name: Name of the backbone.
     """
 
-    def __init__(self, module: str, name: str) -> None:
+    def __init__(self, model_name: str) -> None:
         super().__init__(dict.fromkeys(TRAINING_TYPES))
-        self._load = functools.cache(lambda: getattr(importlib.import_module(module), name))
+        self._model_name = model_name
+
+    def _load(self) -> Any:
+        from framebridge_plugin.training.specification import specification_of
+
+        return specification_of(self._model_name)
 
     def __getitem__(self, training_type: str) -> Any:
         super().__getitem__(training_type)
@@ -98,8 +98,8 @@ class LazySpecifications(dict[str, Any]):
 def _register_specifications() -> None:
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS
 
-    for model_name, (module, name) in _SPECIFICATIONS.items():
-        SUPPORTED_MODEL_CONFIGS[model_name] = LazySpecifications(module, name)
+    for model_name in backbone_names():
+        SUPPORTED_MODEL_CONFIGS[model_name] = LazySpecifications(model_name)
 
 
 def _register_arguments() -> None:
@@ -119,7 +119,7 @@ def _register_arguments() -> None:
     BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
     BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
     BaseArgs.precomputed, BaseArgs.start_from = ours.precomputed, ours.start_from
-    change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", _SPECIFICATIONS))
+    change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", backbone_names()))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 
 

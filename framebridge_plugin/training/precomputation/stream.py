@@ -12,8 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.draws import drops_caption
 from framebridge_plugin.training.precomputation.store import LatentStore
-from framebridge_plugin.training.specifications.samples import drops_caption
 
 Conditions = Mapping[str, torch.Tensor]
 

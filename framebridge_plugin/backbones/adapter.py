@@ -1,0 +1,282 @@
+"""What training and sampling ask of a backbone; the defaults are those of a text-to-video model that is widened.
+
+Layouts: B batch, F video frames, T latent frames, C channels, H and W height and width, h and w those of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_still, encode_video
+from framebridge_plugin.backbones.facts import BackboneFacts, call_settings
+from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.loading import (
+    ModelSource,
+    cannot_load,
+    load_backbone_scheduler,
+    load_config,
+    load_tokenizer,
+    load_weights,
+)
+from framebridge_plugin.errors import UsageError
+from framebridge_plugin.models.widening import widen_input_channels
+
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(latents [B, T, C, h, w], time [B]) -> float32 output [B, T, C, h, w]; all else is bound already."""
+
+Draw = Callable[[str], torch.Generator | None]
+"""The source of a sample's draws for a purpose."""
+
+
+class BackboneAdapter:
+    """A backbone as its parts are loaded, encoded, called and saved; one object for a model that is being trained.
+
+    Args:
+        source: Where its components come from.
+        objective: What is trained: `framebridge_plugin.training.objective.ObjectiveSettings`.
+        **settings: Those of the backbone's own settings, `setting_names`.
+
+    Attributes:
+        network_config: Config of the network, as it was found.
+        vae_config: Config of the autoencoder.
+
+    Raises:
+        FrameBridgeError: If a component is missing, damaged or of another kind.
+    """
+
+    facts: ClassVar[BackboneFacts]
+    text_pipeline_class: ClassVar[Any]
+    """diffusers' own text-to-video pipeline, whose `encode_prompt` is used."""
+    network_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
+    tokenizer_class: ClassVar[Any]
+    text_encoder_class: ClassVar[Any]
+    text_layer: ClassVar[str]
+    """The network's layer that the text goes into; its precision is the network's."""
+    backbone_class: ClassVar[Any] = None
+    """The class that stands for every scheduler of the backbone; None to take each as it is."""
+    setting_names: tuple[str, ...] = ()
+    """Its own settings, by the names that a specification takes them under."""
+    predicts_video: ClassVar[bool] = False
+    """Whether the network gives the video in one call, without time and noise (a neural prior)."""
+
+    def __init__(self, source: ModelSource, objective: Any, **settings: Any) -> None:
+        self.source, self.objective = source, objective
+        self.clip_shape: tuple[int, int, int] | None = settings.pop("clip_shape", None)
+        for name in self.setting_names:
+            setattr(self, name, settings.get(name))
+        self.vae_config: FrozenDict = self.load_part_config("vae", self.vae_class)
+        self.network_config: FrozenDict = self.read_network_config()
+
+    # Loading
+
+    @property
+    def expected(self) -> str:
+        """What the model's folder should be, for errors."""
+        parts = ", ".join(f"{part}/" for part in self.facts.parts)
+        return f"a complete {self.facts.title} model in diffusers format (model_index.json, {parts})"
+
+    def load_part_config(self, part: str, component_class: Any) -> FrozenDict:
+        """The config of a component, refused if it is of another kind."""
+        source, subfolder = self.source.place(part)
+        config = load_config(component_class, source, subfolder, self.expected, **self.source.hub)
+        if problem := self.facts.config_problem(part, config):
+            raise cannot_load(part, source, f"it {problem}", self.expected)
+        return config
+
+    def read_network_config(self) -> FrozenDict:
+        """The network's config; refuses a scheduler that the bridge is not aligned to as well."""
+        config = self.load_part_config(self.facts.network, self.network_class)
+        self.load_backbone()
+        return config
+
+    def blank_network(self) -> Any:
+        """The network without weights: its modules, by which LoRA layers find their places."""
+        with torch.device("meta"):
+            return self.widen(self.network_class.from_config(self.network_config))
+
+    @classmethod
+    def widen(cls, network: Any) -> Any:
+        """Gives the network channels for the image, where it has none."""
+        projection = cls.facts.input_projection
+        return network if projection is None else widen_input_channels(network, projection)
+
+    def load_network(self, dtype: torch.dtype) -> Any:
+        """The network that is trained."""
+        network = self.load_part(self.facts.network, self.network_class, dtype)
+        try:
+            return self.widen(network)
+        finally:
+            self.network_config = network.config
+
+    def load_part(self, part: str, component_class: Any, dtype: torch.dtype) -> Any:
+        """A component with its weights."""
+        source, subfolder = self.source.place(part)
+        what = {"vae": "autoencoder", "text_encoder": "text encoder"}.get(part, part)
+        return load_weights(component_class, what, source, subfolder, self.expected, dtype, **self.source.hub)
+
+    def load_backbone(self) -> Any:
+        """The scheduler of the model's own process; None for a bridge that was trained without one."""
+        backbone = load_backbone_scheduler(self.source.name_or_path, self.facts, self.expected, **self.source.hub)
+        if backbone is None or self.backbone_class is None:
+            return backbone
+        return self.backbone_class.from_config(backbone.config)
+
+    def load_vae(self, dtype: torch.dtype) -> Any:
+        """The autoencoder."""
+        return self.load_part("vae", self.vae_class, dtype)
+
+    def load_condition_models(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What encodes captions."""
+        tokenizer = load_tokenizer(
+            self.tokenizer_class, *self.source.place("tokenizer"), self.expected, **self.source.hub
+        )
+        return {"tokenizer": tokenizer, "text_encoder": self.load_part("text_encoder", self.text_encoder_class, dtype)}
+
+    def own_components(self) -> dict[str, Any]:
+        """Loaded components that finetrainers does not know, by their names in the pipeline."""
+        return {}
+
+    # From a sample to what the network sees
+
+    @classmethod
+    def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
+        """Tokens of a caption."""
+        raise NotImplementedError
+
+    def encode_caption(self, models: Mapping[str, Any], caption: str, dropped: bool) -> dict[str, torch.Tensor]:
+        """The condition of a sample, [1, ...] each, for the empty caption if its own is dropped."""
+        parts = {part: models.get(part) for part in self.facts.parts}
+        pipeline = self.text_pipeline_class(**parts)
+        text_encoder = models["text_encoder"]
+        return self.text_conditions(
+            pipeline.encode_prompt(
+                "" if dropped else caption,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length(self.network_config),
+                device=text_encoder.device,
+                dtype=text_encoder.dtype,
+            )
+        )[0]
+
+    @classmethod
+    def text_conditions(cls, encoded: tuple[Any, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What `bind` takes, for the captions and for the negative ones, of what `encode_prompt` returned."""
+        positive, negative = encoded
+        return {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
+
+    @staticmethod
+    def drop_caption(
+        conditions: Mapping[str, torch.Tensor], empty_conditions: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Stored conditions of a sample that loses its caption, out of its own and those of the empty one."""
+        return dict(empty_conditions)
+
+    def encode_clip(self, vae: Any, video_BFCHW: torch.Tensor, draw: Draw) -> dict[str, torch.Tensor]:
+        """Latents of a clip, of its first frame as the condition image, and of a noisy prior if noise is on.
+
+        Always the mode of the autoencoder's posterior. Without noise the condition image and the prior share their
+        latents.
+        """
+        settings, image_BCHW, num_frames = self.objective, video_BFCHW[:, 0], video_BFCHW.shape[1]
+        noise = (settings.noise_log_mean, settings.noise_log_std)
+        result = {"latents": encode_video(vae, video_BFCHW)}
+        condition = image_BCHW
+        if settings.image_noise:
+            condition = add_pixel_noise(image_BCHW, *noise, draw("image noise"))
+        result["image_latents"] = encode_still(vae, condition, num_frames)
+        if settings.objective == "bridge":
+            if settings.prior_noise:
+                prior = image_BCHW.unsqueeze(1).expand_as(video_BFCHW)
+                result["prior_latents"] = encode_video(vae, add_pixel_noise(prior, *noise, draw("prior noise")))
+            elif settings.image_noise:
+                result["prior_latents"] = encode_still(vae, image_BCHW, num_frames)
+        return result
+
+    def encoding_facts(self) -> dict[str, Any]:
+        """What `encode_clip` and `encode_caption` depend on besides clip, caption, seeds and precisions."""
+        settings = ("objective", "image_noise", "prior_noise", "noise_log_mean", "noise_log_std")
+        return {
+            **{name: getattr(self.objective, name) for name in settings},
+            "max_text_seq_length": self.max_sequence_length(self.network_config),
+            **{part: component_fingerprint(self.source.folder(part)) for part in self.frozen_parts()},
+        }
+
+    # A batch
+
+    def prior(self, conditions: Mapping[str, Any], latents: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """End point z_T of the bridge, float32 [B, T, C, h, w]."""
+        prior = latents.get("prior_latents", latents["image_latents"])
+        return prior.float().expand_as(latents["latents"])
+
+    @classmethod
+    def bind(
+        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
+    ) -> Network:
+        """The network with everything but latents and time bound.
+
+        Args:
+            network: The network, sharded (FSDP2) or not.
+            conditions: What `encode_caption` returned, collated: [B, ...].
+            image_latents: Latents of the condition image, [B, T, C, h, w], or [B, 1, C, h, w] to be repeated.
+            prior: What `prior` returned.
+            **call: Settings of a call that the caller of a pipeline gave, such as `attention_kwargs`.
+
+        Returns:
+            The callable.
+        """
+        raise NotImplementedError
+
+    # Checks, and what is saved
+
+    def check_clips(self, shape: tuple[int, int, int]) -> None:
+        """Refuses clips (frames, height, width) that the model is not for."""
+        rule = self.facts.clip_rule(self.vae_config, self.network_config)
+        for name, problem in rule.problems(*shape):
+            raise UsageError(f"clips: {name} {problem}")
+
+    def check_captions(self, captions: Iterable[str], where: str) -> None:
+        """Refuses captions that the model cannot be trained on; text is free."""
+
+    def check_training(self, training_type: str) -> None:
+        """Refuses what cannot be trained."""
+
+    def resume_settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with the stored one, and its weights do not tell."""
+        return {}
+
+    def frozen_parts(self) -> list[str]:
+        """The components that training leaves as they are."""
+        return [part for part in self.facts.parts if part not in (self.facts.network, "scheduler")]
+
+    def folder(self, part: str) -> Path:
+        """The folder of a component on this machine."""
+        return self.source.folder(part)
+
+    def place(self, part: str) -> tuple[str, str]:
+        """Folder or id that a component comes from, and its subfolder in it."""
+        return self.source.place(part)
+
+    def part_class(self, part: str) -> tuple[str, str]:
+        """Library and class of a frozen component, as model_index.json gives them."""
+        component_class = getattr(self, f"{part}_class")
+        return component_class.__module__.partition(".")[0], component_class.__name__
+
+    def pipeline(self, **components: Any) -> Any:
+        """The pipeline of these components."""
+        num_frames, height, width = self.clip_shape or (None, None, None)
+        return self.facts.load_pipeline()(**components, num_frames=num_frames, height=height, width=width)
+
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What a saved model says of a call, besides the rate of its videos."""
+        sizes = dict(zip(("num_frames", "height", "width"), self.clip_shape or (None, None, None), strict=True))
+        return sizes | call_settings(self.facts)
+
+    def validation_condition(self, prompt: str) -> dict[str, Any]:
+        """The arguments of a pipeline's call for a validation row's caption."""
+        return {"prompt": prompt}

@@ -1,0 +1,116 @@
+"""What the pipelines of all backbones share: opening what a run left, a call, and the sampling loop on latents.
+
+Layouts: B batch, T latent frames, C channels, H and W height and width (of latents or pixels).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.facts import working_backbones
+from framebridge_plugin.backbones.opening import SavedModel, find_model, load_components, opening
+from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
+from framebridge_plugin.backbones.saving import SavingWithoutLora
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+
+
+class BridgePipeline(SavingWithoutLora):
+    """The part of a pipeline that does not depend on its backbone; diffusers' own class comes behind it."""
+
+    adapter: ClassVar[type[BackboneAdapter]]
+    config: Any
+    register_to_config: Any
+    load_lora_weights: Any
+
+    def _set_up(self, scheduler: Any, **settings: Any) -> None:
+        """Checks the scheduler and keeps the settings of a call."""
+        if scheduler is not None:
+            check_scheduler(scheduler, self.adapter.facts)
+        self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
+        self.register_to_config(**settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        base_model: str | os.PathLike | None = None,
+        allow_other_base: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a run, a model or a LoRA.
+
+        A plain text-to-video model is widened and gets a bridge and a clip's shape, which is said on stderr: what it
+        lacks is the training, so load a LoRA or weights into it.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run (of an unfinished one the newest checkpoint is taken),
+                of a model or of a LoRA, or the hub id of a model or a LoRA. A LoRA is loaded into the model that it
+                was trained on.
+            base_model: Where that is now, a folder or a hub id; by default where it was.
+            allow_other_base: Whether the LoRA may be loaded into another model than that.
+            **kwargs: As in diffusers: `dtype`, `revision`, `cache_dir`, components by their names, ...
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
+                one.
+        """
+        with opening(pretrained_model_name_or_path):
+            saved = find_model(
+                pretrained_model_name_or_path,
+                [facts for facts in working_backbones() if facts.title == cls.adapter.facts.title],
+                kwargs,
+                base_model=base_model,
+                allow_other_base=allow_other_base,
+            )
+            pipeline = cls._open(saved, kwargs)
+            info = saved.info
+            if info is not None and info.fps is not None and "fps" not in kwargs:
+                pipeline.register_to_config(fps=info.fps)
+            if saved.lora is not None:
+                pipeline.load_lora_weights(saved.lora)
+        return pipeline
+
+    @classmethod
+    def _open(cls, saved: SavedModel, settings: dict[str, Any]) -> Any:
+        components = settings | load_components(saved, cls._loaders(), settings)
+        if saved.base is None:
+            expected = inspect.signature(cls.__init__).parameters
+            return cls(**{name: value for name, value in components.items() if name in expected})
+        parent: Any = super()
+        return parent.from_pretrained(saved.base, **components)
+
+    @classmethod
+    def _loaders(cls) -> dict[str, Callable[..., Any]]:
+        """For each component what loads its folder."""
+        raise NotImplementedError
+
+    def _denoise(
+        self,
+        network: Any,
+        image_latents: torch.Tensor,
+        prior: torch.Tensor,
+        conditions: Mapping[str, Any],
+        negative_conditions: Mapping[str, Any] | None,
+        *,
+        guidance_scale: float,
+        network_settings: Mapping[str, Any] | None = None,
+        **loop: Any,
+    ) -> torch.Tensor:
+        """The sampling loop: what a call runs between encoding and decoding, see `sample_latents`."""
+        end = prior
+        if guidance_scale > 1.0:
+            assert negative_conditions is not None
+            conditions = {name: torch.cat([negative_conditions[name], value]) for name, value in conditions.items()}
+            image_latents, end = torch.cat([image_latents] * 2), torch.cat([prior] * 2)
+        bound = self.adapter.bind(network, conditions, image_latents, end, **(network_settings or {}))
+        return sample_latents(self, bound, prior, guidance_scale=guidance_scale, **loop)

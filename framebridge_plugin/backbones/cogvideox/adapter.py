@@ -1,0 +1,65 @@
+"""CogVideoX as training and sampling ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from transformers import T5EncoderModel, T5Tokenizer
+
+from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.models.calling import call_transformer
+
+
+class CogVideoXAdapter(BackboneAdapter):
+    """CogVideoX 1.0 (2B, or 5B with rotary embeddings)."""
+
+    facts = COGVIDEOX
+    text_pipeline_class = CogVideoXPipeline
+    network_class = CogVideoXTransformer3DModel
+    vae_class = AutoencoderKLCogVideoX
+    tokenizer_class = T5Tokenizer
+    text_encoder_class = T5EncoderModel
+    text_layer = "patch_embed.text_proj"
+    # CogVideoX-5B names the DPM scheduler; its noise schedule is the same, and finetrainers knows this class.
+    backbone_class = CogVideoXDDIMScheduler
+
+    @classmethod
+    def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
+        """As the network was built."""
+        return network_config["max_text_seq_length"]
+
+    @classmethod
+    def bind(
+        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
+    ) -> Network:
+        """The network with text, image and positions bound."""
+        text = conditions["encoder_hidden_states"]
+        image = image_latents.expand_as(prior)
+        rotary = call.pop("image_rotary_emb", None)
+        if rotary is None and network.config.use_rotary_positional_embeddings:
+            rotary = _rotary_embedding(network.config, prior)
+
+        def bound(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return call_transformer(network, torch.cat([latents, image], dim=2), timestep, text, rotary, **call)
+
+        return bound
+
+
+def _rotary_embedding(config: Any, latents_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the positions, as diffusers' pipeline computes them for CogVideoX 1.0."""
+    _, num_frames, _, *size = latents_BTCHW.shape
+    height, width = (length // config.patch_size for length in size)
+    base = config.sample_width // config.patch_size, config.sample_height // config.patch_size
+    return get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim,
+        crops_coords=get_resize_crop_region_for_grid((height, width), *base),
+        grid_size=(height, width),
+        temporal_size=num_frames,
+        device=latents_BTCHW.device,
+    )

@@ -1,0 +1,96 @@
+"""Finding and loading Latte networks, of a whole model or alone, and Latte's own diffusion process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler
+
+from framebridge_plugin.backbones.folders import file_problem, local_path
+from framebridge_plugin.backbones.latte.rules import find_neural_prior
+from framebridge_plugin.backbones.loading import cannot_load, load_config, loading
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.latte import LatteTransformer
+from framebridge_plugin.models.whole_weights import missing_tensors
+
+EXPECTED = {
+    "bridge": "a Latte model in diffusers format (model_index.json, transformer/, scheduler/, vae/)",
+    "neural_prior": "a trained neural prior: a run's folder, its model/ (model_index.json, neural_prior/, vae/), or a "
+    "neural_prior/ folder alone",
+}
+"""What the folder of a network's model should be, by its stage, for errors."""
+
+
+def read_network(place: tuple[str, str], stage: str, **hub: Any) -> LatteTransformer:
+    """A saved network without its weights, refused if it is of another class or stage; `place`: see `ModelSource`."""
+    source, subfolder = place
+    other = {"bridge": "neural_prior", "neural_prior": "transformer"}[stage]
+    if subfolder and not os.path.isdir(os.path.join(source, subfolder)) and os.path.isdir(f"{source}/{other}"):
+        raise FrameBridgeError(
+            f"cannot load {subfolder}/ from {source}: it has only {other}/, as a model of another stage; check that "
+            f"the folder is {EXPECTED[stage]}"
+        )
+    config = load_config(LatteTransformer, source, subfolder, EXPECTED[stage], **hub)
+    if (found := config.get("stage")) != stage:
+        raise FrameBridgeError(
+            f"{os.path.join(source, subfolder)} holds a Latte network of the stage {found!r}; give {EXPECTED[stage]}"
+        )
+    with loading("LatteTransformer", source, EXPECTED[stage]):
+        return blank_network(config)
+
+
+def blank_network(config: Mapping[str, Any]) -> LatteTransformer:
+    """A network without its weights, on the meta device: its config and its classes."""
+    with torch.device("meta"):
+        return LatteTransformer.from_config(dict(config))
+
+
+def load_network(place: tuple[str, str], stage: str, dtype: torch.dtype, **hub: Any) -> LatteTransformer:
+    """A network with its weights, refused if these are not those of its config."""
+    source, subfolder = place
+    with loading("LatteTransformer", source, EXPECTED[stage]):
+        network, found = LatteTransformer.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, output_loading_info=True, **hub
+        )
+    # diffusers only warns of these.
+    wrong = sorted(missing_tensors(network, found) | set(found["unexpected_keys"]))
+    if wrong:
+        reason = f"its weights are not those of its config, {len(wrong)} names differ, first {wrong[0]}"
+        raise cannot_load("LatteTransformer", source, reason, EXPECTED[stage])
+    return network
+
+
+def find_neural_prior_network(name: str) -> tuple[str, str]:
+    """The place of a trained neural prior: of a run, a checkpoint, a model, or alone; or of a model on the hub."""
+    folder = local_path(name)
+    if folder is None:
+        return name, "neural_prior"
+    network = folder if (folder / "config.json").is_file() else find_neural_prior(folder)
+    if network is not None:
+        return str(network), ""
+    if folder.is_file():
+        raise FrameBridgeError(f"neural_prior: {file_problem(folder)}")
+    problem = "is no folder" if not folder.is_dir() else "holds no neural prior"
+    raise FrameBridgeError(f"neural_prior: {folder} {problem}; give {EXPECTED['neural_prior']}")
+
+
+def latte_backbone() -> CogVideoXDDIMScheduler:
+    """The diffusion process of Latte: DDPM's linear betas, the network predicts eps.
+
+    It is the noise schedule of the diffusion baseline, and the one that a bridge is aligned to (SAF), in the class
+    whose loss finetrainers knows.
+    """
+    return CogVideoXDDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        rescale_betas_zero_snr=False,
+        snr_shift_scale=1.0,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )

@@ -1,0 +1,115 @@
+"""Where the components of a model come from, and loading them with one-line errors for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from safetensors import SafetensorError
+
+from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
+from framebridge_plugin.backbones.saving import local_folder
+from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.models.whole_weights import whole_weights
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.backbone import build_backbone
+
+LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
+"""What diffusers, transformers and safetensors raise for files that are missing, damaged or of another kind."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the components of a model come from.
+
+    Attributes:
+        name_or_path: Folder or hub id of the whole model; empty for one from scratch.
+        replaced: Components that come from elsewhere: folder or hub id of each alone.
+        hub: `revision` and `cache_dir`.
+    """
+
+    name_or_path: str
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+    def place(self, part: str) -> tuple[str, str]:
+        """Folder or id that a component comes from, and the subfolder in it ("" for a component alone)."""
+        alone = self.replaced.get(part)
+        return (self.name_or_path, part) if alone is None else (alone, "")
+
+    def folder(self, part: str) -> Path:
+        """The folder of a component on this machine."""
+        return self.local(*self.place(part))
+
+    def local(self, source: str, subfolder: str) -> Path:
+        """A subfolder of a folder or id on this machine."""
+        patterns = [f"{subfolder}/*"] if subfolder else None
+        return local_folder(source, patterns=patterns, **self.hub) / subfolder
+
+
+def cannot_load(what: str, source: str, reason: BaseException | str, expected: str) -> FrameBridgeError:
+    """The error, of one line, for a component that cannot be loaded; `expected` says what the folder should be."""
+    if problem := two_file_problem(find_saved_model(Path(source)) or Path(source)):
+        return FrameBridgeError(problem)
+    line = reason if isinstance(reason, str) else first_line(reason)
+    return FrameBridgeError(f"cannot load {what} from {source!r}: {line}; check that the folder is {expected}")
+
+
+@contextlib.contextmanager
+def loading(what: str, source: str, expected: str) -> Iterator[None]:
+    """Turns what the libraries raise, or only warn of, while a component is loaded into one line."""
+    try:
+        with whole_weights():
+            yield
+    except FrameBridgeError:
+        raise
+    except LOADING_ERRORS as error:
+        raise cannot_load(what, source, error, expected) from error
+
+
+def load_config(component_class: Any, source: str, subfolder: str, expected: str, **hub: Any) -> FrozenDict:
+    """A component's config, refused if it is of another class."""
+    name = component_class.__name__
+    with loading(name, source, expected):
+        config = component_class.load_config(source, subfolder=subfolder, **hub)
+    if config.get("_class_name") != name:
+        raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}", expected)
+    return FrozenDict(**config)
+
+
+def load_backbone_scheduler(source: str, facts: BackboneFacts, expected: str, **hub: Any) -> Any:
+    """The process that a model was pretrained on, by its own scheduler.
+
+    Of a bridge, whose settings are left out, it is the one that it was fine-tuned from; None for one that has none.
+    """
+    with loading("scheduler", source, expected):
+        config = FrameBridgeScheduler.load_config(source, subfolder="scheduler", **hub)
+    if problem := config_problem(config, "scheduler", facts):
+        raise cannot_load("scheduler", source, f"it {problem}", expected)
+    if config.get("_class_name") == FrameBridgeScheduler.__name__:
+        config = FrameBridgeScheduler.from_config(config).config.backbone
+    return build_backbone(config)
+
+
+def load_tokenizer(tokenizer_class: Any, source: str, subfolder: str, expected: str, **hub: Any) -> Any:
+    """A tokenizer with its vocabulary; the subfolder is empty for a tokenizer alone."""
+    with loading("tokenizer", source, expected):
+        tokenizer = tokenizer_class.from_pretrained(source, subfolder=subfolder, **hub)
+    # Without its file, transformers makes up a vocabulary of special tokens and one more.
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
+        raise cannot_load("tokenizer", source, "it has no vocabulary (spiece.model)", expected)
+    return tokenizer
+
+
+def load_weights(
+    component_class: Any, what: str, source: str, subfolder: str, expected: str, dtype: torch.dtype, **hub: Any
+) -> Any:
+    """A model of diffusers or transformers."""
+    with loading(what, source, expected):
+        return component_class.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub)

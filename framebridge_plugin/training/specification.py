@@ -1,0 +1,538 @@
+"""Every backbone as a finetrainers model specification: `--model_name cogvideox_bridge`, `latte_bridge`, ...
+
+Layouts: B batch, F video frames, T latent frames, C channels, H and W height and width, h and w those of the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from finetrainers.data import VideoArtifact
+from finetrainers.models.modeling_utils import ModelSpecification
+from peft import LoraConfig
+from PIL import Image
+
+from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.facts import find_backbone
+from framebridge_plugin.backbones.loading import ModelSource, cannot_load
+from framebridge_plugin.backbones.lora_folders import LoraInfo
+from framebridge_plugin.backbones.saving import describe_base, save_lora_folder, save_model_folder
+from framebridge_plugin.data import UCF101_CLASSES, ClipIndex, ClipSettings
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.models.projection_adapter import (
+    add_projection,
+    freeze_identity,
+    full_rank_settings,
+    with_identity,
+)
+from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.draws import drops_caption, sample_generator
+from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
+from framebridge_plugin.training.finetrainers.registration import parsed_arguments, parsed_objective
+from framebridge_plugin.training.objective import (
+    ObjectiveSettings,
+    bridge_prediction,
+    build_scheduler,
+    diffusion_prediction,
+    finetrainers_terms,
+)
+from framebridge_plugin.training.validation import validation_image
+
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+class BridgeSpecification(ModelSpecification):
+    """A FrameBridge, or its diffusion baseline, on a backbone, whose adapter does what is particular to it.
+
+    `pretrained_model_name_or_path` may be the backbone's plain text-to-video folder or id, whose network is widened
+    when it is loaded, or a model of a bridge, which is loaded as it is; `transformer_id` may be a fine-tuned network's
+    folder alone. A Latte network starts from scratch where neither is given.
+
+    Works with finetrainers' stock `SFTTrainer` and with `FrameBridgeTrainer`.
+
+    Args:
+        pretrained_model_name_or_path: Folder or hub id of the base model; empty for a network from scratch.
+        objective: What is trained; by default what the parsed command line says, else the backbone's own settings.
+        clip_shape: (frames, height, width) of the clips, where they are known; a network from scratch is made for it.
+        **kwargs: The backbone's own settings (Latte: `latte_size`, `class_names`, `seed`, and `neural_prior`, the
+            folder of a run or model, or a hub id), by default what the parsed command line says; and those of
+            finetrainers' `ModelSpecification`: `transformer_id`, `vae_id`, `vae_dtype`, `revision`, ...
+
+    Attributes:
+        adapter: The backbone's adapter.
+        clip_rate: Frames per second of the training clips, once a trainer knows it.
+
+    Raises:
+        UsageError: If two settings do not go together, or the clips do not fit the network.
+        FrameBridgeError: If a file is missing, damaged or of a model of another kind.
+    """
+
+    model_name: ClassVar[str]
+    default_objective: ClassVar[ObjectiveSettings]
+    default_trainer_settings: ClassVar[TrainerSettings]
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str = "",
+        *,
+        objective: ObjectiveSettings | None = None,
+        clip_shape: tuple[int, int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        adapter_class = find_backbone(self.model_name).load_adapter()
+        parsed, defaults = parsed_arguments(), {"class_names": UCF101_CLASSES, "seed": 42}
+        settings = {
+            name: kwargs.pop(name, None) or getattr(parsed, name, defaults.get(name))
+            for name in adapter_class.setting_names
+        }
+        if kwargs.get("condition_model_processors") or kwargs.get("latent_model_processors"):
+            raise UsageError("processors: the backbone's adapter encodes captions and clips; leave them out")
+        self.objective = objective or parsed_objective(self.default_objective)
+        self.clip_rate: float | None = None
+        self._make_adapter = functools.partial(
+            adapter_class, objective=self.objective, clip_shape=clip_shape, **settings
+        )
+        super().__init__(pretrained_model_name_or_path or "", **kwargs)
+
+    def _load_configs(self) -> None:
+        replaced = {part: getattr(self, f"{part}_id") for part in _PARTS}
+        replaced[self.network_name] = replaced.pop("transformer")
+        source = ModelSource(
+            self.pretrained_model_name_or_path,
+            {part: place for part, place in replaced.items() if place is not None},
+            {"revision": self.revision, "cache_dir": self.cache_dir},
+        )
+        self.adapter: BackboneAdapter = self._make_adapter(source)
+        self.transformer_config, self.vae_config = self.adapter.network_config, self.adapter.vae_config
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        defaults = find_backbone(cls.model_name).defaults
+        for name, settings_class in (
+            ("default_objective", ObjectiveSettings),
+            ("default_trainer_settings", TrainerSettings),
+        ):
+            known = defaults.keys() & {field.name for field in dataclasses.fields(settings_class)}
+            setattr(cls, name, settings_class(**{key: defaults[key] for key in known}))
+
+    @property
+    def network_name(self) -> str:
+        """The trained network's folder in a saved model."""
+        return find_backbone(self.model_name).network
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) of the training clips, once they are known."""
+        return self.adapter.clip_shape
+
+    @clip_shape.setter
+    def clip_shape(self, shape: tuple[int, int, int] | None) -> None:
+        self.adapter.clip_shape = shape
+
+    @property
+    def _resolution_dim_keys(self) -> dict[str, tuple[int, ...]]:
+        return {"latents": (1, 3, 4)}
+
+    # Loading
+
+    def blank_network(self) -> Any:
+        """The network without weights: its modules, by which LoRA layers find their places."""
+        return self.adapter.blank_network()
+
+    def load_diffusion_models(self) -> dict[str, Any]:
+        """The network as `transformer`, and the `scheduler` of the objective."""
+        network, scheduler = self.adapter.load_network(self.transformer_dtype), self._load_scheduler()
+        self.transformer_config = self.adapter.network_config
+        return {"transformer": network, "scheduler": scheduler}
+
+    def _load_scheduler(self) -> Any:
+        """The scheduler of the objective, over the process of the base model."""
+        facts, backbone = self.adapter.facts, self.adapter.load_backbone()
+        if self.adapter.predicts_video:
+            # The trainers draw indices, which are not used, and weigh the loss by it: every weight is 1.
+            return FrameBridgeScheduler(target="data")
+        if backbone is None:
+            source = self.pretrained_model_name_or_path
+            raise cannot_load("scheduler", source, "its bridge has no backbone", self.adapter.expected)
+        return build_scheduler(backbone, self.objective, grid=facts.sampling["grid"])
+
+    def load_condition_models(self) -> dict[str, Any]:
+        """What encodes captions: `tokenizer` and `text_encoder`; nothing for classes."""
+        return self.adapter.load_condition_models(self.text_encoder_dtype)
+
+    def load_latent_models(self) -> dict[str, Any]:
+        """The autoencoder, `vae`."""
+        return {"vae": self.adapter.load_vae(self.vae_dtype)}
+
+    def load_pipeline(self, transformer: Any = None, scheduler: Any = None, **kwargs: Any) -> Any:
+        """A pipeline around the components that are given; the others are loaded.
+
+        Args:
+            transformer: The network that is being trained; loaded if None.
+            scheduler: The objective's scheduler; loaded if None.
+            **kwargs: `tokenizer`, `text_encoder`, `vae`, and finetrainers' switches `enable_slicing`, `enable_tiling`
+                and `enable_model_cpu_offload`; others are not used.
+
+        Returns:
+            The backbone's pipeline, such as `FrameBridgeCogVideoXPipeline`.
+        """
+        parts = self.adapter.facts.parts
+        components = {part: kwargs.get(part) for part in parts if part not in (self.network_name, "scheduler")}
+        components[self.network_name] = (
+            transformer if transformer is not None else self.adapter.load_network(self.transformer_dtype)
+        )
+        if "scheduler" in parts:
+            components["scheduler"] = self._load_scheduler() if scheduler is None else scheduler
+        if any(components.get(part) is None for part in ("tokenizer", "text_encoder") if part in parts):
+            components |= self.load_condition_models()
+        if components["vae"] is None:
+            components |= self.load_latent_models()
+        pipeline = self.adapter.pipeline(**components, **self.adapter.own_components())
+        if kwargs.get("enable_slicing"):
+            pipeline.vae.enable_slicing()
+        if kwargs.get("enable_tiling"):
+            pipeline.vae.enable_tiling()
+        if kwargs.get("enable_model_cpu_offload"):
+            pipeline.enable_model_cpu_offload()
+        return pipeline
+
+    # From a clip to the loss
+
+    @torch.no_grad()
+    def prepare_conditions(
+        self,
+        caption: str | list[str],
+        generator: torch.Generator | None = None,
+        sample_seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The condition of a sample: of its caption, or of the empty one for the share that `caption_dropout` says.
+
+        Args:
+            caption: The text or the name of the class, or a list with one (as a loader of batches of one gives it).
+            generator: The source of the dropout's draw where no `sample_seed` is given.
+            sample_seed: Seed of this sample's draws, from `ClipStream`.
+            **kwargs: What `load_condition_models` returned; the other parts of the sample are not used.
+
+        Returns:
+            Text: {"encoder_hidden_states": [1, L, D]}. Classes: {"class_labels": int64 [1], "true_class_labels":
+            int64 [1]}, which differ where the caption is dropped.
+        """
+        dropped = drops_caption(self.objective.caption_dropout, sample_seed, generator)
+        return self.adapter.encode_caption(kwargs, caption if isinstance(caption, str) else caption[0], dropped)
+
+    def drop_caption(
+        self, conditions: Mapping[str, torch.Tensor], empty_conditions: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Stored conditions of a sample that loses its caption, out of its own and those of the empty one."""
+        return self.adapter.drop_caption(conditions, empty_conditions)
+
+    def collate_conditions(self, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collects the conditions of a batch; labels as lists, since the trainers cast tensors to the precision of the
+        network, and bfloat16 has no label 257.
+        """
+        if self.adapter.facts.condition == "class":
+            return {name: [int(item[name]) for item in data] for name in data[0]}
+        return super().collate_conditions(data)
+
+    @torch.no_grad()
+    def prepare_latents(
+        self,
+        vae: Any,
+        video: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        sample_seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Latents of a clip, of its first frame as the condition image, and of the prior where it is another.
+
+        Args:
+            vae: The autoencoder.
+            video: Pixels in [-1, 1], [F, 3, H, W] or [1, F, 3, H, W].
+            generator: The source of the draws where no `sample_seed` is given.
+            sample_seed: Seed of this sample's draws, from `ClipStream`.
+            **kwargs: The other parts of the sample; not used.
+
+        Returns:
+            "latents" [1, T, C, h, w], "image_latents" [1, 1 or T, C, h, w], and "prior_latents" where there is pixel
+            noise.
+
+        Raises:
+            FrameBridgeError: If the sample has no video, or one of another shape than the network is for.
+        """
+        if video is None:
+            raise FrameBridgeError("a sample has no video; image-to-video training needs clips, not images")
+        video_BFCHW = video if video.ndim == 5 else video.unsqueeze(0)
+        return self.adapter.encode_clip(
+            vae, video_BFCHW, lambda purpose: sample_generator(sample_seed, purpose, generator)
+        )
+
+    def precomputation_facts(self) -> dict[str, Any]:
+        """What `prepare_latents` and `prepare_conditions` depend on besides clip, caption and seeds."""
+        precisions = {"vae_dtype": str(self.vae_dtype)}
+        if "text_encoder" in self.adapter.facts.parts:
+            precisions["text_encoder_dtype"] = str(self.text_encoder_dtype)
+        return self.adapter.encoding_facts() | precisions
+
+    def loss_terms(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        condition_model_conditions: Mapping[str, Any],
+        latent_model_conditions: Mapping[str, torch.Tensor],
+        index: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's output on a batch and what it is compared with, by the mean squared error.
+
+        Args:
+            transformer: The network.
+            scheduler: What `load_diffusion_models` returned.
+            condition_model_conditions: What `prepare_conditions` returned, collated.
+            latent_model_conditions: What `prepare_latents` returned, collated.
+            index: Indices of the bridge, or timesteps of the baseline, in [0, N - 1], [B].
+            generator: The source of eps; torch's global one if None.
+
+        Returns:
+            (prediction, target), both [B, T, C, h, w] in float32.
+        """
+        z_0 = latent_model_conditions["latents"].float()
+        prior = self.adapter.prior(condition_model_conditions, latent_model_conditions)
+        image_latents = latent_model_conditions["image_latents"].float()
+        network = self.adapter.bind(transformer, condition_model_conditions, image_latents, prior)
+        if self.adapter.predicts_video:
+            return network(prior, index), z_0
+        noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
+        if isinstance(scheduler, FrameBridgeScheduler):
+            return bridge_prediction(network, scheduler, z_0, prior, noise, index)
+        return diffusion_prediction(network, scheduler, z_0, noise, index)
+
+    def forward(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        condition_model_conditions: Mapping[str, Any],
+        latent_model_conditions: Mapping[str, torch.Tensor],
+        sigmas: torch.Tensor,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`loss_terms` as finetrainers' loop asks for it, and weighs it.
+
+        Args:
+            transformer: The network.
+            scheduler: What `load_diffusion_models` returned.
+            condition_model_conditions: As for `loss_terms`.
+            latent_model_conditions: As for `loss_terms`.
+            sigmas: What finetrainers drew; any shape of B elements.
+            generator: As for `loss_terms`.
+            **kwargs: finetrainers' other arguments; not used.
+
+        Returns:
+            (prediction, target, sigmas): both [B, T, C, h, w] in float32, and the sigmas [B] that finetrainers' loss
+            weights are looked up with.
+        """
+        given = (transformer, scheduler, condition_model_conditions, latent_model_conditions)
+        return finetrainers_terms(scheduler, sigmas, lambda index: self.loss_terms(*given, index, generator))
+
+    # What is trained, validated and saved
+
+    def check_datasets(self, datasets: Iterable[tuple[ClipIndex, ClipSettings]]) -> None:
+        """Refuses data that the model is not for.
+
+        Args:
+            datasets: What `load_dataset_config` returned.
+
+        Raises:
+            UsageError: If the clips do not fit the network.
+            FrameBridgeError: If a clip's caption names no class of the model.
+        """
+        for number, (index, settings) in enumerate(datasets):
+            self.adapter.check_clips((settings.num_frames, settings.height, settings.width))
+            if self.adapter.facts.condition == "class":
+                self.adapter.check_captions(index.distinct_captions(), f"data set {number}")
+
+    def check_validation_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Refuses validation rows (with a "prompt") of classes that the model does not know."""
+        self.adapter.check_captions((str(sample.get("prompt") or "") for sample in samples), "validation file")
+
+    def complete_lora_config(self, transformer: Any, config: LoraConfig) -> None:
+        """Adds the widened input projection to what a LoRA trains: low-rank layers alone never see the image."""
+        if (projection := self.adapter.facts.input_projection) is not None:
+            add_projection(config, transformer, projection)
+
+    def prepare_trainable_parameters(self, transformer: Any, training_type: str) -> None:
+        """Trains the input projection as itself when LoRA freezes everything else.
+
+        Args:
+            transformer: The network after finetrainers chose its trainable parameters.
+            training_type: "lora" or "full-finetune".
+
+        Raises:
+            UsageError: If a network from scratch is to be trained by LoRA layers alone.
+            FrameBridgeError: If a file of the base model of LoRA layers cannot be read.
+        """
+        self.adapter.check_training(training_type)
+        if training_type == "lora":
+            _ = self._lora_info  # taken now: the base's files may change while the run lasts
+            if (projection := self.adapter.facts.input_projection) is not None:
+                freeze_identity(transformer, projection)
+
+    def validation(
+        self,
+        pipeline: Any,
+        prompt: str,
+        image: Image.Image | None = None,
+        video: list[Image.Image] | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> list[VideoArtifact]:
+        """Samples one video from an image, or from the first frame of a video.
+
+        Args:
+            pipeline: What `load_pipeline` returned.
+            prompt: The text, or the name of a class (empty for none).
+            image: The image.
+            video: A video, used where no image is given.
+            generator: The source of every draw.
+            **kwargs: `height`, `width`, `num_frames`, `num_inference_steps` and `guidance_scale` of the validation
+                file, as far as the pipeline has them; other columns are not used.
+
+        Returns:
+            One video.
+
+        Raises:
+            FrameBridgeError: If there is neither image nor video.
+        """
+        neural_prior = getattr(pipeline, "neural_prior", None)
+        if neural_prior is not None and pipeline.transformer is not None and not hasattr(neural_prior, "_hf_hook"):
+            neural_prior.to(pipeline.transformer.device)  # no trainer knows it; offloading moves it itself
+        call = inspect.signature(type(pipeline).__call__).parameters
+        # A column with an empty cell arrives as floats.
+        types = {"height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float}
+        settings = {name: kind(kwargs[name]) for name, kind in types.items() if kwargs.get(name) is not None}
+        frames = pipeline(
+            image=validation_image(prompt, image, video),
+            generator=generator,
+            output_type="pil",
+            **self.adapter.validation_condition(prompt),
+            **{name: value for name, value in settings.items() if name in call},
+        ).frames[0]
+        return [VideoArtifact(value=frames)]
+
+    def resume_settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with the stored one, and its weights do not tell."""
+        return self.adapter.resume_settings()
+
+    def frozen_components(self, training_type: str) -> dict[str, Path]:
+        """The folders of what training leaves as it is; with LoRA layers the network is one of them."""
+        names = [self.network_name] if training_type == "lora" else []
+        return {name: self.adapter.folder(name) for name in [*names, *self.adapter.frozen_parts()]}
+
+    def _save_model(
+        self,
+        directory: str,
+        transformer: Any,
+        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        assert transformer_state_dict is not None
+        rate = {} if self.clip_rate is None else {"fps": self.clip_rate}
+        save_model_folder(
+            directory,
+            pipeline_class=self._pipeline_name,
+            network_name=self.network_name,
+            network_class=self.adapter.network_class,
+            network_config=transformer.config,
+            network_state_dict=transformer_state_dict,
+            scheduler=scheduler if "scheduler" in self.adapter.facts.parts else None,
+            linked_components={
+                name: (*self.adapter.part_class(name), folder)
+                for name, folder in self.frozen_components("full-finetune").items()
+            },
+            settings=self.adapter.pipeline_settings() | rate,
+        )
+
+    def _save_lora_weights(
+        self,
+        directory: str,
+        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
+        scheduler: Any = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        assert transformer_state_dict is not None
+        assert metadata is not None
+        layers, settings = dict(transformer_state_dict), json.loads(metadata["lora_config"])
+        if (projection := self.adapter.facts.input_projection) is not None:
+            weight: Any = self.adapter.blank_network().get_submodule(projection).weight
+            layers = with_identity(layers, projection, tuple(weight.shape[2:]))
+            settings |= full_rank_settings(projection, weight[0].numel(), settings["target_modules"])
+        save_lora_folder(
+            directory,
+            info=dataclasses.replace(self._lora_info, fps=self.clip_rate),
+            lora_state_dict=layers,
+            adapter_metadata=settings,
+            scheduler=scheduler if "scheduler" in self.adapter.facts.parts else None,
+        )
+
+    @functools.cached_property
+    def _lora_info(self) -> LoraInfo:
+        """What a LoRA remembers of its base, as it was when it was loaded."""
+        folders = self.frozen_components("lora")
+        components = {name: (self.adapter.place(name)[0], folder) for name, folder in folders.items()}
+        num_frames, height, width = self.clip_shape or (None, None, None)
+        return LoraInfo(
+            pipeline_class=self._pipeline_name,
+            network_name=self.network_name,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            **describe_base(self.pretrained_model_name_or_path, components),
+        )
+
+    @property
+    def _pipeline_name(self) -> str:
+        return self.adapter.facts.pipeline.partition(":")[2]
+
+
+def _with_defaults(settings_class: Any, defaults: Mapping[str, Any]) -> Any:
+    """A dataclass of settings with those of a backbone's own values that it has."""
+    known = defaults.keys() & {field.name for field in dataclasses.fields(settings_class)}
+    return settings_class(**{name: defaults[name] for name in known})
+
+
+def specification_of(model_name: str) -> type[BridgeSpecification]:
+    """The specification of a backbone."""
+    own = {cls.model_name: cls for cls in _OWN}
+    return own.get(model_name) or type("BridgeSpecification", (BridgeSpecification,), {"model_name": model_name})
+
+
+class CogVideoXBridgeSpecification(BridgeSpecification):
+    """CogVideoX 1.0 (2B, or 5B with rotary embeddings) as a bridge or its diffusion baseline."""
+
+    model_name = "cogvideox_bridge"
+
+    def __init__(self, pretrained_model_name_or_path: str = "THUDM/CogVideoX-2b", **kwargs: Any) -> None:
+        super().__init__(pretrained_model_name_or_path, **kwargs)
+
+
+class LatteBridgeSpecification(BridgeSpecification):
+    """Latte, from scratch or from a saved model, as a bridge (on a neural prior or not) or its diffusion baseline."""
+
+    model_name = "latte_bridge"
+
+
+class NeuralPriorSpecification(BridgeSpecification):
+    """The neural prior: a coarse video from an image and a class in one call of Latte, without time and noise."""
+
+    model_name = "latte_neural_prior"
+
+
+_OWN = (CogVideoXBridgeSpecification, LatteBridgeSpecification, NeuralPriorSpecification)

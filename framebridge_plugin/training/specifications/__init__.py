@@ -1,1 +1,0 @@
-"""finetrainers model specifications, one file each."""
