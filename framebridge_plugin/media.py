@@ -45,19 +45,7 @@ def read_image(picture: str | Path | Image.Image) -> Image.Image:
 
 
 def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
-    """Read a picture: turned upright as its EXIF says, scaled by the range of its type, on white where transparent.
-
-    Args:
-        picture: A file in any format that Pillow reads, of which the first picture is taken; or a picture of Pillow's,
-            in any mode but 32-bit integers, whose range nobody knows. Floats are in [0, 1].
-
-    Returns:
-        RGB in [0, 1], float32 [H, W, 3].
-
-    Raises:
-        UsageError: If a file is missing, empty, cut off or no picture; the message begins with the path.
-        FrameBridgeError: If the range of the values is unknown, or one lies outside it.
-    """
+    """Read a picture: turned upright as its EXIF says, scaled by the range of its type, on white where transparent."""
     from PIL import Image
 
     if isinstance(picture, Image.Image):
@@ -79,19 +67,7 @@ def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
 
 
 def pictures_levels(pictures: Any) -> list[np.ndarray]:
-    """Read pictures in every form in which diffusers takes them.
-
-    Args:
-        pictures: A file, a picture of Pillow's, an array [H, W], [H, W, C] or [B, H, W, C], a tensor [C, H, W] or
-            [B, C, H, W], or a list of them. C is 1, 3 or 4 (alpha last); values are uint8, uint16, bool, or floats in
-            [0, 1].
-
-    Returns:
-        Of each picture RGB in [0, 1], float32 [H, W, 3].
-
-    Raises:
-        FrameBridgeError: If one is none of these, or a value is outside its range.
-    """
+    """RGB in [0, 1], float32 [H, W, 3], of pictures in every form in which diffusers takes them (grey, with alpha, ...)."""
     import numpy as np
     from PIL import Image
 
@@ -120,17 +96,7 @@ def pictures_levels(pictures: Any) -> list[np.ndarray]:
 
 
 def array_levels(array: np.ndarray) -> np.ndarray:
-    """Scale values by the range of their type.
-
-    Args:
-        array: uint8, uint16, bool, or floats in [0, 1].
-
-    Returns:
-        Float32 in [0, 1], of the same shape.
-
-    Raises:
-        FrameBridgeError: If the type is another, or a value is outside its range or not finite.
-    """
+    """Values of uint8, uint16, bool or floats in [0, 1], scaled by the range of their type to float32 in [0, 1]."""
     import numpy as np
 
     if array.dtype == bool:
@@ -188,18 +154,7 @@ def _to_array(values: Any) -> Any:
 
 
 def to_uint8(video: Any) -> np.ndarray:
-    """Bring a video to bytes.
-
-    Args:
-        video: Bytes of shape [T, H, W, 3], or floats of shape [T, 3, H, W] in [0, 1]; an array, a tensor on any
-            device, or a list of pictures of Pillow's in RGB.
-
-    Returns:
-        Bytes of shape [T, H, W, 3].
-
-    Raises:
-        FrameBridgeError: If the shape is another, or a value is not finite or not in [0, 1].
-    """
+    """Bytes [T, H, W, 3] of a video: of such bytes, or of floats [T, 3, H, W] in [0, 1], as array, tensor or pictures."""
     import numpy as np
 
     video = np.asarray(_to_array(video))
@@ -218,15 +173,7 @@ def to_uint8(video: Any) -> np.ndarray:
 
 
 def write_video(video: Any, path: str | Path, fps: float = DEFAULT_FPS) -> None:
-    """Write an mp4 file (H.264, yuv420p) that every player opens.
-
-    H.264 in yuv420p needs even sizes: an odd height or width is extended by one line, repeating the last.
-
-    Args:
-        video: See `to_uint8`.
-        path: The file; its folder is created.
-        fps: Frames per second.
-    """
+    """Write an mp4 file (H.264, yuv420p) that every player opens; an odd height or width is extended by a line."""
     import imageio.v2 as imageio
     import numpy as np
 
@@ -248,18 +195,7 @@ def contact_sheet(
     labels: Sequence[str] = (),
     images: Sequence[Image.Image] = (),
 ) -> None:
-    """Lay videos out as one PNG: a row per video, frames from left to right.
-
-    Args:
-        videos: See `to_uint8`; sizes may differ.
-        path: The file; its folder is created.
-        columns: At most so many frames of each video, spread evenly from the first to the last.
-        labels: A line of text above each row; none by default.
-        images: What each video was made from, put before its frames at their height; none by default.
-
-    Raises:
-        FrameBridgeError: If there is no video.
-    """
+    """Lay videos out as one PNG: a row per video, frames from left to right."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -294,18 +230,7 @@ def contact_sheet(
 
 
 def loss_curve(metrics: str | Path, path: str | Path, key: str = "loss", window: int = 25) -> None:
-    """Draw a run's loss over its updates, with a running mean.
-
-    Args:
-        metrics: JSON lines with the keys `step` and `key`; lines without both are passed over, as is a last line
-            that was cut off.
-        path: The PNG file; its folder is created.
-        key: What to draw.
-        window: Updates in the running mean.
-
-    Raises:
-        FrameBridgeError: If there is nothing to draw.
-    """
+    """Draw a run's loss over its updates, with a running mean."""
     import numpy as np
 
     steps, losses = _read_metric(Path(metrics), key)

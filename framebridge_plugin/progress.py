@@ -22,17 +22,7 @@ _open: list[Progress] = []
 
 
 class Progress:
-    """Counts towards a total; a context manager.
-
-    Args:
-        total: What is to be counted.
-        description: What is being done, in a word or two.
-        unit: What is counted.
-        initial: What was done before.
-        disable: Whether to show nothing.
-        leave: Whether a bar stays when it is closed; one in the place of another never does.
-        **bar: What `tqdm` takes besides, for a bar.
-    """
+    """Counts towards a total; a context manager."""
 
     def __init__(
         self,
@@ -62,11 +52,7 @@ class Progress:
         _open.append(self)
 
     def update(self, count: int = 1) -> None:
-        """Counts on.
-
-        Args:
-            count: By how much.
-        """
+        """Counts on."""
         self.n += count
         if self._bar is not None:
             self._bar.update(count)
@@ -74,21 +60,13 @@ class Progress:
             self._say()
 
     def set_postfix(self, **notes: Any) -> None:
-        """Shows values beside the count.
-
-        Args:
-            **notes: The values by name.
-        """
+        """Shows values beside the count."""
         self._notes = notes
         if self._bar is not None:
             self._bar.set_postfix(notes, refresh=False)
 
     def write(self, text: str) -> None:
-        """Prints a line that does not run into a bar.
-
-        Args:
-            text: The line.
-        """
+        """Prints a line that does not run into a bar."""
         from tqdm.auto import tqdm
 
         tqdm.write(text, file=sys.stderr)

@@ -9,13 +9,6 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed that depends on all parts and on nothing else (not on the process, platform or hash randomisation).
-
-    Args:
-        *parts: What the draw is for, e.g. `("step", seed, step, rank)`.
-
-    Returns:
-        An integer in [0, 2^63).
-    """
+    """A seed that depends on all parts and on nothing else (not on the process, platform or hash randomisation)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -8,19 +8,7 @@ from framebridge_plugin.sizes import cover_size
 
 
 def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes so that height and width are just covered, then crops the centre.
-
-    The resize is bilinear with antialiasing: the network would otherwise learn the aliasing of its training clips.
-    Frames of 8 bits stay so until they are small, which is ten times as fast and at most one step of 255 off.
-
-    Args:
-        pixels: Frames [F, 3, H, W], uint8 in [0, 255] or floating point in [0, 1].
-        height: Height wanted, in pixels.
-        width: Width wanted, in pixels.
-
-    Returns:
-        Float32 frames [F, 3, height, width] in [0, 1].
-    """
+    """Resizes so that height and width are just covered, then crops the centre."""
     is_uint8 = pixels.dtype == torch.uint8
     old_height, old_width = pixels.shape[-2:]
     size = cover_size(old_height, old_width, height, width)

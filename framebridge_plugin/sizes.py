@@ -6,32 +6,13 @@ from fractions import Fraction
 
 
 def cover_size(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int]:
-    """The size at which a picture just covers another size, its proportions kept.
-
-    Args:
-        old_height: Height of the picture in pixels.
-        old_width: Width of the picture in pixels.
-        height: Height to cover, in pixels.
-        width: Width to cover, in pixels.
-
-    Returns:
-        Height and width, rounded to pixels: one is the size to cover, the other at least that.
-    """
+    """The size at which a picture just covers another size, its proportions kept."""
     scale = max(height / old_height, width / old_width)
     return max(round(old_height * scale), height), max(round(old_width * scale), width)
 
 
 def square_pixel_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, int]:
-    """The size at which a picture is shown: nothing of it is made smaller.
-
-    Args:
-        height: Stored height in pixels.
-        width: Stored width in pixels.
-        pixel_aspect: Width of a stored pixel over its height.
-
-    Returns:
-        Height and width in square pixels.
-    """
+    """The size at which a picture is shown: nothing of it is made smaller."""
     if pixel_aspect >= 1:
         return height, round(width * pixel_aspect)
     return round(height / pixel_aspect), width

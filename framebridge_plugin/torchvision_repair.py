@@ -41,13 +41,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def ensure_torchvision_operators() -> bool:
-    """Declares torchvision's non-maximum suppression where torchvision cannot find its own.
-
-    It does nothing where torchvision is absent or healthy, and calling it again is free.
-
-    Returns:
-        True if the operators had to be declared by this function (now or in an earlier call).
-    """
+    """Declares torchvision's non-maximum suppression where torchvision cannot find its own."""
     with _lock:
         if _declared or not _torchvision_operators_missing():
             return bool(_declared)

@@ -28,19 +28,7 @@ from framebridge_plugin.errors import FrameBridgeError, first_line
 
 
 def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
-    """The folder of a model: a path as it is, a hub id downloaded (or found in the cache).
-
-    Args:
-        name_or_path: A folder or a hub id.
-        patterns: Files wanted, as glob patterns; by default all.
-        **hub_settings: As for huggingface_hub's `snapshot_download`: `revision`, `cache_dir`, ...
-
-    Returns:
-        An existing folder.
-
-    Raises:
-        FrameBridgeError: If there is no such folder and the hub does not answer for the id.
-    """
+    """The folder of a model: a path as it is, a hub id downloaded (or found in the cache)."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
     if os.path.isfile(name_or_path):
@@ -68,20 +56,7 @@ def save_model_folder(
     linked_components: Mapping[str, tuple[str, str, Path]],
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens.
-
-    Args:
-        directory: Where to write; made if needed.
-        pipeline_class: Name of the pipeline, such as "FrameBridgeCogVideoXPipeline".
-        network_name: The trained network's folder and name in the pipeline: "transformer" or "neural_prior".
-        network_class: Its class, a diffusers model.
-        network_config: Its config.
-        network_state_dict: Its weights, whole tensors.
-        scheduler: The scheduler that it was trained with; None for a network that has none.
-        linked_components: The components that were not trained, by name: the library and the name of their class, as
-            `model_index.json` gives them, and their folder.
-        settings: Further arguments of the pipeline, for `model_index.json`.
-    """
+    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens."""
     folder = Path(directory)
     with torch.device("meta"):
         network = network_class.from_config(dict(network_config))
@@ -107,15 +82,7 @@ def save_lora_folder(
     adapter_metadata: Mapping[str, Any],
     scheduler: SchedulerMixin | None,
 ) -> None:
-    """Writes a LoRA file that diffusers loads, the scheduler, and where the LoRA came from.
-
-    Args:
-        directory: Where to write; made if needed.
-        info: What the LoRA was trained on; the names in the LoRA file begin with its `network_name`.
-        lora_state_dict: LoRA weights with the names that peft gives them.
-        adapter_metadata: Settings of their `LoraConfig`: rank, alpha, target modules, patterns of rank and alpha.
-        scheduler: The scheduler that it was trained with; None for a network that has none.
-    """
+    """Writes a LoRA file that diffusers loads, the scheduler, and where the LoRA came from."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_lora_file(folder / LORA_FILE, info.network_name, lora_state_dict, adapter_metadata)
@@ -127,16 +94,7 @@ def save_lora_folder(
 def save_lora_file(
     file: Path, network_name: str, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Writes LoRA layers as diffusers does, with the settings of their `LoraConfig` in the header.
-
-    Where alpha is not the rank the header says so in words too, for readers that do not know where diffusers looks.
-
-    Args:
-        file: The file.
-        network_name: Name of their network in its pipeline.
-        state_dict: The layers with the names that peft gives them.
-        settings: Rank, alpha, target modules, and patterns of rank and alpha.
-    """
+    """Writes LoRA layers as diffusers does, with the settings of their `LoraConfig` in the header."""
     prefixed = {f"{network_name}.{key}": value for key, value in settings.items()}
     header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
     if settings["lora_alpha"] != settings["r"]:
@@ -155,16 +113,7 @@ class SavingWithoutLora:
     components: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves the pipeline as diffusers does.
-
-        Args:
-            save_directory: Where to.
-            *args: As in diffusers.
-            **kwargs: As in diffusers.
-
-        Raises:
-            FrameBridgeError: If LoRA layers are loaded.
-        """
+        """Saves the pipeline as diffusers does."""
         for name, component in self.components.items():
             if getattr(component, "peft_config", None):
                 raise FrameBridgeError(
@@ -176,19 +125,7 @@ class SavingWithoutLora:
 
 
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
-    """What a LoRA remembers of the model that it is trained on.
-
-    Args:
-        base_model: Its folder or hub id.
-        components: Of each component the folder or hub id that it comes from, and its own folder on this machine.
-
-    Returns:
-        `base_model`, `revision`, `replaced_components`, `replaced_revisions` and `fingerprint` of a `LoraInfo`, with
-        the whole paths of folders and the commits of hub ids that were loaded.
-
-    Raises:
-        FrameBridgeError: If a file cannot be read.
-    """
+    """What a LoRA remembers of the model that it is trained on."""
     commits = {name: _commit(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
     replaced = {name: source for name, (source, _) in components.items() if source != base_model}
     return {
@@ -201,12 +138,7 @@ def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -
 
 
 def link_or_copy_tree(source: Path, destination: Path) -> None:
-    """Makes `destination` equal to the folder `source` by hard links, or by copies where links are not possible.
-
-    Args:
-        source: An existing folder; links in it are followed.
-        destination: Made if needed; files of the same name are replaced.
-    """
+    """Makes `destination` equal to the folder `source` by hard links, or by copies where links are not possible."""
     for folder, _, files in os.walk(source, followlinks=True):
         target = destination / Path(folder).relative_to(source)
         target.mkdir(parents=True, exist_ok=True)

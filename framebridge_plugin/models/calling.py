@@ -25,20 +25,7 @@ def call_transformer(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Runs a CogVideoX network in the precision of its text input, with the time in its own.
-
-    Args:
-        transformer: The network, sharded (FSDP2) or not.
-        hidden_states: Latent input [B, T, C, h, w]; cast to the precision of the text.
-        timestep: The network's times [B], real-valued in float32, or integers; they reach the time embedding as they
-            are given.
-        encoder_hidden_states: Text embeddings [B, L, D].
-        image_rotary_emb: Cosines and sines of the rotary embedding, for networks that have one.
-        attention_kwargs: Passed to the attention processors.
-
-    Returns:
-        The output in float32, [B, T, C, h, w].
-    """
+    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay as they are."""
     with _unrounded_time(transformer, transformer.time_proj, timestep):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),
@@ -80,19 +67,11 @@ def call_latte(
     image_latents_B1CHW: torch.Tensor | None = None,
     neural_prior_BFCHW: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs a Latte network in its own precision, with the time in float32.
+    """Runs a Latte network in its own precision, with the time in float32; the output is float32 [B, F, C, h, w].
 
-    Args:
-        transformer: The network, sharded (FSDP2) or not.
-        latents_BFCHW: Noisy latents; for a network of stage "neural_prior" the image latent, repeated over the frames.
-        timestep_B: The network's times, real-valued in float32, or integers; None for a neural prior.
-        class_labels_B: Labels, int64; the network's null label for no class.
-        image_latents_B1CHW: The clean latent of the first frame, put in front of the latents; None for a neural prior.
-        neural_prior_BFCHW: The neural prior's video, for a network that takes it: further channels of the input, in
-            which the frame in front has the image latent once more.
-
-    Returns:
-        The output in float32, [B, F, C, h, w]; that of the frame in front is dropped.
+    The image's latent is put in front of the noisy ones, and its output dropped; the neural prior's video, for a
+    network that takes it, are further input channels, in which the frame in front has the image once more. A neural
+    prior is given the repeated image as `latents_BFCHW`, and neither time nor image.
     """
     inputs = latents_BFCHW
     if image_latents_B1CHW is not None:

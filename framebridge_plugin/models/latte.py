@@ -35,11 +35,6 @@ _TIME_CHANNELS = 256
 
 class LatteBlock(nn.Module):
     """Self-attention over space or over time, then a feed-forward layer, each modulated and gated (adaLN-Zero, DiT).
-
-    Args:
-        num_attention_heads: Number of heads.
-        attention_head_dim: Width of a head.
-        is_temporal: Attend along time at one patch, not within a frame.
     """
 
     def __init__(self, num_attention_heads: int, attention_head_dim: int, is_temporal: bool) -> None:
@@ -52,16 +47,7 @@ class LatteBlock(nn.Module):
         self.ff = FeedForward(width, activation_fn="gelu-approximate")
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Transforms the tokens of whole videos.
-
-        Args:
-            hidden_states: Tokens [B, F * N, D], frame by frame.
-            conditioning: Embedding of class and time [B, D].
-            num_frames: F.
-
-        Returns:
-            Tokens of the same shape.
-        """
+        """Transforms the tokens of whole videos."""
         normed, gate_attn, shift_ff, scale_ff, gate_ff = self.norm1(hidden_states, emb=conditioning)
         hidden_states = hidden_states + gate_attn[:, None] * self._attend(normed, num_frames)
         normed = self.norm2(hidden_states) * (1 + scale_ff[:, None]) + shift_ff[:, None]
@@ -324,17 +310,7 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def parse_latte_size(size: str) -> tuple[int, int, int, int]:
-    """Looks up a size.
-
-    Args:
-        size: Name from the table and patch size, such as "S/2".
-
-    Returns:
-        Number of blocks, width, number of heads and patch size.
-
-    Raises:
-        FrameBridgeError: If there is no such size.
-    """
+    """Looks up a size."""
     name, _, patch = size.partition("/")
     if name not in LATTE_SIZES or patch not in map(str, PATCH_SIZES):
         raise FrameBridgeError(
@@ -345,33 +321,14 @@ def parse_latte_size(size: str) -> tuple[int, int, int, int]:
 
 
 def spatial_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Sines and cosines of a patch's place in its frame.
-
-    Args:
-        rows: Rows of patches.
-        columns: Columns of patches.
-        width: Channels of the table: the first half encodes the column, the second the row.
-        device: Where to put it.
-
-    Returns:
-        Table [rows * columns, width] in float32, row by row.
-    """
+    """Sines and cosines of a patch's place in its frame."""
     by_column = temporal_positions(columns, width // 2, device)[None].expand(rows, -1, -1)
     by_row = temporal_positions(rows, width // 2, device)[:, None].expand(-1, columns, -1)
     return torch.cat([by_column, by_row], dim=-1).flatten(0, 1)
 
 
 def temporal_positions(num_frames: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Sines, then cosines, of a frame's number at `width / 2` wavelengths from 2 pi to nearly 20000 pi.
-
-    Args:
-        num_frames: Number of frames, the image in front included.
-        width: Channels of the table.
-        device: Where to put it.
-
-    Returns:
-        Table [num_frames, width] in float32.
-    """
+    """Sines, then cosines, of a frame's number at `width / 2` wavelengths from 2 pi to nearly 20000 pi."""
     return get_timestep_embedding(torch.arange(num_frames, device=device), width, downscale_freq_shift=0)
 
 

@@ -21,16 +21,7 @@ from framebridge_plugin.errors import FrameBridgeError
 
 
 def full_rank_settings(projection: str, rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
-    """The settings that add the projection's adapter, of scale 1, to those of a LoRA.
-
-    Args:
-        projection: The place of the widened input projection in the network.
-        rank: The projection's number of inputs: channels times kernel.
-        target_modules: The other layers to adapt, as in peft: a regular expression, or names.
-
-    Returns:
-        `target_modules`, `rank_pattern` and `alpha_pattern` of a `LoraConfig`, in values that JSON can say.
-    """
+    """What adds the adapter of a projection of `rank` inputs (channels times kernel), of scale 1, to a `LoraConfig`."""
     is_pattern = isinstance(target_modules, str)
     targets = f"{target_modules}|{projection}" if is_pattern else sorted({*target_modules, projection})
     return {"target_modules": targets, "rank_pattern": {projection: rank}, "alpha_pattern": {projection: rank}}
@@ -67,16 +58,7 @@ def freeze_identity(network: nn.Module, projection: str) -> None:
 def with_identity(
     state_dict: Mapping[str, torch.Tensor], projection: str, kernel_size: tuple[int, ...]
 ) -> dict[str, torch.Tensor]:
-    """Completes the layers of a LoRA by the projection's A, which is not among what is trained.
-
-    Args:
-        state_dict: LoRA layers by the names that peft gives them, the projection's B [out, rank, 1, ...] among them.
-        projection: The place of the widened input projection in the network.
-        kernel_size: The projection's; () for a linear layer.
-
-    Returns:
-        The layers with the projection's A [rank, in, *kernel_size].
-    """
+    """Completes the layers of a LoRA by the projection's A, which is not among what is trained."""
     B = state_dict[f"{projection}.lora_B.weight"]
     A = torch.eye(B.shape[1], dtype=B.dtype).reshape(B.shape[1], -1, *kernel_size)
     return {**state_dict, f"{projection}.lora_A.weight": A}

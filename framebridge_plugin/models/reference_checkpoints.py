@@ -93,20 +93,7 @@ def read_reference_checkpoint(
     class_names: Sequence[str] | None = None,
     num_attention_heads: int | None = None,
 ) -> ReferenceCheckpoint:
-    """Reads a checkpoint of the authors; only tensors and plain containers are unpickled, never code.
-
-    Args:
-        checkpoint: The file. Of "ema" and "model" the first is preferred, which is what the authors sample with.
-        class_names: Names of the classes, taken where the network has as many; otherwise its labels stay numbers.
-        num_attention_heads: Number of heads, which the file does not tell; by default that of the one of `LATTE_SIZES`
-            with the same depth and width.
-
-    Returns:
-        The networks in it.
-
-    Raises:
-        FrameBridgeError: If the file cannot be read, holds more than weights, lacks keys, or holds another network.
-    """
+    """Reads a checkpoint of the authors; only tensors and plain containers are unpickled, never code."""
     weights, state_dict = _load_weights(checkpoint)
     prior_keys = {name: name.removeprefix(PRIOR_PREFIX) for name in state_dict if name.startswith(PRIOR_PREFIX)}
     bridge_state = {name: tensor for name, tensor in state_dict.items() if name not in prior_keys}

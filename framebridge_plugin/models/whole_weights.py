@@ -15,12 +15,6 @@ from framebridge_plugin.errors import FrameBridgeError
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """Makes every `from_pretrained` of both libraries refuse weights that lack a tensor, for a pipeline's parts too.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FrameBridgeError: From a `from_pretrained` inside: which weights lack what.
     """
     libraries: tuple[Any, ...] = (ModelMixin, PreTrainedModel)
     originals = [library.__dict__["from_pretrained"] for library in libraries]
@@ -34,15 +28,7 @@ def whole_weights() -> Iterator[None]:
 
 
 def missing_tensors(model: Any, loading_info: Mapping[str, Any]) -> set[str]:
-    """The tensors of a model that its weights did not have.
-
-    Args:
-        model: What a `from_pretrained` returned.
-        loading_info: What it returned as well, with `output_loading_info=True`.
-
-    Returns:
-        Their names.
-    """
+    """The tensors that a model's weights did not have, by what a `from_pretrained` returned with `output_loading_info`."""
     # Of several files diffusers compares their index alone; accelerate says where it keeps what it moved to the disk.
     is_offloaded = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     unread = () if is_offloaded else (name for name, tensor in model.state_dict().items() if tensor.is_meta)

@@ -58,26 +58,7 @@ def convert_reference_checkpoint(
     class_names: Sequence[str] | None = None,
     num_attention_heads: int | None = None,
 ) -> ReferenceCheckpoint:
-    """Writes a complete model folder: the network, its scheduler (eps_psi, no SAF, SDE on `linspace`) and the VAE.
-
-    The folder appears when it is whole; nothing is left behind by a conversion that fails.
-
-    Args:
-        checkpoint: The authors' file, of any of the three stages.
-        folder: The model folder to make; it must not exist, or be empty.
-        vae: Folder or hub id of the per-frame autoencoder (`AutoencoderKL`), or of a model with one in `vae/`.
-        neural_prior: Model folder with the converted neural prior, for the checkpoint of a bridge on a neural prior,
-            which does not hold it.
-        class_names: Names of the classes, taken where the network has as many; otherwise its labels stay numbers.
-        num_attention_heads: Number of heads of a network that is none of `LATTE_SIZES`.
-
-    Returns:
-        What was in the file; its `describe()` is a line for the user.
-
-    Raises:
-        FrameBridgeError: If the file is refused (see `read_reference_checkpoint`), the folder is taken, or the VAE or
-            the neural prior is missing or does not fit.
-    """
+    """Writes a complete model folder: the network, its scheduler (eps_psi, no SAF, SDE on `linspace`) and the VAE."""
     _check_is_free(Path(folder))
     reference = read_reference_checkpoint(checkpoint, class_names=class_names, num_attention_heads=num_attention_heads)
     main_name, main = next(iter(reference.networks.items()))
@@ -106,21 +87,7 @@ def convert_reference_checkpoint(
 
 
 def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) -> Path:
-    """Writes a LoRA folder of an earlier version, with the input projection beside the LoRA file, as one LoRA file.
-
-    The network is the same: what the projection had learned, its bias included, becomes a LoRA layer of full rank.
-
-    Args:
-        source: The LoRA's folder, or the folder of its run.
-        folder: The LoRA folder to make; it must not exist, or be empty.
-
-    Returns:
-        The LoRA's folder that was read.
-
-    Raises:
-        FrameBridgeError: If there are no two files, one is damaged, the base model is not where it was, or the folder
-            is taken.
-    """
+    """Writes a LoRA folder of an earlier version, with the input projection beside the LoRA file, as one LoRA file."""
     _check_is_free(Path(folder))
     found = find_saved_model(Path(source)) or Path(source)
     if two_file_problem(found) is None:
