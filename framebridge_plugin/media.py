@@ -67,7 +67,7 @@ def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
 
 
 def pictures_levels(pictures: Any) -> list[np.ndarray]:
-    """RGB in [0, 1], float32 [H, W, 3], of pictures in every form in which diffusers takes them (grey, with alpha, ...)."""
+    """RGB in [0, 1], float32 [H, W, 3], of pictures in every form in which diffusers takes them."""
     import numpy as np
     from PIL import Image
 
@@ -154,7 +154,7 @@ def _to_array(values: Any) -> Any:
 
 
 def to_uint8(video: Any) -> np.ndarray:
-    """Bytes [T, H, W, 3] of a video: of such bytes, or of floats [T, 3, H, W] in [0, 1], as array, tensor or pictures."""
+    """Bytes [T, H, W, 3] of a video: such bytes, or floats [T, 3, H, W] in [0, 1]; array, tensor or pictures."""
     import numpy as np
 
     video = np.asarray(_to_array(video))

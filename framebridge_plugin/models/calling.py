@@ -25,7 +25,7 @@ def call_transformer(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay as they are."""
+    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; its times [B] stay float32."""
     with _unrounded_time(transformer, transformer.time_proj, timestep):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),

@@ -21,7 +21,7 @@ from framebridge_plugin.errors import FrameBridgeError
 
 
 def full_rank_settings(projection: str, rank: int, target_modules: str | Iterable[str]) -> dict[str, Any]:
-    """What adds the adapter of a projection of `rank` inputs (channels times kernel), of scale 1, to a `LoraConfig`."""
+    """What adds the adapter of a projection of `rank` inputs (channels x kernel), of scale 1, to a `LoraConfig`."""
     is_pattern = isinstance(target_modules, str)
     targets = f"{target_modules}|{projection}" if is_pattern else sorted({*target_modules, projection})
     return {"target_modules": targets, "rank_pattern": {projection: rank}, "alpha_pattern": {projection: rank}}

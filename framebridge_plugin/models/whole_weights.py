@@ -14,8 +14,7 @@ from framebridge_plugin.errors import FrameBridgeError
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """Makes every `from_pretrained` of both libraries refuse weights that lack a tensor, for a pipeline's parts too.
-    """
+    """Makes every `from_pretrained` of both libraries refuse weights that lack a tensor, for a pipeline's parts too."""
     libraries: tuple[Any, ...] = (ModelMixin, PreTrainedModel)
     originals = [library.__dict__["from_pretrained"] for library in libraries]
     for library, original in zip(libraries, originals, strict=True):
@@ -28,7 +27,7 @@ def whole_weights() -> Iterator[None]:
 
 
 def missing_tensors(model: Any, loading_info: Mapping[str, Any]) -> set[str]:
-    """The tensors that a model's weights did not have, by what a `from_pretrained` returned with `output_loading_info`."""
+    """The tensors that a model's weights did not have, by `output_loading_info` of a `from_pretrained`."""
     # Of several files diffusers compares their index alone; accelerate says where it keeps what it moved to the disk.
     is_offloaded = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     unread = () if is_offloaded else (name for name, tensor in model.state_dict().items() if tensor.is_meta)
