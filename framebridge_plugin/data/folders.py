@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute as pc
 
-from framebridge_plugin.data.captions import clean_caption
 from framebridge_plugin.data.clips import ClipSettings
 from framebridge_plugin.data.decoding.decoders import load_decoder
 from framebridge_plugin.data.layouts import find_clips, local_data_root
@@ -22,6 +22,19 @@ from framebridge_plugin.errors import UsageError
 from framebridge_plugin.settings.data import DatasetSource, dataset_entries
 
 logger = logging.getLogger(__name__)
+
+# The phrases that finetrainers removes under the same option: language models like to begin captions so.
+_SUBJECTS = ("video", "clip", "image", "picture")
+_VERBS = ("shows", "depicts", "features", "captures", "highlights", "introduces", "presents")
+COMMON_PREFIXES = (
+    "In the video,",
+    "In this video,",
+    "In this video clip,",
+    "In the clip,",
+    "Caption:",
+    *(f"{word} {subject} {verb}" for word, subject, verb in product(("This", "The"), _SUBJECTS, _VERBS)),
+    *(f"The animation {verb}" for verb in _VERBS),
+)
 
 
 class ClipIndex(Sequence[tuple[str, str]]):
@@ -80,10 +93,10 @@ class ClipIndex(Sequence[tuple[str, str]]):
         return self._rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=65_536)
 
     def _caption(self, stored: Any) -> str:
-        if self.class_names is not None:
-            caption = self.class_names[stored]
-        else:
-            caption = clean_caption(stored, self._remove_common_prefixes)
+        caption = stored.strip() if self.class_names is None else self.class_names[stored]
+        if self._remove_common_prefixes and self.class_names is None:
+            prefix = next((prefix for prefix in COMMON_PREFIXES if caption.startswith(prefix)), "")
+            caption = caption.removeprefix(prefix).strip()
         return caption if self._id_token is None else f"{self._id_token} {caption}"
 
 

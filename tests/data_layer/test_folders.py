@@ -20,8 +20,8 @@ from framebridge_plugin.data import (
     index_dataset,
     read_clip,
 )
-from framebridge_plugin.data.captions import COMMON_PREFIXES
 from framebridge_plugin.data.class_folders import class_names
+from framebridge_plugin.data.folders import COMMON_PREFIXES
 from framebridge_plugin.errors import FrameBridgeError
 
 DATA = Path(__file__).parents[1] / "data"

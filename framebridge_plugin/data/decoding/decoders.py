@@ -26,7 +26,7 @@ from framebridge_plugin.data.decoding.packet_index import (
     packet_index,
 )
 from framebridge_plugin.data.showing import pixel_aspect, resized, turn_of
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import UsageError, first_line
 from framebridge_plugin.sizes import square_pixel_size
 
 
@@ -137,4 +137,4 @@ def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> 
 
 def _first_line(error: Exception) -> str:
     # decord puts the time of day and the place in its own source in front.
-    return re.sub(r"\[[\d:]+\] \S+: ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    return re.sub(r"\[[\d:]+\] \S+: ", "", first_line(error))

@@ -31,7 +31,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from framebridge_plugin.data.decoding.errors import ClipError, check_regular_file
-from framebridge_plugin.data.decoding.mpeg4_packets import PicturePackets, is_mpeg4_avi, picture_packets
+from framebridge_plugin.data.decoding.mpeg4_packets import PicturePackets, picture_packets
 from framebridge_plugin.data.decoding.packet_index import NotIndexedError, PacketIndex, packet_index
 from framebridge_plugin.data.showing import check_size, pixel_aspect, to_rgb
 
@@ -155,7 +155,7 @@ def _read_by_index(
     try:
         with opened(path, strict) as (container, stream):
             aspect = pixel_aspect(path, stream)
-            if is_mpeg4_avi(container, stream):
+            if container.format.name == "avi" and stream.codec_context.codec.canonical_name == "mpeg4":
                 index = picture_packets(container, stream)
                 numbers = choose(index.length)
                 start = index.last_intra(numbers[0])

@@ -60,11 +60,6 @@ class PicturePackets:
             raise NotIndexedError(f"{len(numbers)} packets of it give {count} frames")
 
 
-def is_mpeg4_avi(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether it is MPEG-4 Part 2 video in an AVI file."""
-    return container.format.name == "avi" and stream.codec_context.codec.canonical_name == "mpeg4"
-
-
 def picture_packets(container: InputContainer, stream: VideoStream) -> PicturePackets:
     """List the packets of such a file; `NotIndexedError` if they do not say which frames decoding gives."""
     packets: list[Packet] = []
