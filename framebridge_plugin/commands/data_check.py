@@ -18,7 +18,7 @@ from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
 from framebridge_plugin.data.clips import ClipSettings, clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
-from framebridge_plugin.data.folders import ClipIndex, index_datasets
+from framebridge_plugin.data.folders import ClipIndex, ClipRows, index_datasets
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.progress import Progress
 
@@ -37,16 +37,15 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
     one more finding. While a check is under way, `<output>.progress` says how far it has come: after Ctrl-C or a kill,
     the same call goes on from there. Returns the exit code.
     """
-    datasets = index_datasets(content, "the recipe's data")
-    rows = _Rows(datasets, full)
-    progress = _Progress(output, rows)
+    rows = ClipRows(index_datasets(content, "the recipe's data"))
+    progress = _Progress(output, rows, full)
     with writing(output):
         file = progress.resume()
     with file:
         if progress.done:
             print(f"going on after {progress.done} of {len(rows)} clips", file=sys.stderr)
         try:
-            for found in _read(rows, progress.done, nproc):
+            for found in _read(_Checks(rows, full), progress.done, nproc):
                 with writing(output):
                     file.writelines(json.dumps(entry).encode() + b"\n" for entry in found if entry is not None)
                     file.flush()
@@ -56,29 +55,22 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
             raise
     progress.path.unlink()
     bad_files = read_bad_files(output)
-    print("\n".join([*_notes(datasets), *_table(bad_files, len(rows), output)]))
+    print("\n".join([*_notes(rows.datasets), *_table(bad_files, len(rows), output)]))
     return 1 if bad_files else 0
 
 
-class _Rows(Dataset[BadFile | None]):
-    """Every clip of the data sets, one after the other: what is wrong with it, or None."""
+class _Checks(Dataset[BadFile | None]):
+    """What is wrong with every clip of the data sets, one after the other, or None."""
 
-    def __init__(self, datasets: Sequence[tuple[ClipIndex, ClipSettings]], full: bool) -> None:
-        self.datasets = datasets
+    def __init__(self, rows: ClipRows, full: bool) -> None:
+        self.rows = rows
         self.full = full
 
     def __len__(self) -> int:
-        return sum(len(index) for index, _ in self.datasets)
-
-    def row(self, number: int) -> tuple[str, ClipSettings]:
-        for index, settings in self.datasets:
-            if number < len(index):
-                return index[number][0], settings
-            number -= len(index)
-        raise IndexError(number)
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> BadFile | None:
-        path, settings = self.row(number)
+        path, _, settings = self.rows[number]
 
         def choose(length: int) -> Sequence[int]:
             window = clip_frames(path, length, settings, _LATEST)
@@ -99,7 +91,7 @@ class _Rows(Dataset[BadFile | None]):
 class _Progress:
     """How far a check has come: in the file beside its result, which is there only as long as it is not at its end."""
 
-    def __init__(self, output: Path, rows: _Rows) -> None:
+    def __init__(self, output: Path, rows: ClipRows, full: bool) -> None:
         self.output = output
         self.path = output.with_name(f"{output.name}.progress")
         self.done = 0
@@ -107,7 +99,7 @@ class _Progress:
         self._what = {
             "clips": [len(index) for index, _ in rows.datasets],
             "settings": [settings.fingerprint() for _, settings in rows.datasets],
-            "full": rows.full,
+            "full": full,
         }
 
     def resume(self) -> BinaryIO:
@@ -116,7 +108,7 @@ class _Progress:
         size = 0
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             state = json.loads(self.path.read_text())
-            is_same = state["what"] == self._what and state["last"] == self._rows.row(state["done"] - 1)[0]
+            is_same = state["what"] == self._what and state["last"] == self._rows[state["done"] - 1][0]
             if is_same and self.output.stat().st_size >= state["bytes"]:
                 self.done, size = state["done"], state["bytes"]
         file = self.output.open("ab")
@@ -125,18 +117,18 @@ class _Progress:
 
     def save(self, clips: int, size: int) -> None:
         self.done += clips
-        last = self._rows.row(self.done - 1)[0]
+        last = self._rows[self.done - 1][0]
         state = {"what": self._what, "done": self.done, "bytes": size, "last": last}
         partial = self.path.with_name(f".{self.path.name}")
         partial.write_text(json.dumps(state))
         partial.replace(self.path)
 
 
-def _read(rows: _Rows, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
+def _read(checks: _Checks, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
     options: dict[str, Any] = {"collate_fn": list, "worker_init_fn": _leave_interrupts_to_main_process}
-    loader = DataLoader(rows, CLIPS_AT_A_TIME, sampler=range(start, len(rows)), num_workers=nproc, **options)
+    loader = DataLoader(checks, CLIPS_AT_A_TIME, sampler=range(start, len(checks)), num_workers=nproc, **options)
     bad = 0
-    with Progress(len(rows), "Checking", initial=start, unit="clip") as bar:
+    with Progress(len(checks), "Checking", initial=start, unit="clip") as bar:
         try:
             for found in loader:
                 yield found

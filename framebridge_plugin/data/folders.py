@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ class ClipIndex(Sequence[tuple[str, str]]):
             prefix = next((prefix for prefix in COMMON_PREFIXES if caption.startswith(prefix)), "")
             caption = caption.removeprefix(prefix).strip()
         return caption if self._id_token is None else f"{self._id_token} {caption}"
+
+
+class ClipRows(Sequence[tuple[str, str, ClipSettings]]):
+    """The rows of several data sets, one after the other, each with the settings of its clips."""
+
+    def __init__(self, datasets: Iterable[tuple[ClipIndex, ClipSettings]]) -> None:
+        self.datasets = list(datasets)
+        self._ends = list(accumulate(len(index) for index, _ in self.datasets))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        dataset = bisect_right(self._ends, number)
+        index, settings = self.datasets[dataset]
+        return *index[number - self._ends[dataset] + len(index)], settings
 
 
 def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, ClipSettings]]:

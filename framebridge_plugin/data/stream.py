@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
 from framebridge_plugin.data.clips import ClipSettings, clip_rate, read_clip
 from framebridge_plugin.data.decoding.errors import ClipError
-from framebridge_plugin.data.folders import ClipIndex
+from framebridge_plugin.data.folders import ClipIndex, ClipRows
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.randomness import derive_seed
@@ -74,21 +73,20 @@ class ClipStream(IterableDataset[Sample]):
         files_to_skip: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.datasets = list(datasets)
+        self.rows = ClipRows(datasets)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.start = start
         self.max_attempts = max_attempts
         self.files_to_skip = files_to_skip
-        self._ends = list(itertools.accumulate(len(index) for index, _ in self.datasets))
-        if not self._ends or self._ends[-1] == 0:
+        if not len(self.rows):
             raise FrameBridgeError("the data sets hold no clips; give at least one")
 
     @property
     def epoch_size(self) -> int:
         """Number of rows of all data sets together."""
-        return self._ends[-1]
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -103,7 +101,7 @@ class ClipStream(IterableDataset[Sample]):
         sample_seed = derive_seed(self.seed, epoch, order[offset])
         skipped: list[BadFile] = []
         for replacement in range(self.epoch_size):
-            path, caption, settings = self._row(order[(offset + replacement) % self.epoch_size])
+            path, caption, settings = self.rows[order[(offset + replacement) % self.epoch_size]]
             if self.files_to_skip and os.path.abspath(path) in self.files_to_skip:
                 continue
             # A stream of its own for the clip's window and flip, so that nothing drawn from sample_seed repeats it;
@@ -120,12 +118,6 @@ class ClipStream(IterableDataset[Sample]):
         # Nothing is raised here: a reading process does not know how the others fare.
         return {"caption": "", "video": torch.empty(0, 3, 0, 0), "sample_seed": sample_seed, "skipped": skipped}
 
-    def _row(self, number: int) -> tuple[str, str, ClipSettings]:
-        dataset = bisect.bisect_right(self._ends, number)
-        index, settings = self.datasets[dataset]
-        path, caption = index[number - (self._ends[dataset] - len(index))]
-        return path, caption, settings
-
 
 class ClipRates(Dataset[float | None]):
     """The rates at which the first `RATE_CLIPS` clips of a run go by as in life, the same for every rank and resume.
@@ -141,7 +133,7 @@ class ClipRates(Dataset[float | None]):
         return min(self._stream.epoch_size, RATE_CLIPS)
 
     def __getitem__(self, offset: int) -> float | None:
-        path, _, settings = self._stream._row(self._order[offset])
+        path, _, settings = self._stream.rows[self._order[offset]]
         if os.path.abspath(path) in self._stream.files_to_skip:
             return None
         try:

@@ -191,6 +191,14 @@ def test_too_large_a_share_stops_the_run_with_a_report(tmp_path, share, workers)
     assert "framebridge.bad_files.max_share, which is 0.2" in remedy
 
 
+def test_a_share_as_large_as_the_limit_is_allowed(tmp_path):
+    bad = {"path": "/a.mp4", "kind": "empty", "reason": "it is"}
+    samples = [{"skipped": [bad] * (number % 2), "caption": ""} for number in range(100)]
+    assert len(list(BadFileTracker(BadFilePolicy(max_share=1 / 3), tmp_path).watch(samples))) == 100
+    with pytest.raises(TooManyBadFilesError):
+        list(BadFileTracker(BadFilePolicy(max_share=0.32), tmp_path).watch(samples))
+
+
 def test_the_share_means_nothing_at_first(tmp_path):
     index = index_of(write_corpus(tmp_path / "files", REPEATED))
     tracker = BadFileTracker(BadFilePolicy(max_share=0.0), tmp_path / "run")
