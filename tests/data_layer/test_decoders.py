@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -54,6 +55,20 @@ def test_the_right_frames_or_a_refusal(tmp_path, kind):
         assert pictures.dtype == np.uint8
         assert pictures.shape == (len(wanted), HEIGHT, WIDTH, 3)
         assert numbers_in(tensor(pictures)) == list(wanted)
+
+
+def test_frames_that_are_stored_before_a_key_frame_and_shown_after_it_are_refused(tmp_path):
+    source = write_video(tmp_path / "source.mp4", frames=24, options={"g": "12", "bf": "0"})
+    path = tmp_path / "a.mp4"
+    with av.open(str(source)) as whole, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.size]
+        times = [packet.pts for packet in packets]
+        times[11:13] = reversed(times[11:13])
+        for packet, time in zip(packets, times, strict=True):
+            packet.pts, packet.stream = time + times[1], stream
+            target.mux(packet)
+    assert_refused(path, "stored before a key frame")
 
 
 @pytest.mark.parametrize("cut_at", ["0.5", "0.77"])

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
+from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, write_video
 
@@ -135,6 +136,10 @@ def test_broken_clips_are_named_and_replaced_the_same_way_everywhere(tmp_path):
         assert {bad_file["path"][-7:] for bad_file in skipped} == {"000.mp4", "001.mp4"}
         assert {bad_file["kind"] for bad_file in skipped} == {"not_video"}
     assert len({sample["sample_seed"] for sample in alone}) == 36
+    # The next sound clip of the order takes the place.
+    order = [f"clip {KeyedPermutation(12, 5, 0)[offset % 12]}" for offset in range(14)]
+    for offset, sample in enumerate(alone[:12]):
+        assert sample["caption"] == next(clip for clip in order[offset:] if clip not in ("clip 0", "clip 1"))
     assert_same(alone, take(ClipStream([data_set], seed=5), 36, workers=2))
     ranks = [take(ClipStream([data_set], seed=5, rank=r, world_size=3), 12) for r in range(3)]
     for rank in range(3):
