@@ -40,8 +40,8 @@ def _statistics(vae: Any, like_BCTHW: torch.Tensor) -> tuple[torch.Tensor | floa
     """Mean and standard deviation by which a video autoencoder's latents are normalised, for each channel."""
     numbers: list[torch.Tensor | float] = []
     for name, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
-        found = getattr(vae, name, None)  # LTX keeps them beside its weights, Wan in its config
-        found = vae.config.get(name) if found is None else found
+        found = vae.config.get(name)  # Wan keeps them in its config, LTX beside its weights
+        found = getattr(vae, name, None) if found is None else found
         if found is not None:
             found = torch.as_tensor(found, dtype=torch.float32, device=like_BCTHW.device).view(1, -1, 1, 1, 1)
         numbers.append(default if found is None else found)

@@ -20,6 +20,7 @@ GROUP = "framebridge_plugin.backbones"
 
 _OWN = {
     "cogvideox_bridge": "framebridge_plugin.backbones.cogvideox.facts:COGVIDEOX",
+    "wan_bridge": "framebridge_plugin.backbones.wan.facts:WAN",
     "latte_bridge": "framebridge_plugin.backbones.latte.facts:LATTE_BRIDGE",
     "latte_neural_prior": "framebridge_plugin.backbones.latte.facts:LATTE_NEURAL_PRIOR",
 }

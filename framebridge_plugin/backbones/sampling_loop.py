@@ -166,7 +166,8 @@ def sample_latents(
     elif is_bridge:
         latents = scheduler.initial_latent(prior, generator=generator)
     else:
-        latents = randn_tensor(prior.shape, generator=generator, device=device) * scheduler.init_noise_sigma
+        latents = randn_tensor(prior.shape, generator=generator, device=device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
 
     times, step_arguments = scheduler.timesteps, inspect.signature(scheduler.step).parameters
     pipeline._num_timesteps = len(times)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,7 +25,7 @@ def call_transformer(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; its times [B] stay float32."""
+    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
     with _unrounded_time(transformer, transformer.time_proj, timestep):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),
@@ -57,6 +57,33 @@ def call_wan(
             .transpose(1, 2)
             .float()
         )
+
+
+def call_ltx(
+    transformer: LTXVideoTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor,
+    rope_interpolation_scale: tuple[float, float, float],
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs an LTX network as `call_transformer` runs a CogVideoX network, on one token for each latent pixel."""
+    num_frames, _, height, width = hidden_states.shape[1:]
+    with _unrounded_time(transformer, transformer.time_embed.emb.time_proj, timestep):
+        output = transformer(
+            hidden_states=hidden_states.to(encoder_hidden_states.dtype).movedim(2, -1).flatten(1, 3),
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            encoder_attention_mask=encoder_attention_mask,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=rope_interpolation_scale,
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+    return output.unflatten(1, (num_frames, height, width)).movedim(-1, 2).float()
 
 
 def call_latte(

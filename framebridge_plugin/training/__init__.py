@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         CogVideoXBridgeSpecification,
         LatteBridgeSpecification,
         NeuralPriorSpecification,
+        WanBridgeSpecification,
     )
     from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
@@ -21,6 +22,7 @@ _MODULE_OF_ATTRIBUTE = {
     "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
     "LatteBridgeSpecification": "framebridge_plugin.training.specification",
     "NeuralPriorSpecification": "framebridge_plugin.training.specification",
+    "WanBridgeSpecification": "framebridge_plugin.training.specification",
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "FrameBridgeTrainer",
     "LatteBridgeSpecification",
     "NeuralPriorSpecification",
+    "WanBridgeSpecification",
 ]
 
 

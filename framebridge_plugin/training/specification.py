@@ -535,4 +535,13 @@ class NeuralPriorSpecification(BridgeSpecification):
     model_name = "latte_neural_prior"
 
 
-_OWN = (CogVideoXBridgeSpecification, LatteBridgeSpecification, NeuralPriorSpecification)
+class WanBridgeSpecification(BridgeSpecification):
+    """Wan 2.1 text-to-video as a bridge or its flow-matching baseline."""
+
+    model_name = "wan_bridge"
+
+    def __init__(self, pretrained_model_name_or_path: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", **kwargs: Any) -> None:
+        super().__init__(pretrained_model_name_or_path, **kwargs)
+
+
+_OWN = (CogVideoXBridgeSpecification, WanBridgeSpecification, LatteBridgeSpecification, NeuralPriorSpecification)

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from framebridge_plugin.models import LatteTransformer
-from framebridge_plugin.models.calling import call_latte, call_transformer, call_wan
+from framebridge_plugin.models.calling import call_latte, call_ltx, call_transformer, call_wan
 from tests.reference_vectors import load_vectors
+from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_wan import make_tiny_wan_network
 
 TIME = 965.716
-Network = CogVideoXTransformer3DModel | LatteTransformer | WanTransformer3DModel
+Network = CogVideoXTransformer3DModel | LatteTransformer | WanTransformer3DModel | LTXVideoTransformer3DModel
 
 
 @pytest.fixture
@@ -59,9 +60,15 @@ def make_wan() -> WanTransformer3DModel:
     return make_tiny_wan_network(text_dim=8).train()
 
 
+def make_ltx() -> LTXVideoTransformer3DModel:
+    return make_tiny_ltx_network(caption_channels=8).train()
+
+
 def time_embedding(transformer: Network) -> torch.nn.Module:
-    is_wan = isinstance(transformer, WanTransformer3DModel)
-    return transformer.condition_embedder.timesteps_proj if is_wan else transformer.time_proj
+    if isinstance(transformer, WanTransformer3DModel):
+        return transformer.condition_embedder.timesteps_proj
+    is_ltx = isinstance(transformer, LTXVideoTransformer3DModel)
+    return transformer.time_embed.emb.time_proj if is_ltx else transformer.time_proj
 
 
 def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) -> torch.Tensor:
@@ -72,13 +79,16 @@ def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) ->
         output = call_latte(transformer, latents, time, torch.tensor([2]), latents.flip(-1))
     else:
         text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
-        run = call_wan if isinstance(transformer, WanTransformer3DModel) else call_transformer
-        output = run(transformer, latents, time, text)
+        if isinstance(transformer, LTXVideoTransformer3DModel):
+            output = call_ltx(transformer, latents, time, text, torch.ones(1, 4), (1.0, 32.0, 32.0))
+        else:
+            run = call_wan if isinstance(transformer, WanTransformer3DModel) else call_transformer
+            output = run(transformer, latents, time, text)
     hook.remove()
     return output
 
 
-@pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan])
+@pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan, make_ltx])
 def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_process_group):
     transformer = make().bfloat16()
     times: list[torch.Tensor] = []
@@ -93,14 +103,15 @@ def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_
     for _ in range(2):
         output = call(sharded, times)
         assert output.dtype == torch.float32
-        assert torch.equal(output, whole)
+        # FSDP2 rounds LTX's rotary embedding, which is an input of its blocks.
+        torch.testing.assert_close(output, whole, rtol=0, atol=1e-2 if make is make_ltx else 0)
     assert not time_embedding(sharded)._forward_pre_hooks
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in sharded.parameters())
     assert [time.dtype for time in times] == [torch.float32] * 3
     assert [time.item() for time in times] == pytest.approx([TIME] * 3, abs=1e-4)
     rounded = call(transformer, [], torch.tensor(TIME).bfloat16().item())
-    assert not torch.equal(rounded, whole)
+    assert (rounded - whole).abs().mean() > 2 * (output - whole).abs().mean()
 
 
 @pytest.fixture

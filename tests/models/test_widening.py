@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, ModelMixin, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
 from peft import LoraConfig
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
 from framebridge_plugin.models.widening import load_bridge_transformer, load_widened_network, widen_input_channels
+from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.tiny_wan import make_tiny_wan_network
 
@@ -119,19 +120,6 @@ def test_another_architecture_is_refused_in_one_line(models, changed, message, t
     with pytest.raises(FrameBridgeError, match=message) as error:
         load_bridge_transformer(str(tmp_path))
     assert "\n" not in str(error.value)
-
-
-def make_tiny_ltx_network() -> LTXVideoTransformer3DModel:
-    torch.manual_seed(0)
-    return LTXVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=16,
-    )
 
 
 def call_network(network: ModelMixin, latents: torch.Tensor) -> torch.Tensor:

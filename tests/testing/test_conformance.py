@@ -14,9 +14,11 @@ from framebridge_plugin.training import (
     CogVideoXBridgeSpecification,
     LatteBridgeSpecification,
     NeuralPriorSpecification,
+    WanBridgeSpecification,
 )
 from tests.testing.tiny_cogview4 import make_tiny_cogview4
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
+from tests.tiny_wan import make_tiny_wan
 
 register()
 
@@ -41,6 +43,13 @@ class TestCogVideoXBridge(TinyModel):
     specification_class = CogVideoXBridgeSpecification
     model_name = "cogvideox_bridge"
     make_model = partial(make_tiny_cogvideox, sample_size=SIZE)
+
+
+class TestWanBridge(TinyModel):
+    specification_class = WanBridgeSpecification
+    model_name = "wan_bridge"
+    make_model = partial(make_tiny_wan)
+    clip_shape = (5, SIZE, SIZE)
 
 
 class TestStockCogVideoX(TinyModel):

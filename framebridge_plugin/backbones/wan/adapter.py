@@ -1,0 +1,51 @@
+"""Wan 2.1 as training and sampling ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from transformers import T5TokenizerFast, UMT5EncoderModel
+
+from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
+from framebridge_plugin.backbones.wan.facts import WAN
+from framebridge_plugin.models.calling import call_wan
+
+
+class WanAdapter(BackboneAdapter):
+    """Wan 2.1 text-to-video (1.3B, 14B)."""
+
+    facts = WAN
+    text_pipeline_class = WanPipeline
+    network_class = WanTransformer3DModel
+    vae_class = AutoencoderKLWan
+    tokenizer_class = T5TokenizerFast
+    text_encoder_class = UMT5EncoderModel
+    text_layer = "condition_embedder.text_embedder.linear_1"
+
+    def load_backbone(self) -> Any:
+        """The scheduler that finetrainers knows, with the shift of the released UniPC."""
+        backbone = super().load_backbone()
+        if backbone is None or isinstance(backbone, FlowMatchEulerDiscreteScheduler):
+            return backbone
+        config = backbone.config
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
+
+    @classmethod
+    def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
+        """As the network was trained."""
+        return 512
+
+    @classmethod
+    def bind(
+        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
+    ) -> Network:
+        """The network with text and image bound."""
+        text, image = conditions["encoder_hidden_states"], image_latents.expand_as(prior)
+
+        def bound(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return call_wan(network, torch.cat([latents, image], dim=2), timestep, text, **call)
+
+        return bound
