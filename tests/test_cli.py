@@ -152,7 +152,7 @@ def test_sample_refuses_before_torch_is_imported(tmp_path):
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
         "error: --order 2: the SDE has order 1 only; take --sampler dbim",
-        "error: --model /nowhere: no such folder",
+        "error: --model no such folder: /nowhere",
     ]
 
 

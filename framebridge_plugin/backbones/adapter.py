@@ -23,7 +23,7 @@ from framebridge_plugin.backbones.loading import (
     load_tokenizer,
     load_weights,
 )
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.models.widening import widen_input_channels
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -238,10 +238,14 @@ class BackboneAdapter:
         """Refuses clips (frames, height, width) that the model is not for."""
         rule = self.facts.clip_rule(self.vae_config, self.network_config)
         for name, problem in rule.problems(*shape):
-            raise UsageError(f"clips: {name} {problem}")
+            raise UsageError(f"clips: {name}: {problem}")
 
     def check_captions(self, captions: Iterable[str], where: str) -> None:
-        """Refuses captions that the model cannot be trained on; text is free."""
+        """Refuses captions that name no class of the model; text is free."""
+        classes = self.facts.known_classes(self.network_config)
+        for caption in filter(None, captions):
+            if classes is not None and (problem := classes.problem(caption)):
+                raise FrameBridgeError(f"{where}: {problem}; leave such clips out, or train from scratch on them")
 
     def check_training(self, training_type: str) -> None:
         """Refuses what cannot be trained."""

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
-from framebridge_plugin.backbones.opening import SavedModel, find_model, load_components, opening
+from framebridge_plugin.backbones.opening import find_model, load_components, opening
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.backbones.saving import SavingWithoutLora
 from framebridge_plugin.schedulers import FrameBridgeScheduler

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 
@@ -26,9 +26,21 @@ _OWN = {
 }
 
 
+Config = Mapping[str, Any]
+"""The `config.json` of a component, as a mapping; an empty one is that of a component that is not to be seen."""
+
+
+class ClipRule(Protocol):
+    """Which clips a model takes and returns."""
+
+    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
+        """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClipShapeRule:
-    """Which clips a model can take and return.
+    """Clips of many shapes.
 
     Attributes:
         frames_step: `num_frames` must be a multiple of this, plus 1.
@@ -54,6 +66,50 @@ def _nearest(value: int, step: int, least: int) -> int:
     return max(least, (value + step // 2) // step * step)
 
 
+@dataclass(frozen=True)
+class ClipShape:
+    """The one shape of clips, in frames and pixels, that a model was trained on and takes."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
+        """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
+        for name, given in {"num_frames": num_frames, "height": height, "width": width}.items():
+            trained = getattr(self, name)
+            if given is not None and given != trained:
+                yield name, f"this model was trained on {trained} and takes no other, not {given}"
+
+
+@dataclass(frozen=True)
+class KnownClasses:
+    """The classes that a model was trained on.
+
+    Attributes:
+        number: How many; their labels are 0 to `number` - 1.
+        names: Their names in the order of their labels; empty where only the numbers are known.
+    """
+
+    number: int
+    names: tuple[str, ...] = ()
+
+    def problem(self, name: str) -> str | None:
+        """What is wrong with a class's name, or its label in digits, with the nearest names; None if it is known."""
+        if name in self.names or (name.isdecimal() and int(name) < self.number):
+            return None
+        if name.lstrip("-").isdecimal():
+            return f"the model knows no class {name}: its labels run from 0 to {self.number - 1}"
+        if not self.names:
+            return f"the model knows its classes by number only, 0 to {self.number - 1}, not {name!r}"
+        by_small_letters = {known.casefold(): known for known in self.names}
+        near = difflib.get_close_matches(name.casefold(), by_small_letters, n=3)
+        if near:
+            nearest = ", ".join(by_small_letters[key] for key in near)
+            return f"the model knows no class {name!r}; the nearest: {nearest}"
+        return f"the model knows no class {name!r}; it knows {self.number}: {', '.join(self.names[:3])}, ..."
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneFacts:
     """A pretrained model on which a bridge is built.
@@ -64,6 +120,7 @@ class BackboneFacts:
         adapter: Place of its `BackboneAdapter`, "package.module:Class".
         pipeline: Place of the pipeline that samples from it.
         parts: Components of a model's folder, each with the class that its config names, or None for any.
+        optional_parts: Further components, which some models have.
         clip_rule: The rule for its clips, from the configs of autoencoder and network; a config may be empty.
         network: The folder of the trained network.
         condition: "text" (captions) or "class" (the caption is the name of a class).
@@ -78,6 +135,13 @@ class BackboneFacts:
             `num_frames`, `height` and `width`.
         without_effect: Settings of a recipe that do nothing for it, by their paths, with the reason.
         config_problem: What is wrong with a component's config, to be read after its place; by default nothing.
+        parts_problems: Where components do not fit each other, from their configs by name: the component, and what is
+            wrong, to be read after its place. An empty config is not known; a name that is left out is not there.
+            "NAME/vae" is the autoencoder that an optional component from elsewhere was trained with.
+        known_classes: The classes that a network's config says it knows; None for a model that takes text.
+        scratch_config: What is known of the config of a network from scratch: from its size as recipes name it, the
+            autoencoder's config, frames, height and width of the clips and the names of the classes (None where they
+            are not known), and the optional components that it is for. None where there is no training from scratch.
     """
 
     name: str
@@ -85,7 +149,8 @@ class BackboneFacts:
     adapter: str
     pipeline: str
     parts: Mapping[str, str | None]
-    clip_rule: Callable[[Mapping[str, Any], Mapping[str, Any]], ClipShapeRule]
+    clip_rule: Callable[[Config, Config], ClipRule]
+    optional_parts: Mapping[str, str | None] = field(default_factory=dict)
     network: str = "transformer"
     condition: Literal["text", "class"] = "text"
     process: Literal["variance_preserving", "flow_matching"] = "variance_preserving"
@@ -96,7 +161,21 @@ class BackboneFacts:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     plain: Mapping[str, Any] = field(default_factory=dict)
     without_effect: Mapping[str, str] = field(default_factory=dict)
-    config_problem: Callable[[str, Mapping[str, Any]], str | None] = lambda part, config: None
+    config_problem: Callable[[str, Config], str | None] = lambda part, config: None
+    parts_problems: Callable[[Mapping[str, Config]], Iterable[tuple[str, str]]] = lambda configs: ()
+    known_classes: Callable[[Config], KnownClasses | None] = lambda network: None
+    scratch_config: (
+        Callable[[str, Config, tuple[int, int, int] | None, list[str] | None, frozenset[str]], Config] | None
+    ) = None
+
+    def problems(self, configs: Mapping[str, Config]) -> Iterator[tuple[str, str]]:
+        """Where components are others than they should be, or do not fit each other; see `parts_problems`."""
+        others = [
+            (part, problem)
+            for part, config in configs.items()
+            if config and (problem := self.config_problem(part, config))
+        ]
+        yield from others or self.parts_problems(configs)
 
     def load_adapter(self) -> Any:
         """The adapter's class; imports torch and diffusers."""
@@ -134,7 +213,7 @@ def find_backbone(name: str) -> BackboneFacts:
     places += [point.value for point in _entry_points() if point.name == name]
     if not places:
         names = backbone_names()
-        nearest = difflib.get_close_matches(name, names, n=1)
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UsageError(f"no backbone {name!r}; use one of {', '.join(names)}{hint}")
     if len(places) > 1:

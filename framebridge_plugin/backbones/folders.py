@@ -1,7 +1,6 @@
-"""What can be told about a model's folder without loading it: is it there, is it whole, which clips fit it.
+"""Finding models on the disk, and reading what says what a folder or a file is; `examination` puts it together.
 
-Needs the standard library alone, so that a wrong path costs a second and not a minute. How the parts of a Latte model
-fit each other is in `latte_checks`.
+Needs the standard library alone, so that a wrong path costs a second and not a minute.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule, working_backbones
+from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
+
+Reader = Callable[[Path], dict[str, Any]]
+"""`read_json`, or one that remembers what it has read."""
 
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -35,98 +36,87 @@ def local_path(name: str) -> Path | None:
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
-def backbone_of(folder: Path) -> BackboneFacts | None:
-    """The backbone of a model's or a LoRA's folder; None if the folder says nothing, or names something else."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError that names the file for anything else."""
+    if not path.is_file():  # a named pipe would be waited for
+        raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
-        if (folder / LORA_INFO_FILE).is_file():
-            info = read_json(folder / LORA_INFO_FILE)
-            # LoRA folders of version 0.1.0 do not say it: there was only one kind.
-            class_name = info.get("pipeline_class", "FrameBridgeCogVideoXPipeline")
-            networks = {info.get("network_name", "transformer")}
-        else:
-            index = read_json(folder / "model_index.json")
-            class_name, networks = _class_name(index), {part for part in index if _is_present(part, index)}
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return content
+
+
+def read_if_whole(path: Path, read: Reader = read_json) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if the file is missing or damaged, which is said elsewhere."""
+    try:
+        return read(path)
     except ValueError:
-        return None
+        return {}
+
+
+def backbone_of(folder: Path, read: Reader = read_json) -> BackboneFacts | None:
+    """The backbone of a model's or a LoRA's folder; None if the folder says nothing, or names something else."""
+    if (folder / LORA_INFO_FILE).is_file():
+        info = read_if_whole(folder / LORA_INFO_FILE, read)
+        # LoRA folders of version 0.1.0 do not say it: there was only one kind.
+        class_name = info.get("pipeline_class", "FrameBridgeCogVideoXPipeline") if info else None
+        networks = {info.get("network_name", "transformer")}
+    else:
+        index = read_if_whole(folder / "model_index.json", read)
+        class_name, networks = pipeline_class(index), {part for part in index if is_present(part, index)}
     titled = [facts for facts in working_backbones() if facts.title in str(class_name)]
     return next((facts for facts in titled if facts.network in networks), titled[0] if titled else None)
 
 
-def folder_problem(path: Path, kind: BackboneFacts = COGVIDEOX) -> str | None:
-    """What is wrong with a model's whole folder in diffusers' format."""
-    if (problem := _place_problem(path)) is not None:
-        return problem
-    try:
-        class_name = _class_name(read_json(path / "model_index.json"))
-    except ValueError as error:
-        return f"{error}; give the folder of a whole {kind.title} model in diffusers' format"
-    if kind.title not in str(class_name):
-        return f"{path} holds a {class_name}, not a {kind.title} pipeline"
-    problems = (part_problem(path / part, part, kind) for part in kind.parts)
-    return next((problem for problem in problems if problem is not None), None)
+def pipeline_class(index: Mapping[str, Any]) -> Any:
+    """The name of the class in a `model_index.json`."""
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
 
 
-def part_problem(path: Path, part: str, kind: BackboneFacts = COGVIDEOX) -> str | None:
-    """What is wrong with the folder of one component of a kind of model."""
-    if (problem := _place_problem(path)) is not None:
-        return problem
-    if part == "tokenizer" and not any((path / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-        # transformers would make up a vocabulary without a word.
-        return f"{path} has no vocabulary (spiece.model); download the model again"
-    if part == "tokenizer":
-        return None
-    try:
-        config = read_json(path / ("scheduler_config.json" if part == "scheduler" else "config.json"))
-        if problem := config_problem(config, part, kind):
-            return f"{path} {problem}"
-        if part == "scheduler":
-            return None
-        for index in path.glob("*.index.json"):
-            for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-                if not (path / name).is_file():
-                    return f"{path / name} is missing, although {index.name} lists it; download the model again"
-    except ValueError as error:
-        return str(error)
-    weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
-    if not weights:
-        return f"{path} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
-    return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)
+def is_present(part: str, index: Mapping[str, Any]) -> bool:
+    """Whether a `model_index.json` says that a component is there."""
+    entry = index.get(part)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
-def config_problem(config: Mapping[str, Any], part: str, kind: BackboneFacts) -> str | None:
+def config_problem(config: Mapping[str, Any], part: str, facts: BackboneFacts) -> str | None:
     """What a component's configuration is instead, to be read after its place; a scheduler's may lack its class."""
     if part == "scheduler":
-        return _scheduler_problem(config, kind)
-    wanted, found = kind.parts[part], config.get("_class_name")
+        return _scheduler_problem(config, facts)
+    wanted, found = {**facts.parts, **facts.optional_parts}[part], config.get("_class_name")
     if wanted is not None and found != wanted:
         return f"holds a {found}, not a {wanted}"
-    return kind.config_problem(part, config)
+    return facts.config_problem(part, config)
 
 
-def _scheduler_problem(config: Mapping[str, Any], kind: BackboneFacts) -> str | None:
+def _scheduler_problem(config: Mapping[str, Any], facts: BackboneFacts) -> str | None:
     """The bridge is aligned to one kind of process, which the backbone's own scheduler has."""
     if config.get("_class_name") == "FrameBridgeScheduler":
         if config.get("backbone") is None:
             return None
         config = config["backbone"]
     name, betas = config.get("_class_name"), config.get("beta_schedule")
-    prediction = config.get("prediction_type", kind.predictions[-1] if is_flow_matching(config) else "epsilon")
+    prediction = config.get("prediction_type", facts.predictions[-1] if is_flow_matching(config) else "epsilon")
     process = "flow_matching" if is_flow_matching(config) else "variance_preserving"
-    if name is None or (kind.schedulers and name not in kind.schedulers):
+    if name is None or (facts.schedulers and name not in facts.schedulers):
         found = "names no scheduler" if name is None else f"is for a {name}"
-    elif process != kind.process:
+    elif process != facts.process:
         sign = "use_flow_sigmas" if config.get("use_flow_sigmas") else "by its class or prediction_type"
         found = f"is for flow matching ({sign})" if process == "flow_matching" else "is for a diffusion process"
-    elif prediction not in kind.predictions:
+    elif prediction not in facts.predictions:
         found = f"has prediction_type {prediction}"
     elif betas is not None and betas not in _BETA_SCHEDULES:
         found = f"has beta_schedule {betas}"
     else:
         return None
-    known = " or ".join(kind.schedulers) or "flow-matching scheduler"
+    known, predictions = " or ".join(facts.schedulers) or "flow-matching scheduler", " or ".join(facts.predictions)
     return (
-        f"{found}; the bridge knows a {kind.title} by its {known} with prediction_type {' or '.join(kind.predictions)}"
-        ": give the model as it was released"
+        f"{found}; the bridge knows a {facts.title} by its {known} with prediction_type {predictions}: give the model "
+        "as it was released"
     )
 
 
@@ -144,12 +134,12 @@ def file_problem(path: Path) -> str:
     return f"{path} is a checkpoint file, not a folder: make a model folder of it and give that: {shlex.join(command)}"
 
 
-def find_transformer(path: Path) -> Path:
-    """The transformer's folder in its own, a model's, a run's or a checkpoint's; the given one if there is none."""
+def find_part(path: Path, part: str) -> Path:
+    """A component's folder in its own, a model's, a run's or a checkpoint's; the given one if there is none."""
     if (path / "config.json").is_file():
         return path
     around = (path, find_saved_model(path) or path)
-    return next((folder / "transformer" for folder in around if (folder / "transformer").is_dir()), path)
+    return next((folder / part for folder in around if (folder / part).is_dir()), path)
 
 
 def find_saved_model(folder: Path) -> Path | None:
@@ -173,15 +163,6 @@ def two_file_problem(folder: Path) -> str | None:
     return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"
 
 
-def plain_problem(transformer: Path) -> str | None:
-    """That a transformer's folder is of a plain CogVideoX; a FrameBridge network takes the image's latent as well."""
-    config = _config(transformer)
-    channels = config.get("in_channels")
-    if not isinstance(channels, int) or channels != config.get("out_channels"):
-        return None
-    return f"a plain CogVideoX: its transformer has {channels} input channels, a FrameBridge model has {2 * channels}"
-
-
 def writing_problem(folder: Path) -> str | None:
     """Why a folder cannot be written into, or made."""
     folder = folder.absolute()
@@ -191,42 +172,8 @@ def writing_problem(folder: Path) -> str | None:
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
 
 
-def clip_shape_rule(vae: Path | None, transformer: Path | None, kind: BackboneFacts = COGVIDEOX) -> ClipShapeRule:
-    """The rule of a model's configurations; a folder that is None or cannot be read stands for the usual one."""
-    return kind.clip_rule(*({} if folder is None else _config(folder) for folder in (vae, transformer)))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError that names the file for anything else."""
-    if not path.is_file():  # a named pipe would be waited for
-        raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return content
-
-
-def _class_name(index: Mapping[str, Any]) -> Any:
-    name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) and name else name
-
-
-def _is_present(component: str, index: Mapping[str, Any]) -> bool:
-    entry = index.get(component)
-    return isinstance(entry, list) and bool(entry) and entry[0] is not None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / "config.json")
-    except ValueError:
-        return {}  # reported by part_problem
-
-
-def _place_problem(path: Path) -> str | None:
+def place_problem(path: Path) -> str | None:
+    """Why a path is not the folder of a model or of a component."""
     if not path.exists():
         return f"no such folder: {path}"
     if not path.is_dir():
@@ -264,3 +211,19 @@ def weights_problem(path: Path) -> str | None:
     if size != expected:
         return f"{path} has {size} bytes, its header announces {expected}; download it again"
     return None
+
+
+def folder_weights_problem(folder: Path, read: Reader = read_json) -> str | None:
+    """What is wrong with the weights in a component's folder."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(read(index).get("weight_map", {}).values())
+        except ValueError as error:
+            return str(error)
+        for name in sorted(names):
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing, although {index.name} lists it; download the model again"
+    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not weights:
+        return f"{folder} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
+    return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)

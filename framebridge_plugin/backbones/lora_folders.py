@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
     LORA_FILE,
     LORA_INFO_FILE,
-    backbone_of,
+    Reader,
     read_json,
     safetensors_header,
     two_file_problem,
@@ -67,14 +68,15 @@ class LoraInfo:
         return first_difference(known, {part: component_fingerprint(folders[part]) for part in known})
 
 
-def read_lora_info(folder: Path) -> LoraInfo:
+def read_lora_info(folder: Path, read: Reader = read_json) -> LoraInfo:
     """What a LoRA folder says; a FrameBridgeError if it is not as it was written."""
     path = folder / LORA_INFO_FILE
     try:
-        content = read_json(path)
+        content = read(path)
         info = LoraInfo(**{name: content[name] for name in LoraInfo.__dataclass_fields__ if name in content})
         mappings = (info.replaced_components, info.replaced_revisions, info.fingerprint, *info.fingerprint.values())
-        if not isinstance(info.base_model, str) or not all(isinstance(value, dict) for value in mappings):
+        sources = (info.base_model, *info.replaced_components.values())
+        if not all(isinstance(value, dict) for value in mappings) or not all(isinstance(n, str) for n in sources):
             raise TypeError
     except (ValueError, TypeError, AttributeError):
         raise FrameBridgeError(f"{path}: is not as it was written; copy the folder again") from None
@@ -89,26 +91,25 @@ def other_base_error(folder: Path, base: str, difference: str) -> str:
     )
 
 
-def lora_problem(folder: Path) -> str | None:
+def lora_problem(folder: Path, facts: BackboneFacts) -> str | None:
     """What is wrong with the LoRA file of a folder that our trainer saved."""
     if (problem := two_file_problem(folder)) is not None:
         return problem
-    file = folder / LORA_FILE
+    file, layer = folder / LORA_FILE, facts.input_projection
     if not file.is_file():
         return f"{file} is missing; copy the folder again"
     if (problem := weights_problem(file)) is not None:
         return problem
     names = safetensors_header(file) or {}
-    projection = _input_projection(folder)
-    if projection and f"transformer.{projection}.lora_B.weight" not in names:
+    if layer is not None and f"{facts.network}.{layer}.lora_B.weight" not in names:
         return (
-            f"{file} lacks the layer of {projection}, without which the network cannot see the image; take the "
-            "folder as it was written"
+            f"{file} lacks the layer of {layer}, without which the network cannot see the image; take the folder as "
+            "it was written"
         )
     return None
 
 
-def lora_settings(folder: Path) -> dict[str, Any]:
+def lora_settings(folder: Path, facts: BackboneFacts) -> dict[str, Any]:
     """`rank`, `lora_alpha` and `target_modules` (sorted names, or one expression) that a LoRA file says it has, if
     any.
     """
@@ -117,15 +118,9 @@ def lora_settings(folder: Path) -> dict[str, Any]:
         content = json.loads(header["__metadata__"]["lora_adapter_metadata"])
         settings = {key.partition(".")[2]: value for key, value in content.items()}
         targets = settings["target_modules"]
-        projection = _input_projection(folder)
         if isinstance(targets, str):
-            targets = [targets.removesuffix(f"|{projection}")]
-        names = sorted({*targets} - {projection})
+            targets = [targets.removesuffix(f"|{facts.input_projection}")]
+        names = sorted({*targets} - {facts.input_projection})
         return {"rank": settings["r"], "lora_alpha": settings["lora_alpha"], "target_modules": names}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
-
-
-def _input_projection(folder: Path) -> str | None:
-    backbone = backbone_of(folder)
-    return None if backbone is None else backbone.input_projection

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.folders import (
-    LORA_INFO_FILE,
-    backbone_of,
-    config_problem,
-    find_saved_model,
-    local_path,
-    read_json,
-)
-from framebridge_plugin.backbones.lora_folders import (
-    HOW_TO_SAY_BASE,
-    LoraInfo,
-    lora_problem,
-    other_base_error,
-    read_lora_info,
-)
+from framebridge_plugin.backbones.examination import SavedModel, examine
+from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
+from framebridge_plugin.backbones.folders import find_saved_model, local_path, read_json
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
 from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line
@@ -38,84 +27,75 @@ from framebridge_plugin.schedulers.backbone import build_backbone
 _HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-class SavedModel(NamedTuple):
-    """Where the parts of a model are on this machine.
-
-    Attributes:
-        base: The folder of a whole model; None for a LoRA all of whose components came from elsewhere.
-        components: Folders of the components that are to be taken in place of the base's.
-        lora: The folder of a LoRA to load into them, if it is one.
-        info: What the LoRA's folder says.
-    """
-
-    base: Path | None
-    components: Mapping[str, Path] = {}
-    lora: Path | None = None
-    info: LoraInfo | None = None
-
-
 def find_model(
     name_or_path: str | os.PathLike,
-    kinds: Container[BackboneFacts | None],
+    kinds: Container[BackboneFacts] | None,
     settings: dict[str, Any],
     *,
     base_model: str | os.PathLike | None = None,
     allow_other_base: bool = False,
 ) -> SavedModel:
-    """Finds what is to be opened.
+    """Finds what is to be opened, and examines it.
 
     Args:
-        name_or_path: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or a hub id of one.
-        kinds: Which kinds of model it may be.
+        name_or_path: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or a hub id of one; or a
+            `SavedModel` without findings.
+        kinds: Which kinds of model it may be; None for any.
         settings: Arguments of a `from_pretrained`. Those for the hub are taken out of them; a component that is given
             there is not looked for.
         base_model: Where the model that a LoRA was trained on is now: as `name_or_path`, but no LoRA.
         allow_other_base: Whether that may be another model than the one that it was trained on.
 
     Returns:
-        The folders.
+        The model.
 
     Raises:
         FrameBridgeError: If something is missing, of another kind, or a LoRA's base model is another one.
     """
     hub = {name: settings.pop(name) for name in _HUB_SETTINGS if name in settings}
-    found = _saved_model(local_folder(os.fspath(name_or_path), **hub))
-    info = read_lora_info(found) if (found / LORA_INFO_FILE).is_file() else None
-    if backbone_of(found) not in kinds:
-        name = read_json(found / "model_index.json").get("_class_name") if info is None else info.pipeline_class
-        raise FrameBridgeError(f"{found} is for a {name}, not for this pipeline")
-    if info is None:
-        if base_model is not None or allow_other_base:
-            raise FrameBridgeError(f"{found} is a whole model, not a LoRA: it has no base model; leave that out")
-        saved = SavedModel(found)
-    elif (problem := lora_problem(found)) is not None:
-        raise FrameBridgeError(problem)
+    names = set().union(*({*facts.parts, *facts.optional_parts} for facts in working_backbones()))
+    given: dict[str, Path | None] = dict.fromkeys(name for name in settings if name in names)
+    if isinstance(name_or_path, SavedModel):
+        saved = dataclasses.replace(name_or_path, components={**name_or_path.components, **given})
+        problems: list[str | None] = []
     else:
-        hub.pop("revision", None)  # that of the LoRA
-        saved = _find_base(found, info, settings, hub, base_model, allow_other_base)
-    _check_configs(saved, settings)
+        folder = find_folder(name_or_path, **hub)
+        base = None if base_model is None else os.fspath(base_model)
+        saved = examine(folder, locate=functools.partial(_locate, hub), base=base, components=given)
+        if saved.info is None and (base is not None or allow_other_base):
+            raise FrameBridgeError(f"{folder} is a whole model, not a LoRA: it has no base model; leave that out")
+        findings = sorted(saved.findings(), key=lambda finding: not finding.is_other)
+        problems = [finding.message for finding in findings]
+        if not problems and not allow_other_base:
+            problems = [saved.other_base_problem()]
+    if kinds is not None and saved.facts not in kinds:
+        raise FrameBridgeError(f"{os.fspath(saved)} is for a {saved.facts.title}, not for this pipeline")
+    if problem := next(filter(None, problems), None):
+        raise FrameBridgeError(problem)
+    if saved.info is not None and not saved.info.fingerprint:
+        say(f"{saved.lora} does not say how to know the model that it was trained on: {saved.base} is taken for it")
+    _check_scheduler(saved, settings)
     return saved
 
 
-def _check_configs(saved: SavedModel, given: Mapping[str, Any]) -> None:
-    """Refuses a network or a scheduler of another kind before anything is loaded."""
-    own = next((folder / "scheduler" for folder in (saved.lora, saved.base) if folder is not None), Path())
-    if "scheduler" in given and "transformer" not in given and (own / "scheduler_config.json").is_file():
-        name = read_json(own / "scheduler_config.json").get("_class_name")
-        facts = backbone_of(own.parent)
-        assert facts is not None
-        check_scheduler(given["scheduler"], facts, was_bridge=name == FrameBridgeScheduler.__name__)
-    kind = None if saved.base is None else backbone_of(saved.base)
-    if saved.base is None or kind is None:
-        return
-    for part, name in (("transformer", "config.json"), ("scheduler", "scheduler_config.json")):
-        file = saved.base / part / name
-        is_used = part in kind.parts and part not in given and part not in saved.components
-        if is_used and file.is_file() and (problem := config_problem(read_json(file), part, kind)):
-            raise FrameBridgeError(f"{saved.base / part} {problem}")
+def _locate(hub: Mapping[str, Any], source: str, revision: str | None) -> Path | None:
+    if (path := local_path(source)) is not None:
+        return path
+    hub = {name: value for name, value in hub.items() if name != "revision"}  # that of the LoRA
+    return local_folder(source, **hub) if revision is None else local_folder(source, revision=revision, **hub)
 
 
-def _saved_model(folder: Path) -> Path:
+def _check_scheduler(saved: SavedModel, given: Mapping[str, Any]) -> None:
+    """Refuses a scheduler of another kind than that of the model whose network it is to go with."""
+    own = Path(saved.lora or saved.base or "") / "scheduler" / "scheduler_config.json"
+    if "scheduler" in given and "transformer" not in given and own.is_file():
+        name = saved.read(own).get("_class_name")
+        check_scheduler(given["scheduler"], saved.facts, was_bridge=name == FrameBridgeScheduler.__name__)
+
+
+def find_folder(name_or_path: str | os.PathLike, **hub_settings: Any) -> Path:
+    """The folder of the model or the LoRA that a folder holds, or that a hub id stands for."""
+    folder = local_folder(os.fspath(name_or_path), **hub_settings)
     found = find_saved_model(folder)
     if found is None:
         raise FrameBridgeError(
@@ -125,48 +105,6 @@ def _saved_model(folder: Path) -> Path:
     if found.parent.parent.name == "checkpoints" and folder not in (found, found.parent):
         say(f"the run has not ended: its newest checkpoint {found.parent} is used")
     return found
-
-
-def _find_base(
-    lora: Path,
-    info: LoraInfo,
-    given: Container[str],
-    hub: Mapping[str, Any],
-    base_model: str | os.PathLike | None,
-    allow_other_base: bool,
-) -> SavedModel:
-    base = None
-    if base_model is not None:
-        base = _saved_model(local_folder(os.fspath(base_model), **hub))
-        if (base / LORA_INFO_FILE).is_file():
-            raise FrameBridgeError(f"{base} is a LoRA itself; give the model that {lora} was trained on")
-    elif info.base_model:
-        remedy = f"say where it is now ({HOW_TO_SAY_BASE})"
-        base = _part(lora, "base model", info.base_model, info.revision, remedy, hub)
-    components = {}
-    for name, source in info.replaced_components.items():
-        if name not in given:
-            remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
-            folder = _part(lora, name, source, info.replaced_revisions.get(name), remedy, hub)
-            # A neural prior on the hub is a model's id, its folder is the network's.
-            components[name] = folder / name if (folder / name).is_dir() else folder
-    compared = dict(components)
-    for name in info.fingerprint:
-        if base is not None and name not in info.replaced_components and name not in given:
-            compared[name] = base / name
-    if not info.fingerprint:
-        say(f"{lora} does not say how to know the model that it was trained on: {base} is taken for it")
-    elif not allow_other_base and (difference := info.other_base_problem(compared)) is not None:
-        raise FrameBridgeError(other_base_error(lora, str(base), difference))
-    return SavedModel(base, components, lora, info)
-
-
-def _part(lora: Path, name: str, source: str, revision: str | None, remedy: str, hub: Mapping[str, Any]) -> Path:
-    """The folder of something that a LoRA was trained on."""
-    path = local_path(source)
-    if path is not None and not path.is_dir():
-        raise FrameBridgeError(f"the {name} of the LoRA {lora} is gone from {path}; {remedy}")
-    return local_folder(source, **hub) if revision is None else local_folder(source, revision=revision, **hub)
 
 
 @contextlib.contextmanager
@@ -210,12 +148,13 @@ def load_components(
     dtypes = settings.get("dtype") or settings.get("torch_dtype")
     components = {}
     for name, folder in saved.components.items():
+        if folder is None:  # given
+            continue
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         precision = {} if name == "tokenizer" else {"dtype": dtype or torch.float32}
         load = getattr(loaders[name], "from_pretrained", loaders[name])
         components[name] = load(folder, **precision)
-    info = saved.info
-    if saved.lora is not None and info is not None and info.network_name == "transformer":
+    if saved.lora is not None and "scheduler" in saved.facts.parts:
         components["scheduler"] = settings.get("scheduler") or load_scheduler(saved.lora / "scheduler")
     return components
 

@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from framebridge_plugin.backbones.facts import find_backbone
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
     LORA_FILE,
     LORA_INFO_FILE,
+    Reader,
     backbone_of,
     find_saved_model,
     local_path,
+    read_json,
     safetensors_header,
     two_file_problem,
 )
-from framebridge_plugin.backbones.latte.facts import LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.lora_folders import read_lora_info
 
 
@@ -29,6 +30,8 @@ class Start:
     """The folder of an earlier run's model or LoRA; of a run with an average of the weights (EMA), of the average."""
 
     folder: Path
+    facts: BackboneFacts | None
+    """Of what model; None if the folder does not say it."""
 
     @property
     def is_lora(self) -> bool:
@@ -38,13 +41,13 @@ class Start:
     @property
     def network(self) -> Path:
         """The folder of a whole model's network."""
-        return self.folder / ("neural_prior" if backbone_of(self.folder) == LATTE_NEURAL_PRIOR else "transformer")
+        return self.folder / ("transformer" if self.facts is None else self.facts.network)
 
     def kind_problem(self, model_name: str, training_type: str) -> str | None:
         """Why a run of this model and training type cannot begin with it."""
         if (problem := two_file_problem(self.folder)) is not None:
             return problem
-        if backbone_of(self.folder) != find_backbone(model_name):
+        if self.facts is None or self.facts.name != model_name:
             return f"{self.folder} is not from a run of {model_name}: give one that is"
         if self.is_lora and training_type != "lora":
             return (
@@ -74,10 +77,10 @@ class Start:
         return None if difference is None else f"{self.folder} was trained with another model: {difference}; {remedy}"
 
 
-def find_start(name: str | None) -> Start | None:
+def find_start(name: str | None, read: Reader = read_json) -> Start | None:
     """What a run is to begin with: a run's, checkpoint's, model's or LoRA's folder; None for a hub id, or if it is
     none.
     """
     path = None if name is None else local_path(name)
     found = None if path is None else find_saved_model(path)
-    return None if found is None else Start(found)
+    return None if found is None else Start(found, backbone_of(found, read))

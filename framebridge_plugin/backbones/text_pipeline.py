@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from diffusers.utils import BaseOutput
 
 from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
 from framebridge_plugin.backbones.encoding import decode_video, encode_still
-from framebridge_plugin.backbones.folders import read_json, two_file_problem
-from framebridge_plugin.backbones.opening import SavedModel, load_components, say
+from framebridge_plugin.backbones.examination import SavedModel
+from framebridge_plugin.backbones.folders import two_file_problem
+from framebridge_plugin.backbones.opening import load_components, say
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
     call_defaults,
@@ -120,15 +122,15 @@ class TextBridgePipeline(BridgePipeline):
     def _open(cls, saved: SavedModel, settings: dict[str, Any]) -> Any:
         base, plain = saved.base, cls.adapter.facts.plain
         assert base is not None
-        network = read_json(base / "transformer" / "config.json") if "transformer" not in settings else {}
-        if network and network.get("in_channels") == network.get("out_channels"):
-            saved = saved._replace(components={"transformer": base / "transformer", **saved.components})
+        if saved.takes_no_image:
+            network = cls.adapter.facts.network
+            saved = dataclasses.replace(saved, components={**saved.components, network: saved.folder(network)})
         components = settings | load_components(saved, cls._loaders(), settings)
-        index = read_json(base / "model_index.json")
+        index = saved.read(base / "model_index.json")
         if "scheduler" not in components and index.get("_class_name") != cls.__name__:
             bridge = {name: value for name, value in plain.items() if name not in _CLIP}
             components["scheduler"] = FrameBridgeScheduler.from_backbone(
-                read_json(base / "scheduler" / "scheduler_config.json"), **bridge
+                saved.read(base / "scheduler" / "scheduler_config.json"), **bridge
             )
             say(
                 f"the model has no bridge settings: the reference's are used (target {plain['target']}, SNR-aligned, "
@@ -137,7 +139,7 @@ class TextBridgePipeline(BridgePipeline):
         for name in _CLIP:
             of_lora = None if saved.info is None else getattr(saved.info, name)
             components.setdefault(name, of_lora or index.get(name) or plain[name])
-        return super()._open(saved._replace(components={}, lora=None), components)
+        return super()._open(dataclasses.replace(saved, components={}, lora=None), components)
 
     @torch.no_grad()
     def __call__(

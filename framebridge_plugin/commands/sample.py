@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.folders import (
-    LORA_INFO_FILE,
-    backbone_of,
-    find_saved_model,
-    find_transformer,
-    read_json,
-)
-from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
-from framebridge_plugin.backbones.opening import load_scheduler, opening, say
+from framebridge_plugin.backbones.examination import SavedModel
+from framebridge_plugin.backbones.folders import find_part, pipeline_class, read_if_whole
+from framebridge_plugin.backbones.opening import find_folder, find_model, load_scheduler, opening, say
 from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, write_video
@@ -31,8 +20,6 @@ from framebridge_plugin.schedulers import FrameBridgeScheduler
 if TYPE_CHECKING:
     from framebridge_plugin.commands.sample_inputs import SampleInput
     from framebridge_plugin.commands.sample_request import SampleRequest
-
-Pipeline = FrameBridgeCogVideoXPipeline | FrameBridgeLattePipeline
 
 _CALL_SETTINGS = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,17 +39,13 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
         UsageError: If the model came from the hub, and the options are not for it.
         FrameBridgeError: If the model cannot be opened, or a size does not fit it.
     """
-    request.check_download(local_folder(request.model))
+    folder = find_folder(request.model)
+    saved = request.saved or request.check_download(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_dtype = "bf16" if device.type == "cuda" else "fp32"
-    pipeline = open_pipeline(
-        request.model,
-        transformer=request.transformer,
-        torch_dtype=_DTYPES[request.dtype or default_dtype],
-        base_model=request.base,
-        allow_other_base=request.allow_other_base,
-    )
-    call = _prepare_call(pipeline, request)
+    dtype = _DTYPES[request.dtype or default_dtype]
+    pipeline = open_pipeline(saved, transformer=request.transformer, torch_dtype=dtype)
+    call = _prepare_call(pipeline, saved, request)
     pipeline.to(device)
 
     paths, videos, labels = request.video_paths(), [], []
@@ -83,19 +66,13 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     return paths
 
 
-def _kind_of(pipeline: Pipeline) -> BackboneFacts:
-    if isinstance(pipeline, FrameBridgeCogVideoXPipeline):
-        return COGVIDEOX
-    return LATTE_NEURAL_PRIOR if pipeline.transformer is None else LATTE_BRIDGE
-
-
-def _prepare_call(pipeline: Pipeline, request: SampleRequest) -> dict[str, Any]:
+def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> dict[str, Any]:
     """Sets the scheduler as the request says; returns the arguments of a call."""
-    kind = _kind_of(pipeline)
-    if kind is LATTE_NEURAL_PRIOR:
+    facts = saved.facts
+    if "scheduler" not in facts.parts:
         say("a neural prior: one call of the network per video")
         return {}
-    settings = request.sampler_settings(kind)
+    settings = request.sampler_settings(facts)
     if isinstance(pipeline.scheduler, FrameBridgeScheduler):
         pipeline.scheduler = FrameBridgeScheduler.from_config(
             pipeline.scheduler.config,
@@ -108,24 +85,25 @@ def _prepare_call(pipeline: Pipeline, request: SampleRequest) -> dict[str, Any]:
     else:
         say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
     call: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
-    if kind is COGVIDEOX:
+    if facts.condition == "text":
         call |= {"num_frames": request.num_frames, "height": request.height, "width": request.width}
         call["use_dynamic_cfg"] = request.use_dynamic_cfg
     return call
 
 
 def open_pipeline(
-    model: str,
+    model: str | SavedModel,
     *,
     transformer: str | None = None,
     torch_dtype: torch.dtype | None = None,
     base_model: str | None = None,
     allow_other_base: bool = False,
-) -> Pipeline:
+) -> Any:
     """Opens a model of any kind, wherever a run or a release left it, by its pipeline's `from_pretrained`.
 
     Args:
-        model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id.
+        model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id; or what is known of
+            it.
         transformer: Folder or id of a fine-tuned CogVideoX transformer, or of a model or a run that holds one, to put
             into `model`, with the bridge settings beside it if there are any, and those of the reference if not.
         torch_dtype: Precision of the weights; float32 by default.
@@ -138,37 +116,28 @@ def open_pipeline(
     Raises:
         FrameBridgeError: If something is missing, damaged or of another kind.
     """
-    found = find_saved_model(local_folder(model))
-    is_latte = found is not None and backbone_of(found) in (LATTE_BRIDGE, LATTE_NEURAL_PRIOR)
-    pipeline_class = FrameBridgeLattePipeline if is_latte else FrameBridgeCogVideoXPipeline
-    replaced: dict[str, Any] = {}
+    replaced: dict[str, Any] = {} if transformer is None else {"transformer": None}
+    saved = find_model(model, None, replaced, base_model=base_model, allow_other_base=allow_other_base)
     if transformer is not None:
-        if is_latte:
-            raise FrameBridgeError(f"--transformer is for CogVideoX; {found} is a Latte model: leave it out")
-        if found is not None and (found / LORA_INFO_FILE).is_file():
+        if saved.facts.input_projection is None:
+            raise FrameBridgeError(f"--transformer is for models of text, which {saved.base} is not: leave it out")
+        if saved.lora is not None:
             raise FrameBridgeError(
-                f"{found} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
+                f"{saved.lora} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
             )
         with opening(transformer):
             replaced = _load_fine_tuned(transformer, torch_dtype)
-    return pipeline_class.from_pretrained(
-        model, dtype=torch_dtype, base_model=base_model, allow_other_base=allow_other_base, **replaced
-    )
+    return saved.facts.load_pipeline().from_pretrained(saved, dtype=torch_dtype, **replaced)
 
 
 def _load_fine_tuned(source: str, torch_dtype: torch.dtype | None) -> dict[str, Any]:
     """A fine-tuned transformer, and what the model around it says of its bridge and its clips, if there is one."""
     # Of a whole model on the hub these parts alone.
     patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*"]
-    folder = find_transformer(local_folder(source, patterns=patterns))
+    folder = find_part(local_folder(source, patterns=patterns), "transformer")
     found: dict[str, Any] = {"transformer": CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype)}
-    if _class_name(folder.parent / "model_index.json") == FrameBridgeCogVideoXPipeline.__name__:
-        index = read_json(folder.parent / "model_index.json")
+    index = read_if_whole(folder.parent / "model_index.json")
+    if pipeline_class(index) == "FrameBridgeCogVideoXPipeline":
         found |= {name: index[name] for name in _CALL_SETTINGS if index.get(name) is not None}
         found["scheduler"] = load_scheduler(folder.parent / "scheduler")
     return found
-
-
-def _class_name(config: Path) -> str | None:
-    """The class that a diffusers JSON file names; None without the file."""
-    return json.loads(config.read_text())["_class_name"] if config.is_file() else None

@@ -38,7 +38,7 @@ def load_inputs(request: SampleRequest) -> list[SampleInput]:
         UsageError: If a file is no video, a row is not in the data set, or its caption is no class of the model.
         FrameBridgeError: If the data set is not where it was.
     """
-    model, inputs = request.local_model(), []
+    classes, inputs = None if request.saved is None else request.saved.known_classes, []
     if not request.data_rows:
         for number, path in enumerate(request.images):
             image = _first_frame(str(path), "--image") if is_video(path.name) else read_image(path)
@@ -48,7 +48,7 @@ def load_inputs(request: SampleRequest) -> list[SampleInput]:
         condition = request.condition_of(number)
         if condition is None:
             condition = caption
-            if model is not None and model.facts is not None and (problem := model.facts.class_problem(caption)):
+            if classes is not None and (problem := classes.problem(caption)):
                 raise UsageError(f"--data-index {row}: {problem}; give --class-name")
         inputs.append(SampleInput(_first_frame(file, f"--data-index {row}"), condition))
     return inputs

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
-from framebridge_plugin.backbones.folders import (
-    LORA_INFO_FILE,
-    backbone_of,
-    clip_shape_rule,
-    file_problem,
-    find_saved_model,
-    find_transformer,
-    folder_problem,
-    local_path,
-    part_problem,
-    plain_problem,
-    read_json,
-    two_file_problem,
-)
-from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.backbones.latte.rules import (
-    LatteFacts,
-    latte_folder_problem,
-    latte_parts_problem,
-    read_latte_facts,
-)
-from framebridge_plugin.backbones.lora_folders import HOW_TO_SAY_BASE, other_base_error, read_lora_info
+from framebridge_plugin.backbones.examination import SavedModel, examine
+from framebridge_plugin.backbones.folders import find_part, find_saved_model, local_path, place_problem
 from framebridge_plugin.errors import FrameBridgeError
-
-
-class SampleModel(NamedTuple):
-    """A model on the disk.
-
-    Attributes:
-        folder: The folder of the model, or of the LoRA.
-        kind: Its kind.
-        rule: Which clips it can return; a Latte model's says which classes it knows, too.
-    """
-
-    folder: Path
-    kind: BackboneFacts
-    rule: ClipShapeRule | LatteFacts
-
-    @property
-    def facts(self) -> LatteFacts | None:
-        """What a Latte model can be asked for."""
-        return self.rule if isinstance(self.rule, LatteFacts) else None
 
 
 def examine_model(
     model: str, transformer: str | None, base: str | None = None, allow_other_base: bool = False
-) -> tuple[SampleModel | None, list[str]]:
-    """Examine the folders of a model.
+) -> tuple[SavedModel | None, list[str]]:
+    """Examines the folders of a model.
 
     Args:
         model: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or an id on the Hugging Face Hub.
-        transformer: Folder or id of a fine-tuned transformer to put into a CogVideoX model.
+        transformer: Folder or id of a fine-tuned network to put into a model of text.
         base: Folder or id of the model that a LoRA was trained on, if it is not where it was.
         allow_other_base: Whether that may be another model.
 
@@ -68,112 +24,60 @@ def examine_model(
     """
     path = local_path(model)
     if path is None:
-        return None, _transformer_problems(transformer)
-    if not path.is_dir():
-        return None, [f"--model {file_problem(path)}" if path.exists() else f"--model {path}: no such folder"]
+        own = None if transformer is None else local_path(transformer)
+        problem = None if own is None else place_problem(own)
+        return None, [f"--transformer {problem}"] if problem else []
+    if not path.exists() or path.is_file():
+        return None, [f"--model {place_problem(path)}"]
     folder = find_saved_model(path)
     if folder is None:
         what = "is neither a model in diffusers' format nor a run that has saved one"
         return None, [f"--model {path}: {what}; give a run's or a model's folder"]
-    kind = backbone_of(folder)
-    if kind is None:
-        return None, [f"--model {_unknown_kind(folder)}"]
-    is_lora = (folder / LORA_INFO_FILE).is_file()
-    if is_lora:
-        parts, problems = _lora_parts(folder, kind, base, allow_other_base)
-        if transformer is not None and kind is COGVIDEOX:
-            problems.append(f"--transformer: {folder} is a LoRA, for its own base model's transformer; leave it out")
-    elif kind is COGVIDEOX:
-        parts, problems = _cogvideox_parts(folder, transformer)
-    else:
-        problem = latte_folder_problem(folder, kind)
-        parts = {part: folder / part for part in ("vae", "transformer", "neural_prior")}
-        problems = [f"--model {problem}"] if problem else []
-    if not is_lora:
+    try:
+        saved = examine(folder, base=base)
+        network = saved.facts.network
+        if transformer is not None and saved.lora is None:
+            own = local_path(transformer)
+            components = {network: None if own is None else find_part(own, network)}
+            saved = examine(folder, components=components, read=saved.read)
+    except FrameBridgeError as error:
+        return None, [f"--model {error}"]
+    problems = _option_problems(saved, transformer, base, allow_other_base)
+    for finding in saved.findings():
+        if saved.lora is None:
+            option = "--transformer" if finding.part in saved.components else "--model"
+        else:
+            is_base = base is not None and finding.part not in ("lora", *saved.components)
+            option = "--base" if is_base else "--model"
+        problems.append(f"{option} {finding.message}")
+    if not problems and saved.lora is None and saved.takes_no_image:
+        problems.append(_text_model_problem(saved, transformer))
+    if not problems and not allow_other_base and (problem := saved.other_base_problem()):
+        problems.append(f"--model {problem}")
+    return saved, problems
+
+
+def _option_problems(
+    saved: SavedModel, transformer: str | None, base: str | None, allow_other_base: bool
+) -> list[str]:
+    """What is wrong with the options that are for some models alone."""
+    problems = []
+    if saved.lora is None:
         given = {"--base": base is not None, "--allow-other-base": allow_other_base}
         wrong = [option for option, is_given in given.items() if is_given]
-        problems += [f"{option}: {folder} is a whole model, not a LoRA; leave it out" for option in wrong]
-    if kind is COGVIDEOX:
-        return SampleModel(folder, kind, clip_shape_rule(parts["vae"], parts["transformer"])), problems
-    if problems:
-        return None, problems
-    network = parts["transformer" if kind is LATTE_BRIDGE else "neural_prior"]
-    if network is None:  # on the hub
-        return None, []
-    try:
-        return SampleModel(folder, kind, read_latte_facts(parts["vae"], network)), []
-    except ValueError as error:
-        return None, [f"--model {error}"]
+        problems = [f"{option}: {saved.base} is a whole model, not a LoRA; leave it out" for option in wrong]
+    if transformer is not None and saved.facts.input_projection is None:
+        what = "is for a model of text, such as CogVideoX"
+        problems.append(f"--transformer: {what}; name the whole folder of this {saved.facts.title} by --model")
+    elif transformer is not None and saved.lora is not None:
+        problems.append(f"--transformer: {saved.lora} is a LoRA, for its own base model's network; leave it out")
+    return problems
 
 
-def _unknown_kind(folder: Path) -> str:
-    """What is wrong with a folder that does not say what it holds, or something foreign."""
-    if (folder / LORA_INFO_FILE).is_file():
-        return f"{folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"
-    try:
-        name = read_json(folder / "model_index.json").get("_class_name")
-    except ValueError as error:
-        return f"{error}; copy the model again"
-    return f"{folder} holds a {name}, which is no FrameBridge model (CogVideoX or Latte)"
-
-
-def _local_transformer(transformer: str | None) -> Path | None:
-    path = None if transformer is None else local_path(transformer)
-    return None if path is None else find_transformer(path)
-
-
-def _transformer_problems(transformer: str | None) -> list[str]:
-    folder = _local_transformer(transformer)
-    if folder is not None and (problem := part_problem(folder, "transformer")):
-        return [f"--transformer {problem}"]
-    if folder is not None and (problem := plain_problem(folder)):
-        return [f"--transformer {folder}: {problem}; give a fine-tuned one"]
-    return []
-
-
-def _cogvideox_parts(folder: Path, transformer: str | None) -> tuple[dict[str, Path | None], list[str]]:
-    """The folders that sampling will use, and what is wrong with them."""
-    problems = _transformer_problems(transformer)
-    if problem := folder_problem(folder):
-        problems.append(f"--model {problem}")
-    elif transformer is None and (problem := plain_problem(folder / "transformer")):
-        remedy = "train it with `finetrainers train`, or give a fine-tuned --transformer"
-        problems.append(f"--model {folder}: {problem}; {remedy}")
-    own = _local_transformer(transformer)
-    return {"vae": folder / "vae", "transformer": own or folder / "transformer"}, problems
-
-
-def _lora_parts(
-    folder: Path, kind: BackboneFacts, base: str | None, allow_other_base: bool
-) -> tuple[dict[str, Path | None], list[str]]:
-    """The folders of the models that a LoRA names (None for an id), and what is wrong with them."""
-    parts: dict[str, Path | None] = dict.fromkeys(("vae", "transformer", "neural_prior"))
-    try:
-        info = read_lora_info(folder)
-        path, replaced = local_path(info.base_model if base is None else base), info.replaced_components
-        if base is not None and path is not None:
-            path = find_saved_model(path) or path
-        components = {part: None if path is None else path / part for part in (*parts, *info.fingerprint)}
-        components |= {part: local_path(source) for part, source in replaced.items()}
-    except (FrameBridgeError, TypeError):
-        return parts, [f"--model {folder / LORA_INFO_FILE}: is not as it was written; copy the folder again"]
-    own_problem = two_file_problem(folder)
-    problems = [] if own_problem is None else [f"--model {own_problem}"]
-    check_whole = folder_problem if kind is COGVIDEOX else latte_folder_problem
-    if path is not None and (info.base_model or base) and (problem := check_whole(path, kind)):
-        if base is not None:
-            problems.append(f"--base {problem}")
-        else:
-            problems.append(f"--model {folder}: its base model: {problem}; say where it is now ({HOW_TO_SAY_BASE})")
-    for part in replaced:
-        part_kind = LATTE_NEURAL_PRIOR if part == "neural_prior" else kind
-        if (source := components[part]) is not None and (problem := part_problem(source, part, part_kind)):
-            remedy = f"put it back, or correct its place in {LORA_INFO_FILE}"
-            problems.append(f"--model {folder}: its {part}: {problem}; {remedy}")
-    present = {part: source for part, source in components.items() if source is not None and source.exists()}
-    if kind is not COGVIDEOX and path is not None and replaced and not problems:
-        found = latte_parts_problem(*(present.get(part) for part in parts))
-        problems += [f"--model {folder}: {found}"] if found else []
-    if not problems and not allow_other_base and (difference := info.other_base_problem(present)):
-        problems.append(f"--model {other_base_error(folder, str(path), difference)}")
-    return {part: components[part] for part in parts}, problems
+def _text_model_problem(saved: SavedModel, transformer: str | None) -> str:
+    folder = saved.folder(saved.facts.network)
+    channels = saved.configs[saved.facts.network]["in_channels"]
+    what = f"a plain {saved.facts.title}: its network has {channels} input channels, a bridge's has {2 * channels}"
+    if transformer is not None:
+        return f"--transformer {folder}: {what}; give a fine-tuned one"
+    return f"--model {saved.base}: {what}; train it with `finetrainers train`, or give a fine-tuned --transformer"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import local_path, writing_problem
-from framebridge_plugin.backbones.latte.facts import LATTE_NEURAL_PRIOR
-from framebridge_plugin.backbones.latte.rules import LatteFacts
-from framebridge_plugin.commands.sample_model import SampleModel, examine_model
+from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.media import read_image
@@ -42,10 +41,6 @@ class SamplerSettings(NamedTuple):
     eta: float | None
     grid: Grid
     start: Start
-
-
-_COGVIDEOX_DEFAULTS = SamplerSettings("sde", 1, None, "trailing", "booted")
-_LATTE_DEFAULTS = SamplerSettings("sde", 1, None, "linspace", "booted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +107,23 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         problems = [*self._value_problems(), *self._sampler_problems(), *self._file_problems()]
-        problems += self._model_problems(self.model)
+        problems += self._model_problems(*self._examined)
         if problems:
             raise UsageError("\n".join(problems))
+
+    @functools.cached_property
+    def _examined(self) -> tuple[SavedModel | None, list[str]]:
+        return examine_model(self.model, self.transformer, self.base, self.allow_other_base)
 
     @property
     def num_images(self) -> int:
         """Number of first frames."""
         return len(self.images) or len(self.data_rows)
 
-    def local_model(self) -> SampleModel | None:
-        """What the model's folder says.
-
-        Returns:
-            The facts; None for an id on the hub.
-        """
-        return examine_model(self.model, self.transformer, self.base, self.allow_other_base)[0]
+    @property
+    def saved(self) -> SavedModel | None:
+        """The model; None for an id on the hub."""
+        return self._examined[0]
 
     def condition_of(self, image: int) -> str | int | None:
         """The prompt, the class's name or its label that belongs to an image.
@@ -141,17 +137,17 @@ class SampleRequest:
         given = self.prompts or self.class_names or self.labels or (None,)
         return given[image if len(given) > 1 else 0]
 
-    def sampler_settings(self, kind: BackboneFacts) -> SamplerSettings:
-        """The options of the sampler, with the defaults of a kind of model.
+    def sampler_settings(self, facts: BackboneFacts) -> SamplerSettings:
+        """The options of the sampler, with the defaults of a backbone.
 
         Args:
-            kind: The kind of model.
+            facts: The model's backbone.
 
         Returns:
             The settings.
         """
         given = {name: getattr(self, name) for name in _SAMPLER_OPTIONS}
-        defaults = _COGVIDEOX_DEFAULTS if kind is COGVIDEOX else _LATTE_DEFAULTS
+        defaults = SamplerSettings("sde", 1, None, facts.sampling.get("grid", "trailing"), "booted")
         return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 
     def video_paths(self) -> list[Path]:
@@ -188,59 +184,59 @@ class SampleRequest:
         # A run holds checkpoints/step_000100/model/.
         return next((path / DATA_FILE for path in (folder, *folder.parents[:3]) if (path / DATA_FILE).is_file()), None)
 
-    def check_download(self, folder: Path) -> None:
-        """Check what could not be checked of an id on the hub.
+    def check_download(self, folder: Path) -> SavedModel:
+        """Checks what could not be checked of an id on the hub.
 
         Args:
             folder: Where its files are.
 
+        Returns:
+            The model.
+
         Raises:
             UsageError: With every error on a line of its own.
         """
-        if local_path(self.model) is None and (problems := self._model_problems(str(folder))):
+        saved, problems = examine_model(str(folder), self.transformer, self.base, self.allow_other_base)
+        problems = self._model_problems(saved, problems)
+        if saved is None or problems:
             raise UsageError("\n".join(problems))
+        return saved
 
-    def _model_problems(self, name: str) -> list[str]:
-        model, problems = examine_model(name, self.transformer, self.base, self.allow_other_base)
-        if model is not None:
-            problems += self._kind_problems(model.kind, model.facts)
-            found = model.rule.problems(self.num_frames, self.height, self.width)
-            problems += [f"--{option.replace('_', '-')}: {message}" for option, message in found]
-        return problems
+    def _model_problems(self, saved: SavedModel | None, problems: list[str]) -> list[str]:
+        if saved is None:
+            return problems
+        problems = [*problems, *self._condition_problems(saved)]
+        found = saved.clip_rule.problems(self.num_frames, self.height, self.width)
+        return problems + [f"--{option.replace('_', '-')}: {message}" for option, message in found]
 
-    def _kind_problems(self, kind: BackboneFacts, facts: LatteFacts | None) -> list[str]:
-        """Errors in what depends on the kind: the conditions, and options that one kind alone has."""
-        if kind is COGVIDEOX:
-            given = ("--class-name", self.class_names), ("--label", self.labels)
-            wrong = [option for option, values in given if values]
-            problems = [f"{option}: a CogVideoX model takes text, not classes; give --prompt" for option in wrong]
+    def _condition_problems(self, saved: SavedModel) -> list[str]:
+        """Errors in what depends on the backbone: the conditions, and options that not all have."""
+        facts, problems = saved.facts, []
+        if facts.condition == "text":
+            given = {"--class-name": self.class_names, "--label": self.labels}
+            takes, remedy = "text, not classes", "--prompt"
             missing = "--prompt: give one for all images, or one for each"
         else:
-            wrong = ["--prompt"] if self.prompts else []
-            problems = [f"{option}: a Latte model takes classes, not text; give --class-name" for option in wrong]
+            given = {"--prompt": self.prompts}
+            takes, remedy = "classes, not text", "--class-name"
             missing = "--class-name: give one for all images, or one for each (or give their numbers by --label)"
-            problems += self._latte_problems(kind, facts)
+            if self.use_dynamic_cfg:
+                problems.append("--use-dynamic-cfg: is for models of text; leave it out")
+        what = f"a {facts.title} model takes {takes}; give {remedy}"
+        wrong = [f"{option}: {what}" for option, values in given.items() if values]
+        options = ("steps", *_SAMPLER_OPTIONS, "guidance_scale")
+        sampled = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
+        if "scheduler" not in facts.parts and sampled:
+            what = "this model gives its video in one call, without a sampler"
+            problems.append(f"{', '.join(sampled)}: {what}; leave {'it' if len(sampled) == 1 else 'them'} out")
+        if (classes := saved.known_classes) is not None:
+            option = "--class-name" if self.class_names else "--label"
+            for name in dict.fromkeys(map(str, self.class_names or self.labels)):
+                if problem := classes.problem(name):
+                    problems.append(f"{option} {name}: {problem}")
         if not wrong and not self.data_rows and self.condition_of(0) is None:
             problems.append(missing)
-        return problems
-
-    def _latte_problems(self, kind: BackboneFacts, facts: LatteFacts | None) -> list[str]:
-        problems = []
-        if self.transformer is not None:
-            problems.append("--transformer: is for CogVideoX; name a Latte model's whole folder by --model")
-        if self.use_dynamic_cfg:
-            problems.append("--use-dynamic-cfg: is for CogVideoX; a Latte's guidance is the same at every step")
-        options = ("steps", *_SAMPLER_OPTIONS, "guidance_scale")
-        given = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
-        if kind is LATTE_NEURAL_PRIOR and given:
-            what = "a neural prior gives its video in one call, without a sampler"
-            problems.append(f"{', '.join(given)}: {what}; leave {'it' if len(given) == 1 else 'them'} out")
-        if facts is not None:
-            option = "--class-name" if self.class_names else "--label"
-            for given_class in dict.fromkeys(map(str, self.class_names or self.labels)):
-                if problem := facts.class_problem(given_class):
-                    problems.append(f"{option} {given_class}: {problem}")
-        return problems
+        return wrong + problems
 
     def _value_problems(self) -> list[str]:
         checks = {

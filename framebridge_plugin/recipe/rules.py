@@ -6,28 +6,16 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.backbones.folders import (
-    clip_shape_rule,
-    folder_problem,
-    local_path,
-    part_problem,
-    writing_problem,
-)
-from framebridge_plugin.backbones.latte.rules import is_another_part, is_of_another_kind
+from framebridge_plugin.backbones.folders import writing_problem
 from framebridge_plugin.recipe.data_rules import content_problems, data_problems, validation_problems
-from framebridge_plugin.recipe.latte_rules import (
-    latte_clip_rule,
-    latte_part_folders,
-    latte_problems,
-    latte_sample_rules,
-)
+from framebridge_plugin.recipe.model_rules import RecipeModel
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.recipe.sections import MODEL_DEFAULTS, DiffusionSection
+from framebridge_plugin.recipe.scratch_rules import scratch_problems, size_problems
+from framebridge_plugin.recipe.sections import DiffusionSection, FrameBridgeSection
 from framebridge_plugin.recipe.start_rules import start_problems
 
-# What a user would expect to change the run, and does not: for all models, and by the beginning of the model's name.
+# What a user would expect to change the run, and does not, whatever the model; the others are the backbones' facts.
 _ONE_TEXT_ENCODER = "no model here has more than one text encoder"
 _WITHOUT_EFFECT = {
     "model.variant": "finetrainers 0.2.0 reads the plain weight files only, and precision.* sets the number formats",
@@ -39,28 +27,6 @@ _WITHOUT_EFFECT = {
 } | {
     f"diffusion.{name}": "neither the bridge nor the diffusion baseline is trained by flow matching"
     for name in DiffusionSection.model_fields
-}
-_CLASSES_NOT_TEXT = "Latte has no text encoder: the caption of a clip is the name of its class"
-_NO_PIXEL_NOISE = "with Latte the first frame's one latent is condition, prior and first frame of the video"
-_NO_BRIDGE = "the neural prior is the mean of the videos that begin with an image, without a bridge"
-_LATTE_WITHOUT_EFFECT = {
-    "model.tokenizer_id": _CLASSES_NOT_TEXT,
-    "model.text_encoder_id": _CLASSES_NOT_TEXT,
-    "precision.text_encoder_dtype": _CLASSES_NOT_TEXT,
-    "framebridge.data.id_token": _CLASSES_NOT_TEXT,
-    "framebridge.image_noise": _NO_PIXEL_NOISE,
-    "framebridge.prior_noise": _NO_PIXEL_NOISE,
-    "framebridge.noise_log_mean": _NO_PIXEL_NOISE,
-    "framebridge.noise_log_std": _NO_PIXEL_NOISE,
-}
-_WITHOUT_EFFECT_FOR = {
-    "cogvideox_bridge": dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
-    "latte_bridge": _LATTE_WITHOUT_EFFECT,
-    "latte_neural_prior": _LATTE_WITHOUT_EFFECT
-    | {
-        f"framebridge.{name}": _NO_BRIDGE
-        for name in ("objective", "target", "snr_aligned", "alignment_edge", "beta_min", "beta_max", "neural_prior")
-    },
 }
 
 # Attention providers by the beginning of their names.
@@ -93,18 +59,14 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _training_problems(recipe)
     yield from _parallelism_problems(recipe)
     yield from _attention_problems(recipe)
-    if recipe.is_latte:
-        yield from latte_problems(recipe)
-        yield from start_problems(recipe, latte_part_folders(recipe))
-        yield from data_problems(recipe, latte_clip_rule(recipe))
-        yield from validation_problems(recipe, *latte_sample_rules(recipe))
-    else:
-        rule = clip_shape_rule(_part_folder(recipe, "vae"), _part_folder(recipe, "transformer"))
-        yield from _cogvideox_problems(recipe)
-        parts = ("transformer", "vae", "text_encoder", "tokenizer")
-        yield from start_problems(recipe, {part: _part_folder(recipe, part) for part in parts})
-        yield from data_problems(recipe, rule)
-        yield from validation_problems(recipe, rule, lambda caption: None)
+    model = RecipeModel(recipe)
+    if recipe.backbone.scratch_config is not None:
+        yield from scratch_problems(recipe)
+        yield from size_problems(recipe, model.saved.configs[recipe.backbone.network])
+    yield from model.problems()
+    yield from start_problems(recipe, model.folders)
+    yield from data_problems(recipe, model.clip_rule)
+    yield from validation_problems(recipe, model.sample_rule, model.caption_problem)
     if problem := writing_problem(Path(recipe.checkpoints.output_dir)):
         yield Problem("checkpoints.output_dir", problem, on_disk=True)
 
@@ -147,8 +109,7 @@ _ACCELERATE = (
 
 
 def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
-    model_name = recipe.model.model_name
-    for where, reason in (_WITHOUT_EFFECT | _WITHOUT_EFFECT_FOR[model_name]).items():
+    for where, reason in (_WITHOUT_EFFECT | dict(recipe.backbone.without_effect)).items():
         *parents, name = where.split(".")
         section = recipe
         for parent in parents:
@@ -157,16 +118,21 @@ def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
             continue  # framebridge.data
         default = type(section).model_fields[name].default
         if parents == ["framebridge"]:
-            default = MODEL_DEFAULTS[model_name].get(name, default)
+            default = recipe.backbone.defaults.get(name, default)
         if getattr(section, name) != default:
             yield Problem(where, f"has no effect: {reason}; remove it")
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[Problem]:
     ours = recipe.framebridge
-    target, predicted = ("eps_psi", "the noise") if recipe.is_latte else ("v", "v")
+    target = recipe.backbone.defaults.get("target", FrameBridgeSection.model_fields["target"].default)
     if ours.objective == "diffusion" and ours.target != target:
-        yield Problem("framebridge.target", f"objective diffusion predicts {predicted}, not {ours.target}: remove it")
+        message = f"{ours.target} is for objective bridge; diffusion has the backbone's own target: remove it"
+        yield Problem("framebridge.target", message)
+    if ours.objective == "diffusion":
+        for part in recipe.backbone.optional_parts:
+            if getattr(ours, part, None) is not None:
+                yield Problem(f"framebridge.{part}", "goes with objective bridge, not with diffusion: remove it")
     if ours.beta_min == ours.beta_max == 0:
         yield Problem("framebridge.beta_max", "should be above 0 when beta_min is 0: there would be no noise at all")
     if ours.ema_start_step and not ours.ema_decay:
@@ -202,8 +168,8 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("framebridge.precomputed", message, on_disk=True)
     if recipe.dataset.precomputation_once and not recipe.dataset.enable_precomputation:
         yield Problem("dataset.precomputation_once", "needs dataset.enable_precomputation=true")
-    if recipe.is_latte and "text_encoder" in recipe.compile.compile_modules:
-        yield Problem("compile.compile_modules", "Latte has no text encoder: remove it")
+    if "text_encoder" in recipe.compile.compile_modules and "text_encoder" not in recipe.backbone.parts:
+        yield Problem("compile.compile_modules", f"{recipe.model.model_name} has no text encoder: remove it")
     modules, scopes = recipe.compile.compile_modules, recipe.compile.compile_scopes
     if scopes is not None and not (modules and len(scopes) in (1, len(modules))):
         yield Problem(
@@ -236,35 +202,10 @@ def _attention_problems(recipe: Recipe) -> Iterator[Problem]:
             component, _, provider = value.partition(":")
             package = next((p for start, p in _PROVIDER_PACKAGES.items() if provider.startswith(start)), None)
             if component == "vae":
-                vae = "Latte's VAE keeps torch's own" if recipe.is_latte else "CogVideoX's VAE has no attention"
-                yield Problem(f"attention.{name}", f"{value}: {vae}; remove it")
-            elif component == "text_encoder" and recipe.is_latte:
-                yield Problem(f"attention.{name}", f"{value}: Latte has no text encoder; remove it")
+                yield Problem(f"attention.{name}", f"{value}: a VAE keeps torch's own attention, if any; remove it")
+            elif component == "text_encoder" and component not in recipe.backbone.parts:
+                what = f"{recipe.model.model_name} has no text encoder"
+                yield Problem(f"attention.{name}", f"{value}: {what}; remove it")
             elif package is not None and importlib.util.find_spec(package[0]) is None:
                 remedy = f"`pip install {package[1]}`, or take {component}:native"
                 yield Problem(f"attention.{name}", f"{value} needs the package {package[1]}: {remedy}")
-
-
-def _cogvideox_problems(recipe: Recipe) -> Iterator[Problem]:
-    model = recipe.model
-    if model.pretrained_model_name_or_path is None:
-        yield Problem("model.pretrained_model_name_or_path", "is required")
-        return
-    path = local_path(model.pretrained_model_name_or_path)
-    if path is not None and (problem := folder_problem(path)) is not None:
-        on_disk = not is_of_another_kind(path, COGVIDEOX)
-        yield Problem("model.pretrained_model_name_or_path", problem, on_disk=on_disk)
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
-        replacement = getattr(model, f"{part}_id")
-        path = None if replacement is None else local_path(replacement)
-        if path is not None and (problem := part_problem(path, part)) is not None:
-            yield Problem(f"model.{part}_id", problem, on_disk=not is_another_part(path, part, COGVIDEOX))
-
-
-def _part_folder(recipe: Recipe, part: str) -> Path | None:
-    replacement = recipe.transformer_source if part == "transformer" else getattr(recipe.model, f"{part}_id")
-    if replacement is not None:
-        return local_path(replacement)
-    whole = recipe.model.pretrained_model_name_or_path
-    path = None if whole is None else local_path(whole)
-    return None if path is None else path / part

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import model_validator
 
+from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
 from framebridge_plugin.backbones.folders import local_path, read_json
 from framebridge_plugin.backbones.starting import find_start
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.recipe.sections import (
-    MODEL_DEFAULTS,
     AttentionSection,
     CheckpointsSection,
     CompileSection,
@@ -66,23 +67,27 @@ class Recipe(Section):
         model, ours = data.get("model"), data.get("framebridge", {})
         if not isinstance(model, dict) or not isinstance(ours, dict):
             return data  # reported by the fields
-        defaults = dict(MODEL_DEFAULTS.get(str(model.get("model_name")), {}))
+        try:
+            facts = find_backbone(str(model.get("model_name", ModelSection.model_fields["model_name"].default)))
+        except FrameBridgeError:
+            return data  # reported by the field
+        defaults = dict(facts.defaults)
         trained = model.get("pretrained_model_name_or_path"), model.get("transformer_id"), ours.get("start_from")
-        if defaults and all(name is None for name in trained):
+        if facts.scratch_config is not None and all(name is None for name in trained):
             defaults["latte_size"] = "S/2"
         given = {name: value for name, value in ours.items() if not (name in defaults and value is None)}
         return data | {"framebridge": defaults | given}
 
     @property
-    def is_latte(self) -> bool:
-        """Whether the model is a Latte: classes in place of captions, and an autoencoder of images."""
-        return self.model.model_name.startswith("latte_")
+    def backbone(self) -> BackboneFacts:
+        """The model's facts."""
+        return find_backbone(self.model.model_name)
 
     @property
     def is_from_scratch(self) -> bool:
         """Whether the run starts from a freshly initialised network."""
         trained = self.model.pretrained_model_name_or_path, self.model.transformer_id, self.framebridge.start_from
-        return self.is_latte and all(name is None for name in trained)
+        return self.backbone.scratch_config is not None and all(name is None for name in trained)
 
     @property
     def transformer_source(self) -> str | None:
@@ -97,7 +102,7 @@ class Recipe(Section):
     def goes_on_without_start(self) -> bool:
         """Whether a resumed run has all weights in its checkpoint, so that what it once began with may be gone."""
         is_resumed = self.checkpoints.resume_from_checkpoint is not None
-        return is_resumed and self.training.training_type == "full-finetune" and not self.is_latte
+        return is_resumed and self.training.training_type == "full-finetune" and self.backbone.scratch_config is None
 
     def dataset_config(self) -> dict[str, Any]:
         """The content of finetrainers' dataset JSON, with `framebridge.bad_files` in it.

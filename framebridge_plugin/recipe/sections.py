@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from framebridge_plugin.backbones.facts import find_backbone
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings.base import Count, PathText, Section
 from framebridge_plugin.settings.data import BadFilesSection, DataSection
 
@@ -19,7 +21,16 @@ NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
-ModelName = Literal["cogvideox_bridge", "latte_bridge", "latte_neural_prior"]
+
+def _check_backbone(name: str) -> str:
+    try:
+        find_backbone(name)
+    except FrameBridgeError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_check_backbone)]
 LatteSize = Literal[
     "Ti/2", "Ti/4", "Ti/8", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
 ]  # fmt: skip
@@ -299,7 +310,7 @@ class LoraSection(Section):
 class FrameBridgeSection(Section):
     """What is this package's own: the objective, the data, and what finetrainers' trainer has no argument for.
 
-    The defaults here are those of CogVideoX; `MODEL_DEFAULTS` holds what differs for the other models.
+    The defaults here are those of CogVideoX; those of other backbones are in their facts.
     """
 
     objective: Literal["bridge", "diffusion"] = Field(
@@ -355,18 +366,3 @@ class FrameBridgeSection(Section):
     precomputed: PathText | None = Field(
         default=None, description="folder that `finetrainers precompute` wrote; none: clips are read and encoded"
     )
-
-
-_LATTE_DEFAULTS = {
-    "target": "eps_psi",
-    "snr_aligned": False,
-    "image_noise": False,
-    "prior_noise": False,
-    "ema_decay": 0.9999,
-}
-MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cogvideox_bridge": {},
-    "latte_bridge": _LATTE_DEFAULTS,
-    "latte_neural_prior": _LATTE_DEFAULTS,
-}
-"""Model name -> defaults of the section `framebridge` that are the model's own."""

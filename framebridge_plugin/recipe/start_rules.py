@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.backbones.folders import local_path, part_problem
+from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.backbones.lora_folders import lora_problem, lora_settings
 from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import FrameBridgeError
@@ -40,14 +40,11 @@ def start_problems(recipe: Recipe, folders: Mapping[str, Path | None]) -> Iterat
         yield Problem(_WHERE, problem)
         return
     if start.is_lora:
-        if problem := lora_problem(start.folder) or _settings_problem(recipe, start.folder):
+        if problem := lora_problem(start.folder, recipe.backbone) or _settings_problem(recipe, start.folder):
             yield Problem(_WHERE, problem)
             return
     elif recipe.model.transformer_id is not None:
         yield Problem(_WHERE, "excludes model.transformer_id, which replaces the same weights: remove one of them")
-        return
-    elif not recipe.is_latte and (problem := part_problem(start.network, "transformer")):
-        yield Problem(_WHERE, problem, on_disk=True)
         return
     try:
         present = {part: folder for part, folder in folders.items() if folder is not None and folder.is_dir()}
@@ -58,7 +55,7 @@ def start_problems(recipe: Recipe, folders: Mapping[str, Path | None]) -> Iterat
 
 
 def _settings_problem(recipe: Recipe, lora: Path) -> str | None:
-    for name, value in lora_settings(lora).items():
+    for name, value in lora_settings(lora, recipe.backbone).items():
         given = getattr(recipe.lora, name)
         if (sorted(given) if isinstance(given, list) else given) != value:
             text = json.dumps(value)

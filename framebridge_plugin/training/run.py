@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.recipe.latte_rules import data_class_names, data_clip_shape
+from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
@@ -213,7 +213,7 @@ def sample_line(recipe: Recipe) -> str:
     for row in read_validation_rows(Path(file)) if file is not None else ():
         image = str(row.get("image_path") or row.get("video_path"))
         if Path(image).is_file():
-            condition = "--class-name" if recipe.is_latte else "--prompt"
+            condition = "--class-name" if recipe.backbone.condition == "class" else "--prompt"
             options = ["--image", image, condition, str(row["caption"])]
             break
     output = str(Path(output_dir, "sample.mp4"))

@@ -37,6 +37,7 @@ def start_layers(args: Any, specification: Any, network: nn.Module) -> dict[str,
                 "transformer_id=args.transformer_id"
             )
         return None
+    assert start.facts is not None
     folder, base = start.folder, getattr(specification, "_lora_info", None)
     info = read_lora_info(folder)
     if base is not None and info.fingerprint:
@@ -53,7 +54,7 @@ def start_layers(args: Any, specification: Any, network: nn.Module) -> dict[str,
     difference = tensors_difference(stored, get_peft_model_state_dict(network))
     if difference is not None:
         raise UsageError(f"start_from: the layers of {folder} are others: {difference}; take its rank and targets")
-    alpha = lora_settings(folder).get("lora_alpha", args.lora_alpha)
+    alpha = lora_settings(folder, start.facts).get("lora_alpha", args.lora_alpha)
     if alpha != args.lora_alpha:
         raise UsageError(f"start_from: {folder} has the lora_alpha {alpha}, this run {args.lora_alpha}; take its own")
     return stored

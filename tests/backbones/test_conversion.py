@@ -114,7 +114,7 @@ def test_a_bridge_on_a_neural_prior_needs_the_one_it_was_trained_on(tmp_path, va
     other = make_tiny_latte(
         tmp_path / "other", "neural_prior", num_frames=5, size=32, num_classes=11, class_names=None
     )
-    with pytest.raises(FrameBridgeError, match=r"the neural prior does not fit the bridge: it has 5 frames, not 6"):
+    with pytest.raises(FrameBridgeError, match="neural prior: .* does not fit the bridge: it has 5 frames, not 6"):
         convert(tmp_path, "bridge_neural_prior", vae, neural_prior=other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bridge_neural_prior.pt", "other"]
 
@@ -131,9 +131,9 @@ def test_the_autoencoder_may_be_part_of_a_model(tmp_path, vae, stage):
 
 def test_another_autoencoder_is_refused(tmp_path):
     video_vae = make_tiny_cogvideox(tmp_path / "cogvideox") / "vae"
-    with pytest.raises(FrameBridgeError, match="is of the class AutoencoderKLCogVideoX with 4 latent channels; the"):
+    with pytest.raises(FrameBridgeError, match="autoencoder: .* holds a AutoencoderKLCogVideoX, not a AutoencoderKL"):
         convert(tmp_path, "bridge", video_vae)
-    with pytest.raises(FrameBridgeError, match=re.escape(f"autoencoder: {tmp_path / 'config.json'}")):
+    with pytest.raises(FrameBridgeError, match=re.escape(f"autoencoder: {tmp_path} has no config.json")):
         convert(tmp_path, "bridge", tmp_path)
     with pytest.raises(
         FrameBridgeError, match="model 'nowhere/at-all' is neither a folder nor to be had from the hub"

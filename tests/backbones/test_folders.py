@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.backbones.facts import ClipShapeRule
-from framebridge_plugin.backbones.folders import backbone_of, clip_shape_rule, folder_problem, local_path, part_problem
+from framebridge_plugin.backbones.examination import Finding, SavedModel, examine, read_once
+from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
+from framebridge_plugin.backbones.folders import backbone_of, find_part, local_path
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.backbones.latte.rules import is_another_part, is_of_another_kind
+from framebridge_plugin.errors import FrameBridgeError
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import write_latte_folder
 
@@ -19,10 +21,14 @@ def model(tmp_path):
     return write_model_folder(tmp_path / "model")
 
 
+def findings_of(folder: Path, facts: BackboneFacts = COGVIDEOX, **components: Path | None) -> list[Finding]:
+    return list(SavedModel(facts, folder, components).findings())
+
+
 def test_a_whole_folder(model):
-    assert folder_problem(model) is None
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        assert part_problem(model / part, part) is None
+    assert findings_of(model) == []
+    own = {part: model / part for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")}
+    assert list(SavedModel(COGVIDEOX, None, own).findings()) == []
 
 
 def test_a_sharded_folder(model):
@@ -31,9 +37,10 @@ def test_a_sharded_folder(model):
     index = weights.with_name("model.safetensors.index.json")
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
-    assert "model-00002-of-00002.safetensors is missing, although" in folder_problem(model)
+    (finding,) = findings_of(model)
+    assert "model-00002-of-00002.safetensors is missing, although" in finding.message
     index.write_text(json.dumps({"weight_map": {"a": names[0]}}))
-    assert folder_problem(model) is None
+    assert findings_of(model) == []
 
 
 def damage(model: Path, kind: str) -> None:
@@ -82,7 +89,10 @@ def damage(model: Path, kind: str) -> None:
 )
 def test_damaged_folders(model, kind, message):
     damage(model, kind)
-    assert message in folder_problem(model)
+    (finding,) = findings_of(model)
+    assert message in finding.message
+    assert finding.is_other == (kind in ("another VAE", "another pipeline"))
+    assert (finding.part == "") == (kind in ("another pipeline", "no index", "broken index"))
 
 
 FOREIGN_SCHEDULERS = [
@@ -104,9 +114,10 @@ FOREIGN_SCHEDULERS = [
 @pytest.mark.parametrize("config, message", FOREIGN_SCHEDULERS)
 def test_schedulers_that_the_bridge_does_not_know(model, config, message):
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    assert message in folder_problem(model)
-    assert folder_problem(model).startswith(f"{model / 'scheduler'} ")
-    assert is_of_another_kind(model, COGVIDEOX)
+    (finding,) = findings_of(model)
+    assert message in finding.message
+    assert finding.message.startswith(f"{model / 'scheduler'} ")
+    assert (finding.part, finding.is_other) == ("scheduler", True)
 
 
 def test_schedulers_that_the_bridge_knows(model, tmp_path):
@@ -115,28 +126,83 @@ def test_schedulers_that_the_bridge_knows(model, tmp_path):
         config = {"_class_name": name, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
         for content in (config, {"_class_name": "FrameBridgeScheduler", "backbone": config}):
             file.write_text(json.dumps(content))
-            assert folder_problem(model) is None
-    assert not is_of_another_kind(model, COGVIDEOX)
+            assert findings_of(model) == []
     file.rename(file.with_name("config.json"))
-    assert "scheduler_config.json is missing" in folder_problem(model)
+    (finding,) = findings_of(model)
+    assert "scheduler_config.json is missing" in finding.message
+    assert not finding.is_other
     latte = write_latte_folder(tmp_path / "latte")
     (latte / "scheduler" / "scheduler_config.json").write_text(json.dumps(FOREIGN_SCHEDULERS[4][0]))
-    assert folder_problem(latte, LATTE_BRIDGE) is None  # which predicts the noise
+    assert findings_of(latte, LATTE_BRIDGE) == []  # which predicts the noise
 
 
 def test_a_cogvideox_1_5_is_told_by_its_config(model):
     file = model / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size_t": 2}))
-    assert folder_problem(model).startswith(f"{model / 'transformer'} is a CogVideoX 1.5 (patch_size_t is set)")
-    assert is_another_part(model / "transformer", "transformer", COGVIDEOX)
+    (finding,) = findings_of(model)
+    assert finding.message.startswith(f"{model / 'transformer'} is a CogVideoX 1.5 (patch_size_t is set)")
+    assert finding.is_other
 
 
 def test_no_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    assert "no such folder" in folder_problem(tmp_path / "nowhere")
-    assert "is empty" in folder_problem(tmp_path / "empty")
-    assert "is a file, not a folder" in folder_problem(tmp_path / "file")
+    for name, message in {
+        "nowhere": "no such folder",
+        "empty": "is empty",
+        "file": "is a file, not a folder",
+    }.items():
+        (finding,) = findings_of(tmp_path / name)
+        assert message in finding.message
+
+
+def test_only_the_components_that_are_used_are_looked_at(model, tmp_path):
+    other = write_model_folder(tmp_path / "other")
+    damage(model, "no part")
+    assert findings_of(model, vae=other / "vae") == []
+    assert findings_of(model, vae=None) == []  # in memory, or on the hub
+    (other / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (finding,) = findings_of(model, vae=other / "vae")
+    assert (finding.part, finding.is_other) == ("vae", True)
+
+
+def test_every_file_is_read_once(model, monkeypatch):
+    read = []
+    monkeypatch.setattr(Path, "read_text", lambda path, **kwargs: read.append(path) or path.read_bytes().decode())
+    saved = examine(model)
+    assert list(saved.findings()) == []
+    assert not saved.known_classes
+    assert list(saved.clip_rule.problems(17, 64, 64)) == []
+    assert saved.takes_no_image
+    assert sorted(read) == sorted([*model.glob("*/*config.json"), model / "model_index.json"])
+
+
+def test_another_command_sees_a_file_that_has_changed(model):
+    before = examine(model)
+    assert list(before.findings()) == []
+    (model / "vae" / "config.json").write_text("{}")
+    assert list(before.findings()) == []
+    assert len(list(examine(model).findings())) == 1
+    read = read_once()
+    assert read(model / "model_index.json") is read(model / "model_index.json")
+
+
+@pytest.mark.parametrize(
+    "content, message", [('{"_class_name": "FluxPipeline"}', "holds a FluxPipeline"), ("{", "is not readable JSON")]
+)
+def test_what_is_no_model(tmp_path, content, message):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(FrameBridgeError, match=message):
+        examine(tmp_path)
+
+
+def test_a_component_is_found_around_it(model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model, run / "model")
+    for folder in (run, run / "model", run / "model/transformer"):
+        assert find_part(folder, "transformer") == run / "model/transformer"
+    (tmp_path / "nothing").mkdir()
+    assert find_part(tmp_path / "nothing", "transformer") == tmp_path / "nothing"
 
 
 def test_paths_and_ids(tmp_path, monkeypatch):
@@ -148,9 +214,10 @@ def test_paths_and_ids(tmp_path, monkeypatch):
 
 
 def test_the_rule_for_clips(model, tmp_path):
-    assert clip_shape_rule(None, None) == clip_shape_rule(model / "vae", model / "transformer") == ClipShapeRule(8, 16)
+    rules = [SavedModel(COGVIDEOX, folder, on_hub=folder is None).clip_rule for folder in (None, model)]
+    assert rules == [ClipShapeRule(8, 16)] * 2
     tiny = write_model_folder(tmp_path / "tiny", temporal_compression=2, vae_levels=2, patch_size=1)
-    rule = clip_shape_rule(tiny / "vae", tiny / "transformer")
+    rule = SavedModel(COGVIDEOX, model, {"vae": tiny / "vae", "transformer": tiny / "transformer"}).clip_rule
     assert rule == ClipShapeRule(frames_step=4, size_step=2)
     assert [frames for frames in range(20) if not list(rule.problems(frames, None, None))] == [1, 5, 9, 13, 17]
     (problem,) = ClipShapeRule(8, 16).problems(16, 256, 256)

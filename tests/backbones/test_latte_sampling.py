@@ -114,9 +114,7 @@ def test_the_run_of_a_neural_prior(sample, model):
     assert "a neural prior: one call of the network per video" in result.said
     result = sample(model, "--class-name", "up")
     assert result.code == 2
-    assert result.errors == [
-        "error: --steps: a neural prior gives its video in one call, without a sampler; leave it out"
-    ]
+    assert result.errors == ["error: --steps: this model gives its video in one call, without a sampler; leave it out"]
 
 
 def test_the_newest_checkpoint_of_an_unfinished_run(sample, inputs, tmp_path):
@@ -265,7 +263,7 @@ def test_a_broken_video_is_refused_in_one_line(sample, tmp_path):
     [
         ("full", ("--class-name", "lef"), "--class-name lef: the model knows no class 'lef'; the nearest: left"),
         ("full", ("--label", "4"), "--label 4: the model knows no class 4: its labels run from 0 to 3"),
-        ("full", ("--prompt", "up"), "--prompt: a Latte model takes classes, not text; give --class-name"),
+        ("full", ("--prompt", "up"), "--prompt: a FrameBridgeLatte model takes classes, not text; give --class-name"),
         ("full", (), "--class-name: give one for all images"),
         ("full", ("--label", "0", "--num-frames=8"), "--num-frames: this model was trained on 4 and takes no other"),
         ("full/trainer", ("--label", "0"), "no such folder"),

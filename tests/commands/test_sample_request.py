@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.commands.sample_request import SampleRequest
@@ -65,7 +67,7 @@ def test_many_videos(arguments):
         ({"height": 100}, "--height: should be a multiple of 16"),
         ({"prompts": ("a", "b")}, "--prompt: give one for all, or one for each of the 1 images, not 2"),
         ({"output": Path("out.gif")}, "--output out.gif: should end in .mp4"),
-        ({"model": "/nowhere"}, "--model /nowhere: no such folder"),
+        ({"model": "/nowhere"}, "--model no such folder: /nowhere"),
         ({"transformer": "/nowhere"}, "--transformer no such folder: /nowhere"),
         ({"images": (Path("nowhere.png"),)}, "--image nowhere.png: no such file"),
     ],
@@ -124,13 +126,13 @@ def test_a_folder_without_a_model(arguments, tmp_path):
 def test_a_plain_model_needs_a_transformer(arguments, tmp_path):
     plain = write_model_folder(tmp_path / "plain")
     (problem,) = problems_of(arguments, model=str(plain))
-    assert problem.startswith(f"--model {plain}: a plain CogVideoX: its transformer has 16 input channels")
+    assert problem.startswith(f"--model {plain}: a plain CogVideoX: its network has 16 input channels")
     assert problem.endswith("train it with `finetrainers train`, or give a fine-tuned --transformer")
     SampleRequest(**arguments | {"model": str(plain), "transformer": f"{arguments['model']}/transformer"})
     SampleRequest(**arguments | {"model": str(plain), "transformer": "owner/name"})
     for transformer in (plain / "transformer", plain):
         (problem,) = problems_of(arguments, model=str(plain), transformer=str(transformer))
-        assert problem.endswith("a FrameBridge model has 32; give a fine-tuned one")
+        assert problem.endswith("a bridge's has 32; give a fine-tuned one")
 
 
 def test_a_transformer_is_its_folder_or_one_around_it(arguments, tmp_path):
@@ -169,8 +171,11 @@ def lora(tmp_path):
     """A LoRA run's folder, and a function that writes what its LoRA says of its base model."""
 
     def write(**info) -> str:
-        (tmp_path / "run" / "lora").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / "lora" / "framebridge.json").write_text(json.dumps(info))
+        folder = tmp_path / "run" / "lora"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "framebridge.json").write_text(json.dumps(info))
+        layer = {"transformer.patch_embed.proj.lora_B.weight": np.zeros(4, np.float32)}
+        save_file(layer, folder / "pytorch_lora_weights.safetensors")
         return str(tmp_path / "run")
 
     return write

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
-from framebridge_plugin.backbones.latte.rules import latte_folder_problem
 from framebridge_plugin.cli import main
 from framebridge_plugin.models.latte import LATTE_SIZES
 from framebridge_plugin.recipe.yaml_text import read_yaml
@@ -52,11 +52,11 @@ def test_the_small_recipes_train(inputs, tmp_path, monkeypatch, capfd):
         return tmp_path / name
 
     prior = train("motion_neural_prior")
-    assert latte_folder_problem(prior / "model", LATTE_NEURAL_PRIOR) is None
+    assert list(SavedModel(LATTE_NEURAL_PRIOR, prior / "model").findings()) == []
     bridge = train("motion_bridge")
-    assert latte_folder_problem(bridge / "model", LATTE_BRIDGE) is None
+    assert list(SavedModel(LATTE_BRIDGE, bridge / "model").findings()) == []
     both = train("motion_bridge_neural_prior", f"framebridge.neural_prior={prior}")
-    assert latte_folder_problem(both / "model", LATTE_BRIDGE) is None
+    assert list(SavedModel(LATTE_BRIDGE, both / "model").findings()) == []
 
     for run, network, factor in (
         (prior, "neural_prior", 1),
@@ -109,5 +109,5 @@ def test_a_recipe_goes_on_from_a_saved_model(inputs, tmp_path, monkeypatch, capf
         assert Path(info["base_model"]) == model
         assert load_file(saved / "pytorch_lora_weights.safetensors")
     else:
-        assert latte_folder_problem(saved, LATTE_BRIDGE) is None
+        assert list(SavedModel(LATTE_BRIDGE, saved).findings()) == []
         assert (saved / "neural_prior" / "config.json").is_file()

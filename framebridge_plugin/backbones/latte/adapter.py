@@ -6,7 +6,7 @@ Layouts: B batch, F video frames, C channels, h and w rows and columns of the la
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from framebridge_plugin.backbones.latte.networks import (
     load_network,
     read_network,
 )
-from framebridge_plugin.backbones.latte.rules import class_problem, neural_prior_mismatch
 from framebridge_plugin.backbones.loading import load_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.models.calling import call_latte
@@ -136,26 +135,15 @@ class LatteAdapter(BackboneAdapter):
 
     def _check_network(self) -> None:
         """Compares what comes from different places, from the configs alone."""
-        network, where = self._blank_network, self.source.place(self.facts.network)[0]
-        channels, latent_channels = network.config.out_channels, self.vae_config.latent_channels
-        if channels != latent_channels:
-            raise FrameBridgeError(
-                f"{where} is for latents of {channels} channels, the autoencoder {self.source.place('vae')[0]} has "
-                f"{latent_channels}; give the autoencoder that it was trained with"
-            )
-        if not network.takes_neural_prior:
-            if self.neural_prior is not None:
-                raise UsageError(
-                    f"neural_prior: {where} was trained without one and has no input channels for its video; leave "
-                    "neural_prior out, or train from scratch"
-                )
-            return
-        if self.objective.objective == "diffusion":
+        configs = {"vae": self.vae_config, self.facts.network: self._blank_network.config}
+        places = {part: self.source.place(part) for part in configs}
+        if self._takes_neural_prior and self.objective.objective == "diffusion":
             raise UsageError("neural_prior: objective=diffusion starts from noise; leave neural_prior out")
-        place = self.place("neural_prior")
-        prior = read_network(place, "neural_prior", **self.source.hub)
-        if problem := neural_prior_mismatch(prior.config, network.config):
-            raise FrameBridgeError(f"{place[0]}: {problem}")
+        if self._takes_neural_prior or self.neural_prior is not None:
+            places["neural_prior"] = self.place("neural_prior")
+            configs["neural_prior"] = read_network(places["neural_prior"], "neural_prior", **self.source.hub).config
+        for part, problem in self.facts.problems(configs):
+            raise FrameBridgeError(f"{Path(*places[part])} {problem}")
 
     # Weights
 
@@ -252,25 +240,6 @@ class LatteAdapter(BackboneAdapter):
         return lambda latents, timestep: call_latte(network, latents, timestep, labels, image, coarse)
 
     # Checks, and what is saved
-
-    def check_clips(self, shape: tuple[int, int, int]) -> None:
-        """Refuses clips of another shape than the network's."""
-        config = self.network_config
-        size = (config.sample_height * self._vae_scale, config.sample_width * self._vae_scale)
-        if tuple(shape) != (config.num_frames, *size):
-            raise UsageError(
-                f"clips of {shape[0]} frames of {shape[1]} x {shape[2]} pixels do not fit the network, which is for "
-                f"{config.num_frames} frames of {size[0]} x {size[1]}; set the clips' num_frames, height and width to "
-                "that"
-            )
-
-    def check_captions(self, captions: Iterable[str], where: str) -> None:
-        """Refuses classes that the model does not know."""
-        config = self.network_config
-        for caption in captions:
-            problem = class_problem(caption, config.num_classes, config.class_names or ()) if caption else None
-            if problem is not None:
-                raise FrameBridgeError(f"{where}: {problem}; leave such clips out, or train from scratch on them")
 
     def check_training(self, training_type: str) -> None:
         """Refuses LoRA layers on random weights."""

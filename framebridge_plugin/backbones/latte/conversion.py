@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
+from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import call_settings
 from framebridge_plugin.backbones.folders import (
     EXTRA_WEIGHTS_FILE,
     LORA_FILE,
     LORA_INFO_FILE,
+    find_part,
     find_saved_model,
-    read_json,
     two_file_problem,
 )
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
-from framebridge_plugin.backbones.latte.rules import find_neural_prior, neural_prior_problem
 from framebridge_plugin.backbones.lora_folders import read_lora_info
 from framebridge_plugin.backbones.saving import (
     describe_base,
@@ -162,17 +162,8 @@ def _save_network(network: ReferenceNetwork, folder: Path) -> None:
 
 def _find_vae(vae: str, latent_channels: int) -> Path:
     folder = local_folder(vae, patterns=["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"])
-    if (folder / "vae").is_dir():
-        folder = folder / "vae"
-    try:
-        config = read_json(folder / "config.json")
-    except ValueError as error:
-        raise FrameBridgeError(f"autoencoder: {error}; give the folder or hub id of an AutoencoderKL") from error
-    if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels") != latent_channels:
-        raise FrameBridgeError(
-            f"autoencoder: {folder} is of the class {config.get('_class_name')} with {config.get('latent_channels')} "
-            f"latent channels; the network needs an AutoencoderKL with {latent_channels}, such as {DEFAULT_VAE}"
-        )
+    folder = find_part(folder, "vae")
+    _check({"vae": folder}, "autoencoder", transformer={"out_channels": latent_channels})
     return folder
 
 
@@ -184,8 +175,14 @@ def _find_neural_prior(
             f"{checkpoint}: a bridge on a neural prior, and the file does not hold the neural prior; convert that "
             "one's checkpoint first and give its folder (--neural-prior)"
         )
-    problem = neural_prior_problem(Path(neural_prior), bridge)
-    folder = find_neural_prior(Path(neural_prior))
-    if problem is not None or folder is None:
-        raise FrameBridgeError(f"neural prior: {problem}")
+    folder = find_part(Path(neural_prior), "neural_prior")
+    _check({"neural_prior": folder}, "neural prior", transformer=bridge)
     return folder
+
+
+def _check(components: dict[str, Path | None], what: str, transformer: dict[str, Any]) -> None:
+    """Refuses components that are not what they should be, or do not fit a network's config."""
+    unseen = dict.fromkeys(name for name in LATTE_BRIDGE.parts if name not in components)
+    saved = SavedModel(LATTE_BRIDGE, None, {**unseen, **components})
+    for finding in saved.findings(transformer):
+        raise FrameBridgeError(f"{what}: {finding.message}")

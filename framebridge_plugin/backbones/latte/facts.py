@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
+from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.latte import rules
 
 _CLASSES_NOT_TEXT = "Latte has no text encoder: the caption of a clip is the name of its class"
 _NO_PIXEL_NOISE = "with Latte the first frame's one latent is condition, prior and first frame of the video"
@@ -16,19 +15,14 @@ _OF_NOISE = tuple(f"framebridge.{name}" for name in ("image_noise", "prior_noise
 _WITHOUT_EFFECT = dict.fromkeys(_OF_TEXT, _CLASSES_NOT_TEXT) | dict.fromkeys(_OF_NOISE, _NO_PIXEL_NOISE)
 
 
-def clip_rule(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> ClipShapeRule:
-    """Any number of frames, each encoded by itself."""
-    levels = len(vae.get("block_out_channels", range(4)))
-    return ClipShapeRule(frames_step=1, size_step=2 ** (levels - 1) * int(transformer.get("patch_size", 2)))
-
-
 LATTE_BRIDGE = BackboneFacts(
     name="latte_bridge",
     title="FrameBridgeLatte",
     adapter="framebridge_plugin.backbones.latte.adapter:LatteAdapter",
     pipeline="framebridge_plugin.backbones.latte.pipeline:FrameBridgeLattePipeline",
     parts={"transformer": "LatteTransformer", "vae": "AutoencoderKL", "scheduler": None},
-    clip_rule=clip_rule,
+    optional_parts={"neural_prior": "LatteTransformer"},
+    clip_rule=rules.clip_rule,
     condition="class",
     schedulers=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     defaults={
@@ -40,12 +34,17 @@ LATTE_BRIDGE = BackboneFacts(
     },
     sampling={"num_inference_steps": 1000, "guidance_scale": 7.0, "grid": "linspace"},
     without_effect=_WITHOUT_EFFECT,
+    config_problem=rules.config_problem,
+    parts_problems=rules.parts_problems,
+    known_classes=rules.known_classes,
+    scratch_config=rules.scratch_config,
 )
 LATTE_NEURAL_PRIOR = dataclasses.replace(
     LATTE_BRIDGE,
     name="latte_neural_prior",
     adapter="framebridge_plugin.backbones.latte.adapter:NeuralPriorAdapter",
     parts={"neural_prior": "LatteTransformer", "vae": "AutoencoderKL"},
+    optional_parts={},
     network="neural_prior",
     without_effect=_WITHOUT_EFFECT
     | {

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from framebridge_plugin.backbones.folders import file_problem, local_path
-from framebridge_plugin.backbones.latte.rules import find_neural_prior
+from framebridge_plugin.backbones.folders import file_problem, find_part, local_path
+from framebridge_plugin.backbones.latte.rules import config_problem
 from framebridge_plugin.backbones.loading import cannot_load, load_config, loading
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.whole_weights import missing_tensors
 
+FOLDERS = {"bridge": "transformer", "neural_prior": "neural_prior"}
+"""Where a model has its network, by the network's stage."""
 EXPECTED = {
     "bridge": "a Latte model in diffusers format (model_index.json, transformer/, scheduler/, vae/)",
     "neural_prior": "a trained neural prior: a run's folder, its model/ (model_index.json, neural_prior/, vae/), or a "
@@ -27,17 +30,15 @@ EXPECTED = {
 def read_network(place: tuple[str, str], stage: str, **hub: Any) -> LatteTransformer:
     """A saved network without its weights, refused if it is of another class or stage; `place`: see `ModelSource`."""
     source, subfolder = place
-    other = {"bridge": "neural_prior", "neural_prior": "transformer"}[stage]
+    other = next(folder for name, folder in FOLDERS.items() if name != stage)
     if subfolder and not os.path.isdir(os.path.join(source, subfolder)) and os.path.isdir(f"{source}/{other}"):
         raise FrameBridgeError(
             f"cannot load {subfolder}/ from {source}: it has only {other}/, as a model of another stage; check that "
             f"the folder is {EXPECTED[stage]}"
         )
     config = load_config(LatteTransformer, source, subfolder, EXPECTED[stage], **hub)
-    if (found := config.get("stage")) != stage:
-        raise FrameBridgeError(
-            f"{os.path.join(source, subfolder)} holds a Latte network of the stage {found!r}; give {EXPECTED[stage]}"
-        )
+    if problem := config_problem(FOLDERS[stage], config):
+        raise FrameBridgeError(f"{Path(source, subfolder)} {problem}; give {EXPECTED[stage]}")
     with loading("LatteTransformer", source, EXPECTED[stage]):
         return blank_network(config)
 
@@ -68,8 +69,8 @@ def find_neural_prior_network(name: str) -> tuple[str, str]:
     folder = local_path(name)
     if folder is None:
         return name, "neural_prior"
-    network = folder if (folder / "config.json").is_file() else find_neural_prior(folder)
-    if network is not None:
+    network = find_part(folder, "neural_prior")
+    if network != folder or (network / "config.json").is_file():
         return str(network), ""
     if folder.is_file():
         raise FrameBridgeError(f"neural_prior: {file_problem(folder)}")

@@ -22,9 +22,10 @@ from PIL import Image
 
 from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
 from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
+from framebridge_plugin.backbones.facts import KnownClasses
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.latte.adapter import LatteAdapter
-from framebridge_plugin.backbones.latte.rules import class_problem, neural_prior_mismatch
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
     call_defaults,
@@ -93,9 +94,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         fps: float = DEFAULT_FPS,
     ) -> None:
         super().__init__()
-        problem = _component_problem(vae, transformer, scheduler, neural_prior)
-        if problem:
-            raise FrameBridgeError(problem)
+        _check_components(scheduler, vae=vae, transformer=transformer, neural_prior=neural_prior)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "fps": fps}
         self._set_up(scheduler if transformer is not None else None, **settings)
@@ -297,34 +296,15 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         return self.transformer if self.transformer is not None else self.neural_prior
 
 
-def _component_problem(
-    vae: AutoencoderKL,
-    transformer: LatteTransformer | None,
-    scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | None,
-    neural_prior: LatteTransformer | None,
-) -> str | None:
-    network = transformer if transformer is not None else neural_prior
-    if network is None:
-        return "a Latte pipeline needs a transformer or a neural_prior"
-    if vae.config.latent_channels != network.config.out_channels:
-        return (
-            f"the autoencoder has {vae.config.latent_channels} latent channels, the network "
-            f"{network.config.out_channels}; give the autoencoder that the network was trained with"
-        )
-    if transformer is None:
-        return None if network.config.stage == "neural_prior" else "neural_prior is a bridge; pass it as transformer"
-    takes_neural_prior = transformer.takes_neural_prior
-    if transformer.config.stage != "bridge":
-        return "transformer is a neural prior; pass it as neural_prior"
-    if scheduler is None:
-        return "a transformer needs the scheduler that it was trained with"
-    if neural_prior is None:
-        return "the transformer takes a neural prior's video; pass its neural_prior" if takes_neural_prior else None
-    if neural_prior.config.stage != "neural_prior":
-        return "neural_prior is a bridge; pass a network of stage 'neural_prior'"
-    if not takes_neural_prior:
-        return "the transformer was trained without a neural prior; leave neural_prior out"
-    return neural_prior_mismatch(neural_prior.config, transformer.config)
+def _check_components(scheduler: Any, **networks: AutoencoderKL | LatteTransformer | None) -> None:
+    """Refuses components that do not belong together."""
+    configs = {name: network.config for name, network in networks.items() if network is not None}
+    if configs.keys() == {"vae"}:
+        raise FrameBridgeError("a Latte pipeline needs a transformer or a neural_prior")
+    for part, problem in LATTE_BRIDGE.problems(configs):
+        raise FrameBridgeError(f"{part} {problem}")
+    if "transformer" in configs and scheduler is None:
+        raise FrameBridgeError("a transformer needs the scheduler that it was trained with")
 
 
 def _label_of(given: int | str, network: LatteTransformer) -> int:
@@ -333,8 +313,8 @@ def _label_of(given: int | str, network: LatteTransformer) -> int:
         return network.null_label
     config = network.config
     # A number is a label even where a class has such a name.
-    names = [] if isinstance(given, int) else config.class_names or []
-    problem = class_problem(str(given), config.num_classes, names)
+    names = () if isinstance(given, int) else tuple(config.class_names or ())
+    problem = KnownClasses(config.num_classes, names).problem(str(given))
     if problem:
         raise FrameBridgeError(f"class_label: {problem}")
     label = network.label_of(given) if isinstance(given, str) else given
