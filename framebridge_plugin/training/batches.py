@@ -14,7 +14,8 @@ from finetrainers.data import initialize_preprocessor
 from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.store import LatentStore
-from framebridge_plugin.training.precomputation.stream import StoredStream, take_empty
+from framebridge_plugin.training.precomputation.stream import StoredStream
+from framebridge_plugin.training.specification import BridgeSpecification
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
@@ -39,7 +40,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
     def __init__(
         self,
         args: Any,
-        specification: Any,
+        specification: BridgeSpecification,
         datasets: Sequence[Any],
         prepare_data: Callable[..., tuple[Iterator[dict], Iterator[dict]]],
         *,
@@ -73,7 +74,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             self.clip_rate = median_clip_rate(stream, args)
         else:
             self.clip_rate = store.manifest.clip_rate
-            drop_caption = getattr(specification, "drop_caption", take_empty)
+            drop_caption = specification.adapter.drop_caption
             dropout = args.framebridge_objective.caption_dropout
             stream = StoredStream(store, args.seed, dropout, **place, drop_caption=drop_caption)
         samples = self.bad_files.watch(sample_loader(stream, args))

@@ -94,6 +94,15 @@ def build_scheduler(backbone: Any, settings: ObjectiveSettings, grid: str = "tra
     )
 
 
+def draw_index(scheduler: Any, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform indices of the objective's scheduler, int64 [B], drawn as finetrainers draws them."""
+    count = scheduler.config.num_train_timesteps
+    if isinstance(scheduler, FrameBridgeScheduler):
+        return torch.randint(count, (batch_size,), generator=generator, device=generator.device)
+    shares = torch.rand(batch_size, generator=generator, device=generator.device)
+    return count - 1 - (count * shares).long()  # the schedulers' own lists begin with the last index
+
+
 def bridge_prediction(
     network: Network,
     scheduler: FrameBridgeScheduler,

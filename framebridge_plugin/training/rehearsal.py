@@ -45,8 +45,7 @@ def rehearse(recipe: Recipe) -> None:
         specification: Any = build_specification(recipe, args)
         datasets = load_dataset_config(dataset_config)
         specification.clip_shape = common_clip_shape(datasets)
-        if hasattr(specification, "_load_scheduler"):
-            specification._load_scheduler()
+        specification.load_scheduler()
         if args.precomputed is not None:
             LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
         _check_first_clip(args, datasets, load_bad_file_policy(dataset_config))

@@ -44,18 +44,15 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
     ours = args.framebridge_trainer
     if ours.ema_decay > 0.0:
         settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
-    if hasattr(specification, "resume_settings"):
-        settings |= specification.resume_settings()
-    if hasattr(specification, "frozen_components"):
-        folders = specification.frozen_components(args.training_type)
-        settings |= {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
-    if hasattr(specification, "_load_scheduler"):
-        config = specification._load_scheduler().config
-        backbone = {
-            name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
-        }
-        if backbone:
-            settings["noise schedule"] = f"of digest {short_digest(backbone)}"
+    settings |= specification.adapter.resume_settings()
+    folders = specification.frozen_components(args.training_type)
+    settings |= {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
+    config = specification.load_scheduler().config
+    backbone = {
+        name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
+    }
+    if backbone:
+        settings["noise schedule"] = f"of digest {short_digest(backbone)}"
     for number, (index, clips) in enumerate(datasets):
         facts = {"rows": len(index), **clips.fingerprint()}
         settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}

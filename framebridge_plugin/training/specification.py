@@ -148,11 +148,11 @@ class BridgeSpecification(ModelSpecification):
 
     def load_diffusion_models(self) -> dict[str, Any]:
         """The network as `transformer`, and the `scheduler` of the objective."""
-        network, scheduler = self.adapter.load_network(self.transformer_dtype), self._load_scheduler()
+        network, scheduler = self.adapter.load_network(self.transformer_dtype), self.load_scheduler()
         self.transformer_config = self.adapter.network_config
         return {"transformer": network, "scheduler": scheduler}
 
-    def _load_scheduler(self) -> Any:
+    def load_scheduler(self) -> Any:
         """The scheduler of the objective, over the process of the base model."""
         facts, backbone = self.adapter.facts, self.adapter.load_backbone()
         if self.adapter.predicts_video:
@@ -189,7 +189,7 @@ class BridgeSpecification(ModelSpecification):
             transformer if transformer is not None else self.adapter.load_network(self.transformer_dtype)
         )
         if "scheduler" in parts:
-            components["scheduler"] = self._load_scheduler() if scheduler is None else scheduler
+            components["scheduler"] = self.load_scheduler() if scheduler is None else scheduler
         if any(components.get(part) is None for part in ("tokenizer", "text_encoder") if part in parts):
             components |= self.load_condition_models()
         if components["vae"] is None:
@@ -227,12 +227,6 @@ class BridgeSpecification(ModelSpecification):
         """
         dropped = drops_caption(self.objective.caption_dropout, sample_seed, generator)
         return self.adapter.encode_caption(kwargs, caption if isinstance(caption, str) else caption[0], dropped)
-
-    def drop_caption(
-        self, conditions: Mapping[str, torch.Tensor], empty_conditions: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Stored conditions of a sample that loses its caption, out of its own and those of the empty one."""
-        return self.adapter.drop_caption(conditions, empty_conditions)
 
     def collate_conditions(self, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collects the conditions of a batch; labels as lists, since the trainers cast tensors to the precision of the
@@ -285,8 +279,8 @@ class BridgeSpecification(ModelSpecification):
         self,
         transformer: Any,
         scheduler: Any,
-        condition_model_conditions: Mapping[str, Any],
-        latent_model_conditions: Mapping[str, torch.Tensor],
+        conditions: Mapping[str, Any],
+        latents: Mapping[str, torch.Tensor],
         index: torch.Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,18 +289,17 @@ class BridgeSpecification(ModelSpecification):
         Args:
             transformer: The network.
             scheduler: What `load_diffusion_models` returned.
-            condition_model_conditions: What `prepare_conditions` returned, collated.
-            latent_model_conditions: What `prepare_latents` returned, collated.
+            conditions: What `prepare_conditions` returned, collated.
+            latents: What `prepare_latents` returned, collated.
             index: Indices of the bridge, or timesteps of the baseline, in [0, N - 1], [B].
             generator: The source of eps; torch's global one if None.
 
         Returns:
             (prediction, target), both [B, T, C, h, w] in float32.
         """
-        z_0 = latent_model_conditions["latents"].float()
-        prior = self.adapter.prior(condition_model_conditions, latent_model_conditions)
-        image_latents = latent_model_conditions["image_latents"].float()
-        network = self.adapter.bind(transformer, condition_model_conditions, image_latents, prior)
+        z_0 = latents["latents"].float()
+        prior = self.adapter.prior(conditions, latents)
+        network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior)
         if self.adapter.predicts_video:
             return network(prior, index), z_0
         noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
@@ -427,10 +420,6 @@ class BridgeSpecification(ModelSpecification):
         ).frames[0]
         return [VideoArtifact(value=frames)]
 
-    def resume_settings(self) -> dict[str, str]:
-        """What a resumed run must have in common with the stored one, and its weights do not tell."""
-        return self.adapter.resume_settings()
-
     def frozen_components(self, training_type: str) -> dict[str, Path]:
         """The folders of what training leaves as it is; with LoRA layers the network is one of them."""
         names = [self.network_name] if training_type == "lora" else []
@@ -500,12 +489,6 @@ class BridgeSpecification(ModelSpecification):
     @property
     def _pipeline_name(self) -> str:
         return self.adapter.facts.pipeline.partition(":")[2]
-
-
-def _with_defaults(settings_class: Any, defaults: Mapping[str, Any]) -> Any:
-    """A dataclass of settings with those of a backbone's own values that it has."""
-    known = defaults.keys() & {field.name for field in dataclasses.fields(settings_class)}
-    return settings_class(**{name: defaults[name] for name in known})
 
 
 def specification_of(model_name: str) -> type[BridgeSpecification]:

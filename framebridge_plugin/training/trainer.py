@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import wandb
-from finetrainers import logging, utils
+from finetrainers import logging
 from finetrainers.config import TrainingType
 from finetrainers.optimizer import get_lr_scheduler
 from finetrainers.parallel import ParallelBackendEnum
@@ -39,55 +39,48 @@ from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
+from framebridge_plugin.training.objective import draw_index
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
+from framebridge_plugin.training.specification import BridgeSpecification
 from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
 
 logger = logging.get_logger()
 
 
 class FrameBridgeTrainer(SFTTrainer):
-    """Trains a model specification, in LoRA or full, on one process or many.
+    """Trains a `BridgeSpecification`, in LoRA or full, on one process or many.
 
     `train_steps`, `lr_warmup_steps`, `checkpointing_steps`, `validation_steps` and `logging_steps` count updates; an
     update sees `batch_size * gradient_accumulation_steps` clips on every data-parallel rank.
 
-    Besides finetrainers' interface, a specification has `clip_shape`, which is set to (frames, height, width) of the
-    clips before anything is loaded, and `clip_rate`, set to the frames per second at which they are seen (or None)
-    before the first update; and it may have
-
-    - `network_name`: folder of the trained network in the model's folder; "transformer" by default;
-    - `check_datasets(datasets)` and `check_validation_samples(rows)`: refuse data that the model is not for, given
-      what `load_dataset_config` and `read_validation_file` returned, before anything is trained;
-    - `prepare_trainable_parameters(transformer, training_type)`: chooses what is trained;
-    - `complete_lora_config(transformer, config)`: adds to what a LoRA trains, before its layers are made; its
-      `_save_lora_weights` gets the trained layers alone, and adds the frozen ones and the settings;
-    - `precomputation_facts()`: what its latents and embeddings depend on, without which none can be precomputed;
-    - `resume_settings()`: what a resumed run must have in common with the stored one, by name, besides the objective;
-    - `frozen_components(training_type)`: the folders of what is not trained, which must be the same for a resumed run;
-    - `default_objective`, `default_trainer_settings`: values of the arguments that a command line does not give.
-
     Args:
         args: finetrainers' arguments.
-        model_specification: A specification with the interface of finetrainers'.
+        model_specification: The model; `clip_shape` and `clip_rate` are set to those of the clips.
         on_prepared: Called once nothing more can refuse the run, before its first update.
         settings: What trackers show as the run's settings; by default finetrainers' arguments.
 
     Raises:
-        UsageError: If the arguments ask for what does not work.
+        UsageError: If the arguments ask for what does not work, or the specification is finetrainers' own.
     """
 
+    model_specification: BridgeSpecification
     optimizer: Any
     lr_scheduler: Any
 
     def __init__(
         self,
         args: Any,
-        model_specification: Any,
+        model_specification: BridgeSpecification,
         on_prepared: Callable[[], None] = lambda: None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(model_specification, BridgeSpecification):
+            raise UsageError(
+                f"{type(model_specification).__name__}: FrameBridgeTrainer trains the specifications of this package; "
+                "use finetrainers' SFTTrainer"
+            )
         refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
         # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
@@ -163,7 +156,7 @@ class FrameBridgeTrainer(SFTTrainer):
             limit=self.args.checkpointing_limit,
             settings=run_settings(self.args, self.model_specification, self._datasets),
             average=self.average,
-            network_name=getattr(self.model_specification, "network_name", "transformer"),
+            network_name=self.model_specification.network_name,
             is_main_process=self.state.parallel_backend.is_main_process,
             barrier=self.state.parallel_backend.wait_for_everyone,
         )
@@ -269,7 +262,6 @@ class FrameBridgeTrainer(SFTTrainer):
     def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
         """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
         args, device = self.args, self.state.parallel_backend.device
-        alphas = utils.get_scheduler_alphas(self.scheduler)
         total = torch.zeros((), device=device)
         for micro_step in range(args.gradient_accumulation_steps):
             conditions, latents = next(batches)
@@ -277,29 +269,12 @@ class FrameBridgeTrainer(SFTTrainer):
             # Dropout inside a network draws from torch's global generator, all else from this one.
             torch.manual_seed(seed)
             generator = torch.Generator(device).manual_seed(seed)
-            sigmas = utils.prepare_sigmas(
-                scheduler=self.scheduler,
-                sigmas=utils.get_scheduler_sigmas(self.scheduler).to(device),
-                batch_size=args.batch_size,
-                num_train_timesteps=self.scheduler.config.num_train_timesteps,
-                device=device,
-                generator=generator,
-            )
+            index = draw_index(self.scheduler, args.batch_size, generator)
             with self.attention_provider_ctx(training=True):
-                prediction, target, sigmas = self.model_specification.forward(
-                    transformer=self.transformer,
-                    scheduler=self.scheduler,
-                    condition_model_conditions=conditions,
-                    latent_model_conditions=latents,
-                    sigmas=sigmas,
-                    generator=generator,
+                prediction, target = self.model_specification.loss_terms(
+                    self.transformer, self.scheduler, conditions, latents, index, generator
                 )
-                timesteps = (sigmas * self.scheduler.config.num_train_timesteps).long().cpu()
-                weights = utils.prepare_loss_weights(
-                    scheduler=self.scheduler, alphas=alphas[timesteps] if alphas is not None else None, sigmas=sigmas
-                )
-                per_sample = (prediction - target).square().flatten(1).mean(dim=1)
-                loss = (weights.flatten().to(device) * per_sample).mean() / args.gradient_accumulation_steps
+                loss = torch.nn.functional.mse_loss(prediction, target) / args.gradient_accumulation_steps
                 loss.backward()
             total += loss.detach()
         if self._data_world_size > 1:
@@ -391,10 +366,9 @@ class FrameBridgeTrainer(SFTTrainer):
         return self.state.parallel_backend.rank
 
 
-def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str, Any]]:
+def check_samples(args: Any, specification: BridgeSpecification, datasets: Any) -> list[dict[str, Any]]:
     """Refuses clips and validation samples that the model is not for; returns the validation samples."""
-    if hasattr(specification, "check_datasets"):
-        specification.check_datasets(datasets)
+    specification.check_datasets(datasets)
     samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
     for sample in samples:
         if sample.get("image") is None and sample.get("video") is None:
@@ -402,8 +376,7 @@ def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str
                 f"{args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be read; give an "
                 "image_path (or video_path) in every row"
             )
-    if hasattr(specification, "check_validation_samples"):
-        specification.check_validation_samples(samples)
+    specification.check_validation_samples(samples)
     return samples
 
 

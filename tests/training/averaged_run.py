@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
+from framebridge_plugin.training.objective import draw_index
 from tests.training.bridge_runs import make_trainer
 
 OPTIONS = ("--parallel_backend=ptd", "--batch_size=1", "--train_steps=3", "--ema_decay=0.9")
@@ -22,14 +23,10 @@ class NoiseOfTheSample(CogVideoXBridgeSpecification):
         seed = {"sample_seed": torch.tensor([sample_seed])}
         return super().prepare_latents(sample_seed=sample_seed, **kwargs) | seed
 
-    def forward(self, *, latent_model_conditions: Any, sigmas: torch.Tensor, generator: Any, **kwargs: Any) -> Any:
-        generator = torch.Generator().manual_seed(latent_model_conditions["sample_seed"].item())
-        return super().forward(
-            latent_model_conditions=latent_model_conditions,
-            sigmas=torch.rand(1, generator=generator),
-            generator=generator,
-            **kwargs,
-        )
+    def loss_terms(self, transformer: Any, scheduler: Any, conditions: Any, latents: Any, *draws: Any) -> Any:
+        generator = torch.Generator().manual_seed(latents["sample_seed"].item())
+        index = draw_index(scheduler, 1, generator)
+        return super().loss_terms(transformer, scheduler, conditions, latents, index, generator)
 
 
 class WithRankFiles(FrameBridgeTrainer):

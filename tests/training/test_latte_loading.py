@@ -229,7 +229,7 @@ def test_a_resumed_run_has_to_have_the_same_clips_classes_and_neural_prior(model
         specification = make_from_scratch("bridge", models, latte_size="S/8", **changes)
         frozen = specification.frozen_components("full-finetune")
         digests = {name: component_fingerprint(folder) for name, folder in frozen.items()}
-        return specification.resume_settings() | digests
+        return specification.adapter.resume_settings() | digests
 
     plain, on_prior = settings(), settings(neural_prior=str(models / "neural_prior"))
     assert plain["clips"] == "4 frames of 64 x 64"

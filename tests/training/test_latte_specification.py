@@ -118,7 +118,7 @@ def test_the_neural_prior_is_told_the_true_class_where_the_bridge_is_told_none(m
     # What a store of latents makes of the same drop.
     kept = make_latte_specification("bridge_neural_prior", models / "bridge_neural_prior", caption_dropout=0.0)
     stored = [kept.prepare_conditions(caption=caption, sample_seed=0) for caption in (*names, "")]
-    dropped = kept.drop_caption(stored[0], stored[2])
+    dropped = kept.adapter.drop_caption(stored[0], stored[2])
     assert specification.collate_conditions([dropped, stored[1]]) == conditions
 
     _, latents = make_latte_batch()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, FlowMatchEulerDiscreteScheduler
 
+from framebridge_plugin import register
 from framebridge_plugin.bridge import NoAlignment, VariancePreservingAlignment
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.models.widening import widen_input_channels
@@ -19,6 +20,7 @@ from framebridge_plugin.training.objective import (
     bridge_prediction,
     build_scheduler,
     diffusion_prediction,
+    draw_index,
     finetrainers_terms,
 )
 
@@ -218,6 +220,31 @@ def weighted_diffusion_loss(
     assert (sigmas * 1000).long().tolist() == steps.tolist()
     weights = 1 / (1 - backbone.alphas_cumprod[steps])  # finetrainers.utils.prepare_loss_weights
     return (weights * (prediction - target).square().flatten(1).mean(dim=1)).float()
+
+
+@pytest.mark.parametrize("kind", ["bridge", "diffusion", "flow matching"])
+def test_indices_are_drawn_as_finetrainers_draws_its_sigmas(kind):
+    register()
+    from finetrainers import utils
+
+    backbone = make_backbone() if kind != "flow matching" else FlowMatchEulerDiscreteScheduler(shift=3.0)
+    objective = "bridge" if kind == "bridge" else "diffusion"
+    scheduler = build_scheduler(backbone, ObjectiveSettings(objective=objective))
+    sigmas = utils.prepare_sigmas(
+        scheduler, utils.get_scheduler_sigmas(scheduler), 500, 1000, generator=torch.Generator().manual_seed(4)
+    )
+    seen: list[torch.Tensor] = []
+
+    def terms(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(index)
+        return torch.zeros(500), torch.zeros(500)
+
+    finetrainers_terms(scheduler, sigmas, terms)
+    index = draw_index(scheduler, 500, torch.Generator().manual_seed(4))
+    assert index.dtype == torch.int64
+    assert index.min() < 10
+    assert index.max() > 990
+    torch.testing.assert_close(index.double(), seen[0], rtol=0, atol=1e-2)
 
 
 def test_the_scheduler_has_the_settings_of_the_objective():

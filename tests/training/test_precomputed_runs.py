@@ -12,10 +12,11 @@ import yaml
 
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.randomness import derive_seed
-from framebridge_plugin.training import CogVideoXBridgeSpecification, LatteBridgeSpecification
+from framebridge_plugin.training import CogVideoXBridgeSpecification
 from framebridge_plugin.training.draws import drops_caption
 from framebridge_plugin.training.precomputation.store import LatentStore, Manifest, write_shard
 from framebridge_plugin.training.precomputation.stream import StoredStream
+from framebridge_plugin.training.specification import BridgeSpecification
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
 from tests.training.run_results import assert_same_weights, losses, metrics, succeeded
 
@@ -102,7 +103,7 @@ def test_latte_bridge_and_neural_prior_share_a_store(
         chosen = (f"model.model_name={name}", f"{model}/{kind}")
         assert succeeded(train(*chosen, output=f"{kind}-live"))
         with monkeypatch.context() as patch:
-            patch.setattr(LatteBridgeSpecification.__mro__[2], "load_latent_models", refuse_to_load)
+            patch.setattr(BridgeSpecification, "load_latent_models", refuse_to_load)
             assert succeeded(train(*chosen, f"framebridge.precomputed={tmp_path / 'store'}", output=f"{kind}-stored"))
         for run in ("live", "stored"):
             assert json.loads((tmp_path / f"{kind}-{run}/model/model_index.json").read_text())["fps"] == 8.0
@@ -140,7 +141,8 @@ def store(tmp_path: Path) -> LatentStore:
 
 
 def read(store: LatentStore, count: int, dropout: float = 0.0, workers: int = 0, **place: int) -> list[tuple]:
-    stream = StoredStream(store, SEED, dropout, **{"rank": 0, "world_size": 1, "start": 0, **place})
+    place = {"rank": 0, "world_size": 1, "start": 0, **place}
+    stream = StoredStream(store, SEED, dropout, **place, drop_caption=lambda own, empty: empty)
     samples = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers))
     read = [next(samples) for _ in range(count)]
     return [(*map(int, sample["latents"]["latents"][0]), int(sample["conditions"]["row"])) for sample in read]

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.commands.sample import open_pipeline
+from framebridge_plugin.errors import UsageError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.training import CogVideoXBridgeSpecification
+from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridgeTrainer
 from tests.tiny_models import LATENT_CHANNELS
-from tests.training.bridge_runs import make_inputs, run_trainer
+from tests.training.bridge_runs import make_inputs, make_trainer, run_trainer
 
 RUNS = LORA_RUN, FULL_RUN = ("lora-accelerate", "full-ptd-precomputed")
 
@@ -99,3 +100,10 @@ def test_lora_trains_the_projection_as_one_of_its_layers(trainers, inputs, base_
     torch.testing.assert_close(projection.weight, expected, rtol=0, atol=1e-7)
     assert torch.equal(projection.bias, base_weights["patch_embed.proj.bias"])
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
+
+
+def test_our_trainer_refuses_specifications_of_finetrainers(inputs, tmp_path):
+    from finetrainers.models.cogvideox import CogVideoXModelSpecification
+
+    with pytest.raises(UsageError, match="CogVideoXModelSpecification"):
+        make_trainer(FrameBridgeTrainer, inputs, tmp_path, "full", specification_class=CogVideoXModelSpecification)

@@ -14,7 +14,6 @@ from typing import Any
 
 from framebridge_plugin.backbones.fingerprint import digest_of
 from framebridge_plugin.data import ClipIndex, ClipSettings
-from framebridge_plugin.errors import UsageError
 
 _SAMPLED_FILES = 64
 
@@ -34,11 +33,8 @@ def run_fingerprint(
         see `data_fingerprint`), "enable_tiling".
 
     Raises:
-        UsageError: If the specification has no `precomputation_facts`.
         FrameBridgeError: If a file of the model cannot be read.
     """
-    if not hasattr(specification, "precomputation_facts"):
-        raise UsageError(f"{type(specification).__name__} does not say what its latents depend on: train it live")
     fingerprint = {
         "seed": args.seed,
         "model": specification.precomputation_facts(),

@@ -98,8 +98,7 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     datasets = index_datasets(recipe.dataset_config(), "the recipe's data")
     specification = build_specification(recipe, args)
     specification.clip_shape = common_clip_shape(datasets)
-    if hasattr(specification, "check_datasets"):
-        specification.check_datasets(datasets)
+    specification.check_datasets(datasets)
     captions = Captions([index for index, _ in datasets])
     quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
     clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))

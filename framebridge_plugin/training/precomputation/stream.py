@@ -18,11 +18,6 @@ from framebridge_plugin.training.precomputation.store import LatentStore
 Conditions = Mapping[str, torch.Tensor]
 
 
-def take_empty(own: Conditions, empty: Conditions) -> Conditions:
-    """The conditions of a sample that loses its caption, where nothing of its own is kept."""
-    return empty
-
-
 class StoredSample(TypedDict):
     """What a clip and its caption became: `conditions` and `latents` as the specification's methods returned them.
 
@@ -47,8 +42,7 @@ class StoredStream(IterableDataset[StoredSample]):
         rank: This process, in [0, world_size - 1].
         world_size: Number of processes that share the data.
         start: Number of samples that this rank has already consumed.
-        drop_caption: The conditions of a sample that loses its caption, out of its own and those of the empty caption;
-            by default the latter.
+        drop_caption: The conditions of a sample that loses its caption, of its own and those of the empty caption.
     """
 
     def __init__(
@@ -60,7 +54,7 @@ class StoredStream(IterableDataset[StoredSample]):
         rank: int,
         world_size: int,
         start: int,
-        drop_caption: Callable[[Conditions, Conditions], Conditions] = take_empty,
+        drop_caption: Callable[[Conditions, Conditions], Conditions],
     ) -> None:
         super().__init__()
         self.store = store
