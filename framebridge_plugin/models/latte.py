@@ -34,7 +34,7 @@ _TIME_CHANNELS = 256
 
 
 class LatteBlock(nn.Module):
-    """Self-attention over space or over time, then a feed-forward layer, each modulated and gated (adaLN-Zero, DiT)."""
+    """Self-attention over space or over time, then a feed-forward layer, both modulated and gated (adaLN-Zero)."""
 
     def __init__(self, num_attention_heads: int, attention_head_dim: int, is_temporal: bool) -> None:
         super().__init__()

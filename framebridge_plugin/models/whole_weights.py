@@ -14,7 +14,7 @@ from framebridge_plugin.errors import FrameBridgeError
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """Makes every `from_pretrained` of both libraries refuse weights that lack a tensor, for a pipeline's parts too."""
+    """Makes every `from_pretrained` of both libraries refuse weights that lack a tensor, also of a pipeline."""
     libraries: tuple[Any, ...] = (ModelMixin, PreTrainedModel)
     originals = [library.__dict__["from_pretrained"] for library in libraries]
     for library, original in zip(libraries, originals, strict=True):
