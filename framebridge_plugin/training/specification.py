@@ -88,9 +88,10 @@ class BridgeSpecification(ModelSpecification):
     ) -> None:
         adapter_class = find_backbone(self.model_name).load_adapter()
         parsed, defaults = parsed_arguments(), {"class_names": UCF101_CLASSES, "seed": 42}
+        given = {name: kwargs.pop(name, None) for name in adapter_class.setting_names}
         settings = {
-            name: kwargs.pop(name, None) or getattr(parsed, name, defaults.get(name))
-            for name in adapter_class.setting_names
+            name: getattr(parsed, name, defaults.get(name)) if value is None else value
+            for name, value in given.items()
         }
         if kwargs.get("condition_model_processors") or kwargs.get("latent_model_processors"):
             raise UsageError("processors: the backbone's adapter encodes captions and clips; leave them out")
