@@ -13,6 +13,7 @@ from framebridge_plugin import imports, library_messages, torchvision_repair
 if TYPE_CHECKING:
     from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
     from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+    from framebridge_plugin.backbones.ltx.pipeline import FrameBridgeLTXPipeline
     from framebridge_plugin.backbones.wan.pipeline import FrameBridgeWanPipeline
     from framebridge_plugin.schedulers.framebridge_scheduler import FrameBridgeScheduler
     from framebridge_plugin.training.finetrainers.registration import register
@@ -25,6 +26,7 @@ imports.defer_imports()
 
 _MODULE_OF_ATTRIBUTE = {
     "FrameBridgeCogVideoXPipeline": "framebridge_plugin.backbones.cogvideox.pipeline",
+    "FrameBridgeLTXPipeline": "framebridge_plugin.backbones.ltx.pipeline",
     "FrameBridgeLattePipeline": "framebridge_plugin.backbones.latte.pipeline",
     "FrameBridgeScheduler": "framebridge_plugin.schedulers.framebridge_scheduler",
     "FrameBridgeWanPipeline": "framebridge_plugin.backbones.wan.pipeline",
@@ -33,6 +35,7 @@ _MODULE_OF_ATTRIBUTE = {
 
 __all__ = [
     "FrameBridgeCogVideoXPipeline",
+    "FrameBridgeLTXPipeline",
     "FrameBridgeLattePipeline",
     "FrameBridgeScheduler",
     "FrameBridgeWanPipeline",

@@ -215,6 +215,16 @@ class BackboneAdapter:
         return prior.float().expand_as(latents["latents"])
 
     @classmethod
+    def call_settings(cls, frame_rate: float | None) -> dict[str, Any]:
+        """What `bind` is told of every call, for videos of so many frames per second (None if it is not known)."""
+        return {}
+
+    @classmethod
+    def baseline_times(cls, scheduler: Any, num_steps: int, shape: torch.Size) -> dict[str, Any]:
+        """The arguments of its own scheduler that say at which times latents [B, T, C, h, w] are sampled."""
+        return {"num_inference_steps": num_steps}
+
+    @classmethod
     def bind(
         cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
     ) -> Network:

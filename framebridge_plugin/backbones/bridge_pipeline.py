@@ -113,5 +113,6 @@ class BridgePipeline(SavingWithoutLora):
             assert negative_conditions is not None
             conditions = {name: torch.cat([negative_conditions[name], value]) for name, value in conditions.items()}
             image_latents, end = torch.cat([image_latents] * 2), torch.cat([prior] * 2)
-        bound = self.adapter.bind(network, conditions, image_latents, end, **(network_settings or {}))
+        call = {**self.adapter.call_settings(self.config.fps), **(network_settings or {})}
+        bound = self.adapter.bind(network, conditions, image_latents, end, **call)
         return sample_latents(self, bound, prior, guidance_scale=guidance_scale, **loop)

@@ -21,6 +21,7 @@ GROUP = "framebridge_plugin.backbones"
 _OWN = {
     "cogvideox_bridge": "framebridge_plugin.backbones.cogvideox.facts:COGVIDEOX",
     "wan_bridge": "framebridge_plugin.backbones.wan.facts:WAN",
+    "ltx_bridge": "framebridge_plugin.backbones.ltx.facts:LTX",
     "latte_bridge": "framebridge_plugin.backbones.latte.facts:LATTE_BRIDGE",
     "latte_neural_prior": "framebridge_plugin.backbones.latte.facts:LATTE_NEURAL_PRIOR",
 }
@@ -132,7 +133,7 @@ class BackboneFacts:
         defaults: Its values of the recipe's section `framebridge`, where they are not the general ones.
         sampling: Its `num_inference_steps`, `guidance_scale` and `grid` where nobody says another.
         plain: For a text-to-video model that was not trained as a bridge: settings of the `FrameBridgeScheduler`, and
-            `num_frames`, `height` and `width`.
+            `num_frames`, `height`, `width` and `fps`.
         without_effect: Settings of a recipe that do nothing for it, by their paths, with the reason.
         config_problem: What is wrong with a component's config, to be read after its place; by default nothing.
         parts_problems: Where components do not fit each other, from their configs by name: the component, and what is

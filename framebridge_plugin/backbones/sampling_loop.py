@@ -156,7 +156,10 @@ def sample_latents(
     guided = guidance_scale > 1.0
     pipeline._guidance_scale = guidance_scale
     if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        grid = {"num_inference_steps": num_inference_steps}
+        if not is_bridge:
+            grid = pipeline.adapter.baseline_times(scheduler, num_inference_steps, prior.shape)
+        scheduler.set_timesteps(**grid, device=device)
     elif is_bridge:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
     else:

@@ -85,12 +85,13 @@ class TextBridgePipeline(BridgePipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        fps: float = DEFAULT_FPS,
+        fps: float | None = None,
     ) -> None:
         parent: Any = super()
         parent.__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
+        fps = fps or self.adapter.facts.plain.get("fps", DEFAULT_FPS)
         clip = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         self._set_up(scheduler, **clip, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         if transformer is None:
@@ -128,7 +129,7 @@ class TextBridgePipeline(BridgePipeline):
         components = settings | load_components(saved, cls._loaders(), settings)
         index = saved.read(base / "model_index.json")
         if "scheduler" not in components and index.get("_class_name") != cls.__name__:
-            bridge = {name: value for name, value in plain.items() if name not in _CLIP}
+            bridge = {name: value for name, value in plain.items() if name not in (*_CLIP, "fps")}
             components["scheduler"] = FrameBridgeScheduler.from_backbone(
                 saved.read(base / "scheduler" / "scheduler_config.json"), **bridge
             )

@@ -195,7 +195,7 @@ class BridgeSpecification(ModelSpecification):
             components |= self.load_condition_models()
         if components["vae"] is None:
             components |= self.load_latent_models()
-        pipeline = self.adapter.pipeline(**components, **self.adapter.own_components())
+        pipeline = self.adapter.pipeline(**components, **self.adapter.own_components(), **self._rate_setting)
         if kwargs.get("enable_slicing"):
             pipeline.vae.enable_slicing()
         if kwargs.get("enable_tiling"):
@@ -300,7 +300,8 @@ class BridgeSpecification(ModelSpecification):
         """
         z_0 = latents["latents"].float()
         prior = self.adapter.prior(conditions, latents)
-        network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior)
+        call = self.adapter.call_settings(self.clip_rate)
+        network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior, **call)
         if self.adapter.predicts_video:
             return network(prior, index), z_0
         noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
@@ -434,7 +435,6 @@ class BridgeSpecification(ModelSpecification):
         scheduler: Any = None,
     ) -> None:
         assert transformer_state_dict is not None
-        rate = {} if self.clip_rate is None else {"fps": self.clip_rate}
         save_model_folder(
             directory,
             pipeline_class=self._pipeline_name,
@@ -447,7 +447,7 @@ class BridgeSpecification(ModelSpecification):
                 name: (*self.adapter.part_class(name), folder)
                 for name, folder in self.frozen_components("full-finetune").items()
             },
-            settings=self.adapter.pipeline_settings() | rate,
+            settings=self.adapter.pipeline_settings() | self._rate_setting,
         )
 
     def _save_lora_weights(
@@ -486,6 +486,10 @@ class BridgeSpecification(ModelSpecification):
             width=width,
             **describe_base(self.pretrained_model_name_or_path, components),
         )
+
+    @property
+    def _rate_setting(self) -> dict[str, float]:
+        return {} if self.clip_rate is None else {"fps": self.clip_rate}
 
     @property
     def _pipeline_name(self) -> str:

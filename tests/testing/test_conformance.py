@@ -16,7 +16,9 @@ from framebridge_plugin.training import (
     NeuralPriorSpecification,
     WanBridgeSpecification,
 )
+from framebridge_plugin.training.specification import specification_of
 from tests.testing.tiny_cogview4 import make_tiny_cogview4
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
 from tests.tiny_wan import make_tiny_wan
 
@@ -50,6 +52,15 @@ class TestWanBridge(TinyModel):
     model_name = "wan_bridge"
     make_model = partial(make_tiny_wan)
     clip_shape = (5, SIZE, SIZE)
+
+
+class TestLTXBridge(TinyModel):
+    """By its name alone: a folder and a line are enough."""
+
+    specification_class = specification_of("ltx_bridge")
+    model_name = "ltx_bridge"
+    make_model = partial(make_tiny_ltx)
+    clip_shape = (9, 64, 64)
 
 
 class TestStockCogVideoX(TinyModel):

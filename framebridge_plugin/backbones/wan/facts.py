@@ -45,7 +45,7 @@ WAN = BackboneFacts(
     input_projection="patch_embedding",
     defaults={"target": "flow"},
     sampling={"num_inference_steps": 50, "guidance_scale": 5.0, "grid": "trailing"},
-    plain={"target": "flow", "num_frames": 81, "height": 480, "width": 832},
+    plain={"target": "flow", "num_frames": 81, "height": 480, "width": 832, "fps": 16.0},
     without_effect={
         **dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
         "framebridge.alignment_edge": "flow matching knows every noise level of the bridge, there is no edge",

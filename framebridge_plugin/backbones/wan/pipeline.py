@@ -11,7 +11,6 @@ from framebridge_plugin.backbones.text_pipeline import TextBridgePipeline
 from framebridge_plugin.backbones.wan.adapter import WanAdapter
 from framebridge_plugin.backbones.wan.facts import config_problem
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.media import DEFAULT_FPS
 
 
 class FrameBridgeWanPipeline(TextBridgePipeline, WanPipeline):
@@ -32,7 +31,7 @@ class FrameBridgeWanPipeline(TextBridgePipeline, WanPipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        fps: float = DEFAULT_FPS,
+        fps: float | None = None,
         transformer_2: Any = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
