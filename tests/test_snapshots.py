@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import enum
 import functools
 import hashlib
@@ -26,6 +25,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -75,9 +75,9 @@ def recipe_arguments(name: str, folder: Path) -> dict[str, Any]:
 
 def arguments_of(recipe: Recipe, dataset_config: Path) -> dict[str, Any]:
     """What a run of a recipe gives to finetrainers, by name: this is the one place that knows how."""
-    from framebridge_plugin.training.finetrainers.registration import parse_arguments
+    from framebridge_plugin.training.finetrainers.registration import recipe_arguments
 
-    return values_of(parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()]))
+    return values_of(recipe_arguments(recipe, dataset_config))
 
 
 def command_line_arguments(model_name: str, training_type: str, folder: Path) -> dict[str, Any]:
@@ -99,12 +99,13 @@ def command_line_arguments(model_name: str, training_type: str, folder: Path) ->
 
 
 def values_of(args: Any) -> dict[str, Any]:
-    """finetrainers' arguments by name; the fields of dataclasses among them stand beside the others."""
-    found = vars(args) | vars(args.attention_provider_args)
+    """finetrainers' arguments by name; the fields of settings among them stand beside the others."""
+    found = {name: getattr(args, name) for name in type(args).__annotations__ if name != "attention_provider_args"}
+    found |= vars(args) | vars(args.attention_provider_args)
     values: dict[str, Any] = {}
     for name, value in found.items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            values |= dataclasses.asdict(value)
+        if isinstance(value, BaseModel):
+            values |= value.model_dump()
         elif not name.startswith("_"):
             values[name] = str(value) if isinstance(value, torch.dtype | enum.Enum) else value
     return values

@@ -21,6 +21,7 @@ from framebridge_plugin.recipe.rules import launch_problems, recipe_problems
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
+from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "resolve_recipe", "shipped_recipes"]
 
@@ -256,13 +257,15 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 def _message(error: dict[str, Any]) -> str:
     path, kind, value = _dotted(error["loc"]), error["type"], error.get("input")
     if kind == "extra_forbidden":
+        if reason := WITHOUT_EFFECT.get(path.rpartition(".")[2]):
+            return f"finetrainers has it, and here it has no effect: {reason}; remove it"
         return f"unknown key; the nearest is {_nearest_key(path)}"
     if kind == "missing":
         return "is required"
     if kind in ("model_type", "model_attributes_type"):
         return f"should be a section with keys of its own, not {value!r}"
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    text = f"{text}, not {value!r}" if len(repr(value)) < 100 else text
+    text = f"{text}, not {value!r}" if len(repr(value)) < 100 and repr(value) not in text else text
     if kind == "literal_error" and isinstance(value, str):
         nearest = difflib.get_close_matches(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]), n=1, cutoff=0.4)
         text += f"; did you mean {nearest[0]}?" if nearest else ""

@@ -10,24 +10,9 @@ from framebridge_plugin.backbones.folders import writing_problem
 from framebridge_plugin.recipe.data_rules import content_problems, data_problems, validation_problems
 from framebridge_plugin.recipe.model_rules import RecipeModel
 from framebridge_plugin.recipe.problem import Problem
-from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.recipe.schema import FrameBridgeSection, Recipe
 from framebridge_plugin.recipe.scratch_rules import scratch_problems, size_problems
-from framebridge_plugin.recipe.sections import DiffusionSection, FrameBridgeSection
 from framebridge_plugin.recipe.start_rules import start_problems
-
-# What a user would expect to change the run, and does not, whatever the model; the others are the backbones' facts.
-_ONE_TEXT_ENCODER = "no model here has more than one text encoder"
-_WITHOUT_EFFECT = {
-    "model.variant": "finetrainers 0.2.0 reads the plain weight files only, and precision.* sets the number formats",
-    "model.tokenizer_2_id": _ONE_TEXT_ENCODER,
-    "model.tokenizer_3_id": _ONE_TEXT_ENCODER,
-    "model.text_encoder_2_id": _ONE_TEXT_ENCODER,
-    "model.text_encoder_3_id": _ONE_TEXT_ENCODER,
-    "optimization.beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
-} | {
-    f"diffusion.{name}": "neither the bridge nor the diffusion baseline is trained by flow matching"
-    for name in DiffusionSection.model_fields
-}
 
 # Attention providers by the beginning of their names.
 _PROVIDER_PACKAGES = {
@@ -109,7 +94,7 @@ _ACCELERATE = (
 
 
 def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
-    for where, reason in (_WITHOUT_EFFECT | dict(recipe.backbone.without_effect)).items():
+    for where, reason in recipe.backbone.without_effect.items():
         *parents, name = where.split(".")
         section = recipe
         for parent in parents:
@@ -133,10 +118,8 @@ def _objective_problems(recipe: Recipe) -> Iterator[Problem]:
         for part in recipe.backbone.optional_parts:
             if getattr(ours, part, None) is not None:
                 yield Problem(f"framebridge.{part}", "goes with objective bridge, not with diffusion: remove it")
-    if ours.beta_min == ours.beta_max == 0:
-        yield Problem("framebridge.beta_max", "should be above 0 when beta_min is 0: there would be no noise at all")
-    if ours.ema_start_step and not ours.ema_decay:
-        yield Problem("framebridge.ema_start_step", "has no effect with ema_decay 0: remove it")
+    for name, message in ours.conflicts():
+        yield Problem(f"framebridge.{name}", message)
 
 
 def _training_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -183,9 +166,6 @@ def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:
     processes = parallelism.dp_degree * parallelism.dp_shards
     if parallelism.parallel_backend == "accelerate" and processes > 1:
         yield Problem("parallelism.parallel_backend", _ACCELERATE.format(processes=processes))
-    for name in ("pp_degree", "cp_degree", "tp_degree"):
-        if getattr(parallelism, name) > 1:
-            yield Problem(f"parallelism.{name}", "only 1 is supported: share the work by dp_degree and dp_shards")
     if recipe.optimization.optimizer.endswith(("-bnb", "-8bit")) and parallelism.dp_shards > 1:
         yield Problem(
             "optimization.optimizer",

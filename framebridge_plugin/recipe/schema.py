@@ -9,31 +9,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
 from framebridge_plugin.backbones.folders import local_path, read_json
 from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.recipe.sections import (
-    AttentionSection,
-    CheckpointsSection,
-    CompileSection,
-    DataloaderSection,
-    DatasetSection,
-    DiffusionSection,
-    FrameBridgeSection,
-    HubSection,
-    LoraSection,
-    ModelSection,
-    OptimizationSection,
-    ParallelismSection,
-    PrecisionSection,
-    Section,
-    TrackingSection,
-    TrainingSection,
-    ValidationSection,
-)
+from framebridge_plugin.settings import finetrainers as host
+from framebridge_plugin.settings.base import Section
+from framebridge_plugin.settings.bridge import BeginningSection, ObjectiveSection, TrainerSection
+from framebridge_plugin.settings.data import BadFilesSection, DataSection
+
+
+class ModelSection(host.ModelSection):
+    """Which pretrained model to start from, of a backbone that there is."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _check_backbone(cls, name: str) -> str:
+        find_backbone(name)
+        return name
+
+
+class FrameBridgeSection(BeginningSection, TrainerSection, ObjectiveSection):
+    """What is this package's own; a backbone's facts hold the defaults that are its own."""
+
+    data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
+    bad_files: BadFilesSection = BadFilesSection()
 
 
 class Recipe(Section):
@@ -45,20 +47,19 @@ class Recipe(Section):
 
     model: ModelSection
     framebridge: FrameBridgeSection = FrameBridgeSection()
-    dataset: DatasetSection = DatasetSection()
-    dataloader: DataloaderSection = DataloaderSection()
-    diffusion: DiffusionSection = DiffusionSection()
-    training: TrainingSection
-    optimization: OptimizationSection = OptimizationSection()
-    parallelism: ParallelismSection = ParallelismSection()
-    precision: PrecisionSection = PrecisionSection()
-    checkpoints: CheckpointsSection
-    validation: ValidationSection = ValidationSection()
-    tracking: TrackingSection = TrackingSection()
-    hub: HubSection = HubSection()
-    compile: CompileSection = CompileSection()
-    attention: AttentionSection = AttentionSection()
-    lora: LoraSection = LoraSection()
+    dataset: host.DatasetSection = host.DatasetSection()
+    dataloader: host.DataloaderSection = host.DataloaderSection()
+    training: host.TrainingSection
+    optimization: host.OptimizationSection = host.OptimizationSection()
+    parallelism: host.ParallelismSection = host.ParallelismSection()
+    precision: host.PrecisionSection = host.PrecisionSection()
+    checkpoints: host.CheckpointsSection
+    validation: host.ValidationSection = host.ValidationSection()
+    tracking: host.TrackingSection = host.TrackingSection()
+    hub: host.HubSection = host.HubSection()
+    compile: host.CompileSection = host.CompileSection()
+    attention: host.AttentionSection = host.AttentionSection()
+    lora: host.LoraSection = host.LoraSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -136,56 +137,6 @@ class Recipe(Section):
         entry |= data.model_dump(include=clip, exclude_none=True)
         return {"datasets": [entry], "bad_files": bad_files}
 
-    def to_finetrainers_argv(self, dataset_config: str | Path | None = None) -> list[str]:
-        """The command line that gives finetrainers' parser every value of this recipe.
-
-        Every value is passed, also where it equals finetrainers' default, so that a run does not depend on those.
-
-        Args:
-            dataset_config: Path of the dataset JSON; None takes `dataset.dataset_config`.
-
-        Returns:
-            Arguments without the program's name, such as `["--model_name=cogvideox_bridge", ...]`.
-
-        Raises:
-            ValueError: If neither this call nor the recipe gives a dataset JSON.
-        """
-        dataset_config = dataset_config if dataset_config is not None else self.dataset.dataset_config
-        if dataset_config is None:
-            raise ValueError(
-                "finetrainers needs a dataset JSON: write Recipe.dataset_config() to a file, pass its path"
-            )
-        sections = self.model_dump(exclude={"framebridge"} | self._unused_sections())
-        values = {name: value for section in sections.values() for name, value in section.items()}
-        values["dataset_config"] = str(dataset_config)
-        if self.model.pretrained_model_name_or_path is None:
-            values["pretrained_model_name_or_path"] = ""  # finetrainers' parser does not do without it
-        argv: list[str] = []
-        for name, value in values.items():
-            if value is True:
-                argv.append(f"--{name}")
-            elif isinstance(value, list):
-                argv += [f"--{name}", *map(str, value)] if value else []
-            elif value is not None and value is not False:
-                argv.append(f"--{name}={value}")
-        return argv
-
-    def objective_argv(self) -> list[str]:
-        """The command line that gives finetrainers' parser, as this package extends it, the section `framebridge`.
-
-        Returns:
-            Arguments such as `["--objective=bridge", "--no_prior_noise", "--ema_decay=0.9999", ...]`, for all but the
-            data and what is done about bad files.
-        """
-        argv = []
-        for name, value in self.framebridge.model_dump(exclude={"data", "bad_files"}, exclude_none=True).items():
-            flag = "snr_alignment" if name == "snr_aligned" else name
-            if isinstance(value, bool):
-                argv.append(f"--{flag}" if value else f"--no_{flag}")
-            else:
-                argv.append(f"--{flag}={value}")
-        return argv
-
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
         from framebridge_plugin.recipe.yaml_text import dump_yaml
@@ -194,14 +145,8 @@ class Recipe(Section):
 
     def without_secrets(self) -> dict[str, Any]:
         """The whole recipe, defaults included, by section; `hub_token` is left out."""
-        return self.model_dump(exclude={name: True for name in self._unused_sections()} | _SECRETS)
-
-    def _unused_sections(self) -> set[str]:
-        # finetrainers' parser knows the adapters' arguments only in a LoRA run.
-        return set() if self.training.training_type == "lora" else {"lora"}
-
-
-_SECRETS: dict[str, Any] = {"hub": {"hub_token": True}}
+        left_out: Any = {"hub": {"hub_token": True}}
+        return self.model_dump(exclude=left_out | ({} if self.training.training_type == "lora" else {"lora": True}))
 
 
 def _absolute(source: str) -> str:

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from framebridge_plugin.errors import UsageError
 
 Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 
 

@@ -6,68 +6,14 @@ Layouts: B batch, T latent frames, C channels, H and W height and width of the l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from framebridge_plugin.backbones.adapter import Network
-from framebridge_plugin.bridge import EDGES, TARGETS
-from framebridge_plugin.errors import UsageError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import backbone_kind, backbone_loss_terms, flow_index
-
-OBJECTIVES = ("bridge", "diffusion")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
-    """What is trained, as the recipe's section `framebridge` says it.
-
-    Args:
-        objective: "bridge", or "diffusion": the backbone's own diffusion loss with the same network, data and image
-            condition, as the matched baseline.
-        target: What the network predicts in a bridge: "v", "eps_psi", "noise" or "data".
-        snr_aligned: SNR-aligned fine-tuning (SAF): show the network latents and times of the diffusion process that
-            it was pretrained on.
-        alignment_edge: "exact" clamps the aligned time to the backbone's range; "reference" is the rule of the
-            authors' code at the 14 indices nearest to the data.
-        beta_min: g(0)^2 of the bridge.
-        beta_max: g(1)^2 of the bridge.
-        image_noise: Whether to add pixel noise to the condition image.
-        prior_noise: Whether to add pixel noise to every frame of the prior.
-        noise_log_mean: Mean of the logarithm of the noise's standard deviation, pixels in [-1, 1].
-        noise_log_std: Standard deviation of that logarithm.
-        caption_dropout: Share of samples whose caption is replaced by the empty one (their class by the null label),
-            for classifier-free guidance.
-
-    Raises:
-        UsageError: If a value is out of range.
-    """
-
-    objective: str = "bridge"
-    target: str = "v"
-    snr_aligned: bool = True
-    alignment_edge: str = "exact"
-    beta_min: float = 0.01
-    beta_max: float = 50.0
-    image_noise: bool = True
-    prior_noise: bool = True
-    noise_log_mean: float = -3.0
-    noise_log_std: float = 0.5
-    caption_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective={self.objective!r}; use one of {', '.join(OBJECTIVES)}")
-        if self.target not in TARGETS:
-            raise UsageError(f"target={self.target!r}; use one of {', '.join(TARGETS)}")
-        if self.alignment_edge not in EDGES:
-            raise UsageError(f"alignment_edge={self.alignment_edge!r}; use one of {', '.join(EDGES)}")
-        if self.noise_log_std < 0.0:
-            raise UsageError(f"noise_log_std={self.noise_log_std}; use 0 or more")
-        if not 0.0 <= self.caption_dropout < 1.0:
-            raise UsageError(f"caption_dropout={self.caption_dropout}; use a share in [0, 1)")
+from framebridge_plugin.settings.bridge import ObjectiveSettings
 
 
 def build_scheduler(backbone: Any, settings: ObjectiveSettings, grid: str = "trailing") -> Any:

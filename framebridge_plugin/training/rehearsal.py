@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
-from framebridge_plugin.data import ClipStream, load_bad_file_policy, load_dataset_config
+from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, describe, files_to_skip
-from framebridge_plugin.data.folders import common_clip_shape
+from framebridge_plugin.data.folders import common_clip_shape, index_datasets
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
-from framebridge_plugin.training.finetrainers.registration import add_lora_layers, parse_arguments, register
+from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
@@ -37,18 +35,16 @@ def rehearse(recipe: Recipe) -> None:
     from framebridge_plugin.training.checkpoints import check_settings, find_checkpoint, stored_settings
     from framebridge_plugin.training.trainer import check_samples, refuse_unsupported
 
-    with tempfile.TemporaryDirectory() as folder:
-        dataset_config = Path(folder, "dataset_config.json")
-        dataset_config.write_text(json.dumps(recipe.dataset_config()), encoding="utf-8")
-        args: Any = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
-        refuse_unsupported(args)
-        specification: Any = build_specification(recipe, args)
-        datasets = load_dataset_config(dataset_config)
-        specification.clip_shape = common_clip_shape(datasets)
-        specification.load_scheduler()
-        if args.precomputed is not None:
-            LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
-        _check_first_clip(args, datasets, load_bad_file_policy(dataset_config))
+    args = recipe_arguments(recipe, "")  # no file: nothing here reads one
+    refuse_unsupported(args)
+    specification: Any = build_specification(recipe, args)
+    content = recipe.dataset_config()
+    datasets = index_datasets(content, "the recipe's data")
+    specification.clip_shape = common_clip_shape(datasets)
+    specification.load_scheduler()
+    if args.precomputed is not None:
+        LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
+    _check_first_clip(args, datasets, BadFilePolicy(**content["bad_files"]))
     _check_lora(args, specification)
     check_samples(args, specification, datasets)
     if args.resume_from_checkpoint is not None:

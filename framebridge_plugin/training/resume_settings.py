@@ -5,7 +5,6 @@ The number of processes is not among the settings: weights are stored whole, and
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipInd
         "training_type": args.training_type,
         "optimizer": args.optimizer,
         "seed": args.seed,
-        **dataclasses.asdict(args.framebridge_objective),
+        **args.framebridge_objective.model_dump(),
     }
     if args.training_type == "lora":
         settings |= {name: getattr(args, name) for name in ("rank", "lora_alpha", "target_modules")}

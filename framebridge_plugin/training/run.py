@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from framebridge_plugin.recipe import Recipe
 
-# Arguments of finetrainers' parser that a specification takes under the same name.
+# Arguments of finetrainers that a specification takes under the same name.
 _SETTINGS = (
     *("transformer_id", "vae_id", "tokenizer_id", "text_encoder_id", "revision", "cache_dir"),
     *("transformer_dtype", "vae_dtype", "text_encoder_dtype"),
@@ -80,13 +80,13 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
     dataset_config = write_run_files(recipe, staging)
 
     with without_collection():
-        from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
+        from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 
         register()
 
         from framebridge_plugin.training import FrameBridgeTrainer
 
-    args = parse_arguments([*recipe.to_finetrainers_argv(dataset_config), *recipe.objective_argv()])
+    args = recipe_arguments(recipe, dataset_config)
     # finetrainers hands this to the trackers as it is, which would write into the working directory.
     args.logging_dir = str(output_dir / args.logging_dir)
 
@@ -108,7 +108,7 @@ def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
 
     Args:
         recipe: A checked recipe.
-        args: What finetrainers' parser made of it.
+        args: finetrainers' arguments of it.
 
     Returns:
         The specification; no weights are loaded.

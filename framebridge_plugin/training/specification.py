@@ -34,7 +34,6 @@ from framebridge_plugin.models.projection_adapter import (
 )
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.draws import drops_caption, sample_generator
-from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
 from framebridge_plugin.training.finetrainers.registration import parsed_arguments, parsed_objective
 from framebridge_plugin.training.objective import (
     ObjectiveSettings,
@@ -75,8 +74,6 @@ class BridgeSpecification(ModelSpecification):
     """
 
     model_name: ClassVar[str]
-    default_objective: ClassVar[ObjectiveSettings]
-    default_trainer_settings: ClassVar[TrainerSettings]
 
     def __init__(
         self,
@@ -95,7 +92,7 @@ class BridgeSpecification(ModelSpecification):
         }
         if kwargs.get("condition_model_processors") or kwargs.get("latent_model_processors"):
             raise UsageError("processors: the backbone's adapter encodes captions and clips; leave them out")
-        self.objective = objective or parsed_objective(self.default_objective)
+        self.objective = objective or parsed_objective(self.model_name)
         self.clip_rate: float | None = None
         self._make_adapter = functools.partial(
             adapter_class, objective=self.objective, clip_shape=clip_shape, **settings
@@ -112,16 +109,6 @@ class BridgeSpecification(ModelSpecification):
         )
         self.adapter: BackboneAdapter = self._make_adapter(source)
         self.transformer_config, self.vae_config = self.adapter.network_config, self.adapter.vae_config
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        defaults = find_backbone(cls.model_name).defaults
-        for name, settings_class in (
-            ("default_objective", ObjectiveSettings),
-            ("default_trainer_settings", TrainerSettings),
-        ):
-            known = defaults.keys() & {field.name for field in dataclasses.fields(settings_class)}
-            setattr(cls, name, settings_class(**{key: defaults[key] for key in known}))
 
     @property
     def network_name(self) -> str:

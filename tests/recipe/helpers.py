@@ -27,24 +27,19 @@ def write_class_folders(folder: Path, classes: Iterable[str]) -> Path:
 
 # A value other than the default wherever a recipe allows one.
 EVERYTHING = """
-model: {pretrained_model_name_or_path: MODEL, revision: main, variant: fp16, cache_dir: cache, tokenizer_id: a/a,
-  tokenizer_2_id: a/b, tokenizer_3_id: a/c, text_encoder_id: a/d, text_encoder_2_id: a/e, text_encoder_3_id: a/f,
-  transformer_id: a/g, vae_id: a/h, model_name: cogvideox_bridge}
-dataset: {dataset_config: DATA, dataset_shuffle_buffer_size: 2, enable_precomputation: true, precomputation_items: 3,
+model: {pretrained_model_name_or_path: MODEL, revision: main, cache_dir: cache, tokenizer_id: a/a,
+  text_encoder_id: a/d, transformer_id: a/g, vae_id: a/h, model_name: cogvideox_bridge}
+dataset: {dataset_config: DATA, enable_precomputation: true, precomputation_items: 3,
   precomputation_dir: pre, precomputation_once: true}
 dataloader: {dataloader_num_workers: 2, pin_memory: true}
-diffusion: {flow_resolution_shifting: true, flow_base_seq_len: 2, flow_max_seq_len: 3, flow_base_shift: -1e-7,
-  flow_max_shift: -2, flow_shift: 2.5, flow_weighting_scheme: mode, flow_logit_mean: -0.5, flow_logit_std: 2.0,
-  flow_mode_scale: 0.5}
 training: {training_type: lora, seed: 7, batch_size: 2, gradient_accumulation_steps: 2, gradient_checkpointing: true,
   max_data_samples: 99, enable_slicing: true, enable_tiling: true}
 optimization: {train_steps: 5, optimizer: adam-bnb-8bit, lr: 1e-6, lr_scheduler: polynomial, lr_warmup_steps: 4,
-  lr_num_cycles: 2, lr_power: 2.0, beta1: 0.8, beta2: 0.9, beta3: 0.7, weight_decay: 0.0, epsilon: 1e-9,
+  lr_num_cycles: 2, lr_power: 2.0, beta1: 0.8, beta2: 0.9, weight_decay: 0.0, epsilon: 1e-9,
   max_grad_norm: 0.5}
-parallelism: {parallel_backend: ptd, dp_degree: 2, dp_shards: 2, pp_degree: 1, cp_degree: 1, tp_degree: 1,
-  init_timeout: 1, nccl_timeout: 2}
-precision: {transformer_dtype: fp32, vae_dtype: fp16, text_encoder_dtype: fp32, text_encoder_2_dtype: fp16,
-  text_encoder_3_dtype: fp32, allow_tf32: true, float32_matmul_precision: high,
+parallelism: {parallel_backend: ptd, dp_degree: 2, dp_shards: 2, init_timeout: 1, nccl_timeout: 2}
+precision: {transformer_dtype: fp32, vae_dtype: fp16, text_encoder_dtype: fp32, allow_tf32: true,
+  float32_matmul_precision: high,
   layerwise_upcasting_modules: [transformer], layerwise_upcasting_storage_dtype: float8_e5m2,
   layerwise_upcasting_skip_modules_pattern: [norm, ^proj$]}
 checkpoints: {output_dir: out, checkpointing_steps: 3, checkpointing_limit: 2, resume_from_checkpoint: 4}

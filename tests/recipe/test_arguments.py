@@ -1,96 +1,119 @@
+"""What of a recipe arrives in finetrainers' arguments."""
+
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 
 import pytest
+import yaml
 
 from framebridge_plugin.recipe import load_recipe
-from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.recipe.sections import FrameBridgeSection
+from framebridge_plugin.recipe.schema import FrameBridgeSection, Recipe
 from framebridge_plugin.recipe.yaml_text import read_yaml
+from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT
 from tests.recipe.helpers import EVERYTHING
 
 
-def finetrainers_names() -> set[str]:
+def finetrainers_names() -> list[str]:
     """The arguments that a recipe knows under finetrainers' names."""
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    ours = {key for section in sections.values() if section is not FrameBridgeSection for key in section.model_fields}
-    return ours
-
-
-def test_sections_do_not_share_a_name():
-    count = sum(
-        len(field.annotation.model_fields)
-        for field in Recipe.model_fields.values()
-        if field.annotation is not FrameBridgeSection
-    )
-    assert count == len(finetrainers_names())
+    sections = [field.annotation for field in Recipe.model_fields.values()]
+    return [key for section in sections if section is not FrameBridgeSection for key in section.model_fields]
 
 
 @pytest.fixture(scope="module")
-def finetrainers_args():
+def recipe_arguments():
+    from framebridge_plugin.training.finetrainers.registration import recipe_arguments
+
+    return recipe_arguments
+
+
+def test_every_argument_of_finetrainers_can_be_set_or_is_known_to_do_nothing(recipe_arguments):
     import framebridge_plugin
 
     framebridge_plugin.register()
     from finetrainers import args
-
-    return args
-
-
-def test_every_argument_of_finetrainers_can_be_set(finetrainers_args):
-    import argparse
-
     from finetrainers.trainer.sft_trainer.config import SFTLowRankConfig
 
     parser = argparse.ArgumentParser(add_help=False)
-    finetrainers_args._add_args(parser)
-    finetrainers_args.AttentionProviderArgs().add_args(parser)
+    args._add_args(parser)
+    args.AttentionProviderArgs().add_args(parser)
     SFTLowRankConfig().add_args(parser)
-    assert finetrainers_names() == {action.dest for action in parser._actions}
+    names = finetrainers_names()
+    assert len(set(names)) == len(names)
+    others = {action.dest for action in parser._actions} - set(names)
+    assert {"diffusion" if name.startswith("flow_") else name for name in others} == set(WITHOUT_EFFECT)
 
 
-def parse_with_finetrainers(module, argv, monkeypatch):
-    from finetrainers.trainer.sft_trainer.config import SFTLowRankConfig
-
-    args = module.BaseArgs()
-    if any(argument.startswith("--rank") for argument in argv):
-        args.register_args(SFTLowRankConfig())
-    monkeypatch.setattr(sys, "argv", ["finetrainers", *argv])
-    return args.parse_args()
-
-
-def test_finetrainers_parser_sees_every_value(finetrainers_args, tmp_path, monkeypatch):
+def test_every_value_arrives(recipe_arguments):
     import torch
 
     # The rules across fields, which would not let all of this pass at once, are left out.
-    data, validation = tmp_path / "data.json", tmp_path / "validation.csv"
-    data.write_text("{}")
-    validation.write_text("caption,image_path\n")
-    text = EVERYTHING.replace("DATA", str(data)).replace("VALIDATION", str(validation))
-    # This one works with a single process only.
-    offload = text.replace("enable_model_cpu_offload: false", "enable_model_cpu_offload: true")
-    offload = offload.replace("dp_degree: 2, dp_shards: 2", "dp_degree: 1, dp_shards: 1")
-    for variant in (text, offload):
-        recipe = Recipe.model_validate(read_yaml(variant).data)
-        values = recipe.model_dump(exclude={"framebridge"})
-        sent = {name: value for section in values.values() for name, value in section.items()}
-        assert set(sent) == finetrainers_names()
-        parsed = parse_with_finetrainers(finetrainers_args, recipe.to_finetrainers_argv(), monkeypatch)
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        dtypes["float8_e5m2"] = torch.float8_e5m2
-        for name, value in sent.items():
-            expected = dtypes[value] if name.endswith("_dtype") else value
-            expected = str(value) if name == "resume_from_checkpoint" else expected
-            assert getattr(parsed, name) == expected, name
+    recipe = Recipe.model_validate(read_yaml(EVERYTHING).data)
+    given = recipe.model_dump(exclude={"framebridge"})
+    sent = {name: value for section in given.values() for name, value in section.items()}
+    assert set(sent) == set(finetrainers_names())
+    args = recipe_arguments(recipe, "data.json")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes["float8_e5m2"] = torch.float8_e5m2
+    for name, value in sent.items():
+        expected = dtypes[value] if name.endswith("_dtype") else value
+        expected = {"resume_from_checkpoint": str(value), "dataset_config": "data.json"}.get(name, expected)
+        assert getattr(args, name) == expected, name
 
 
-def test_defaults_pass_finetrainers_parser(finetrainers_args, minimal, tmp_path, monkeypatch):
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(load_recipe(minimal).dataset_config()))
-    parsed = parse_with_finetrainers(finetrainers_args, load_recipe(minimal).to_finetrainers_argv(data), monkeypatch)
-    assert parsed.model_name == "cogvideox_bridge"
-    assert parsed.dataset_config == str(data)
-    assert parsed.parallel_backend == "ptd"
-    assert parsed.optimizer == "adamw"
-    assert parsed.max_data_samples == 2**64
+def test_what_is_not_given(recipe_arguments, minimal):
+    recipe = load_recipe(minimal)
+    args = recipe_arguments(recipe, "data.json")
+    assert (args.parallel_backend, args.optimizer, args.max_data_samples) == ("ptd", "adamw", 2**64)
+    assert (args.precomputation_dir, args.compile_scopes) == (f"{recipe.checkpoints.output_dir}/precomputed", [])
+    assert (args.attn_provider_training, args.resume_from_checkpoint, args.flow_shift) == ([], None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("[to_q]", ["to_q"]),
+        ("to_out.0", ["to_out.0"]),
+        ("'attn.*(to_q|to_k)'", "attn.*(to_q|to_k)"),
+        ("['attn.*(to_q|to_k)']", "attn.*(to_q|to_k)"),
+        ("[to_q, to_k]", ["to_q", "to_k"]),
+    ],
+)
+def test_names_of_lora_layers_and_a_regular_expression(recipe_arguments, minimal, targets, expected):
+    recipe = load_recipe(minimal, ["training.training_type=lora", f"lora.target_modules={targets}"])
+    assert recipe_arguments(recipe, "data.json").target_modules == expected
+
+
+OVERRIDES = {
+    "scratch": [],
+    "neural prior": ["model.model_name=latte_neural_prior", "framebridge.latte_size=B/4", "training.seed=7"],
+    "as CogVideoX": ["framebridge.snr_aligned=true", "framebridge.target=v", "framebridge.ema_decay=0"],
+    "other values": [
+        *("framebridge.ema_decay=0.5", "framebridge.ema_start_step=3", "framebridge.max_grad_norm_start_step=4"),
+        *("framebridge.beta_min=0.5", "framebridge.beta_max=2", "framebridge.caption_dropout=0"),
+        *("framebridge.objective=diffusion", "framebridge.alignment_edge=reference", "framebridge.latte_size=L/8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", OVERRIDES)
+def test_every_value_of_our_section_arrives(kind, latte, recipe_arguments):
+    recipe = load_recipe(latte, OVERRIDES[kind])
+    args = recipe_arguments(recipe, "data.json")
+    assert (args.model_name, args.pretrained_model_name_or_path) == (recipe.model.model_name, "")
+    names = ("latte_size", "neural_prior", "precomputed", "start_from")
+    found = {name: getattr(args, name) for name in names}
+    found |= args.framebridge_objective.model_dump() | args.framebridge_trainer.model_dump()
+    assert found == recipe.framebridge.model_dump(exclude={"data", "bad_files"})
+    assert json.loads(json.dumps(args.to_dict()["additional_arguments"]["FrameBridgeArgs"])) == found
+
+
+def test_the_neural_prior_and_the_switches_of_cogvideox_arrive(minimal, recipe_arguments):
+    section = {"neural_prior": "runs/prior", "ema_decay": 0.25, "prior_noise": False}
+    data = yaml.safe_load(minimal.read_text())
+    recipe = Recipe.model_validate(data | {"framebridge": section})  # without the rules across fields
+    args = recipe_arguments(recipe, "data.json")
+    assert (args.neural_prior, args.framebridge_trainer.ema_decay) == ("runs/prior", 0.25)
+    objective = args.framebridge_objective
+    assert (objective.snr_aligned, objective.image_noise, objective.prior_noise) == (True, True, False)

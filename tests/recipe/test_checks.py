@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from framebridge_plugin.cli import main
 from framebridge_plugin.recipe import load_recipe
-from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.cogvideox_files import write_model_folder
-from tests.recipe.helpers import EVERYTHING, problems_of
+from tests.recipe.helpers import problems_of
 from tests.tiny_models import moving_square, write_video
 
 
@@ -36,9 +33,6 @@ from tests.tiny_models import moving_square, write_video
             "parallelism.parallel_backend",
             "does not synchronise gradients",
         ),
-        (["parallelism.pp_degree=2"], "parallelism.pp_degree", "only 1 is supported"),
-        (["parallelism.cp_degree=2"], "parallelism.cp_degree", "only 1 is supported"),
-        (["parallelism.tp_degree=2"], "parallelism.tp_degree", "only 1 is supported"),
         (
             ["validation.enable_model_cpu_offload=true", "parallelism.dp_shards=2"],
             "validation.enable_model_cpu_offload",
@@ -97,22 +91,14 @@ def test_quantised_optimizers_work_on_replicas(minimal, optimizer):
     load_recipe(minimal, [f"optimization.optimizer={optimizer}", "parallelism.dp_degree=2"])
 
 
-WITHOUT_EFFECT = [
-    *(f"model.{name}" for name in ("variant", "tokenizer_2_id", "tokenizer_3_id", "text_encoder_2_id")),
-    *("model.text_encoder_3_id", "optimization.beta3"),
-    *(f"diffusion.{name}" for name in Recipe.model_fields["diffusion"].annotation.model_fields),
-]
-
-
-@pytest.mark.parametrize("where", WITHOUT_EFFECT)
-def test_what_has_no_effect_is_refused(minimal, where):
-    section, name = where.split(".")
-    value = read_yaml(EVERYTHING).data[section][name]
-    (problem,) = problems_of(minimal, f"{where}={yaml.safe_dump(value)}")
-    assert problem.startswith(f"command line: {where}: has no effect: ")
-    assert problem.endswith("; remove it")
-    default = Recipe.model_fields[section].annotation.model_fields[name].default
-    load_recipe(minimal, [f"{where}={yaml.safe_dump(default)}"])  # a resolved recipe holds it
+@pytest.mark.parametrize(
+    "where", ["model.variant", "parallelism.pp_degree", "optimization.beta3", "diffusion.flow_shift"]
+)
+def test_what_finetrainers_has_and_does_nothing_here_is_refused_with_the_reason(minimal, where):
+    (problem,) = problems_of(minimal, f"{where}=1")
+    assert problem.startswith("command line: ")
+    assert "finetrainers has it" in problem
+    assert "nearest" not in problem
 
 
 def test_gradient_accumulation_is_allowed(minimal):

@@ -86,8 +86,7 @@ def test_dataset_json(minimal, tmp_path):
     use_table = ["framebridge.data=null", f"dataset.dataset_config={table}"]
     entry = {"data_root": "clips", "dataset_type": "video", "video_resolution_buckets": [[17, 64, 96]]}
     table.write_text(json.dumps({"datasets": [entry]}))
-    recipe = load_recipe(minimal, use_table)
-    assert f"--dataset_config={table}" in recipe.to_finetrainers_argv()
+    assert load_recipe(minimal, use_table).dataset_config()["datasets"] == [entry]
     assert "named twice" in problems_of(minimal, f"dataset.dataset_config={table}")[0]
     for content, message in (
         (json.dumps({"datasets": [entry | {"video_resolution_buckets": [[16, 64, 96]]}]}), "8 k + 1"),

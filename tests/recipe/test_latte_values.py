@@ -1,20 +1,16 @@
-"""What a recipe says of a Latte, and what of it arrives at the parser and at the specification."""
+"""What a recipe says of a Latte."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import typing
 
 import pytest
-import yaml
 
 from framebridge_plugin.models.latte import LATTE_SIZES, PATCH_SIZES
 from framebridge_plugin.recipe import load_recipe, resolve_recipe, shipped_recipes
-from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.recipe.sections import FrameBridgeSection, LatteSize
 from framebridge_plugin.recipe.yaml_text import read_yaml
+from framebridge_plugin.settings.bridge import LatteSize
 from tests.recipe.helpers import problems_of
 
 LATTE_MODELS = ("latte_bridge", "latte_neural_prior")
@@ -50,10 +46,10 @@ def test_what_is_given_wins_over_the_models_defaults(latte):
 def test_one_error_does_not_bring_up_others(latte):
     (problem,) = problems_of(latte, "framebridge=3")
     assert "framebridge: should be a section with keys of its own" in problem
-    (problem,) = problems_of(latte, "model.model_name=latte")
-    assert "did you mean latte_" in problem
+    (problem,) = problems_of(latte, "model.model_name=latte_brige")
+    assert problem.endswith("did you mean latte_bridge?")
     # What does not depend on the model comes with it.
-    assert len(problems_of(latte, "model.model_name=latte", "training.batch_size=0")) == 2
+    assert len(problems_of(latte, "model.model_name=latte_brige", "training.batch_size=0")) == 2
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -93,79 +89,5 @@ def test_the_data_layer_reads_that_entry(latte, tmp_path):
     assert (settings.num_frames, settings.frame_sampling, settings.window_frames) == (4, "linspace", 8)
 
 
-# ------------------------------------------------------------------------------------------- the parser
-
-
-@pytest.fixture(scope="module")
-def parse():
-    from framebridge_plugin.training.finetrainers.registration import parse_arguments
-
-    return parse_arguments
-
-
-OVERRIDES = {
-    "scratch": [],
-    "neural prior": ["model.model_name=latte_neural_prior", "framebridge.latte_size=B/4", "training.seed=7"],
-    "as CogVideoX": ["framebridge.snr_aligned=true", "framebridge.target=v", "framebridge.ema_decay=0"],
-    "other values": [
-        *("framebridge.ema_decay=0.5", "framebridge.ema_start_step=3", "framebridge.max_grad_norm_start_step=4"),
-        *("framebridge.beta_min=0.5", "framebridge.beta_max=2", "framebridge.caption_dropout=0"),
-        *("framebridge.objective=diffusion", "framebridge.alignment_edge=reference", "framebridge.latte_size=L/8"),
-    ],
-}
-
-
-@pytest.mark.parametrize("kind", OVERRIDES)
-def test_the_parser_sees_every_value_of_the_section(kind, latte, parse, tmp_path):
-    recipe = load_recipe(latte, OVERRIDES[kind])
-    (tmp_path / "data.json").write_text("{}")
-    argv = recipe.to_finetrainers_argv(tmp_path / "data.json")
-    assert "--pretrained_model_name_or_path=" in argv
-    args = parse([*argv, *recipe.objective_argv()])
-    assert (args.model_name, args.pretrained_model_name_or_path) == (recipe.model.model_name, "")
-    assert (args.latte_size, args.neural_prior, args.precomputed) == (recipe.framebridge.latte_size, None, None)
-    settings = dataclasses.asdict(args.framebridge_objective) | dataclasses.asdict(args.framebridge_trainer)
-    assert settings == recipe.framebridge.model_dump(include=set(settings))
-    sent = set(settings) | {"latte_size", "neural_prior", "precomputed", "start_from", "data", "bad_files"}
-    assert sent == set(FrameBridgeSection.model_fields)
-
-
-def test_the_parser_sees_the_neural_prior_and_the_switches_of_cogvideox(minimal, parse, tmp_path):
-    (tmp_path / "data.json").write_text("{}")
-    section = {"neural_prior": "runs/prior", "ema_decay": 0.25, "prior_noise": False}
-    data = yaml.safe_load(minimal.read_text())
-    recipe = Recipe.model_validate(data | {"framebridge": section})  # without the rules across fields
-    args = parse([*recipe.to_finetrainers_argv(tmp_path / "data.json"), *recipe.objective_argv()])
-    assert (args.neural_prior, args.framebridge_trainer.ema_decay) == ("runs/prior", 0.25)
-    objective = args.framebridge_objective
-    assert (objective.snr_aligned, objective.image_noise, objective.prior_noise) == (True, True, False)
-
-
-def test_every_argument_of_ours_can_be_set():
-    from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs
-
-    parser = argparse.ArgumentParser(add_help=False)
-    FrameBridgeArgs().add_args(parser)
-    assert {action.dest for action in parser._actions} == set(FrameBridgeSection.model_fields) - {"data", "bad_files"}
-
-
-def test_names_sizes_and_defaults_are_those_of_the_models(parse):
-    from finetrainers.config import SUPPORTED_MODEL_CONFIGS
-
-    from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
-    from framebridge_plugin.training.objective import ObjectiveSettings
-
+def test_sizes_are_those_of_the_network():
     assert set(typing.get_args(LatteSize)) == {f"{size}/{patch}" for size in LATTE_SIZES for patch in PATCH_SIZES}
-    for model_name in ("cogvideox_bridge", "latte_bridge", "latte_neural_prior"):
-        specification = SUPPORTED_MODEL_CONFIGS[model_name]["full-finetune"]
-        objective = getattr(specification, "default_objective", ObjectiveSettings())
-        trainer = getattr(specification, "default_trainer_settings", TrainerSettings())
-        recipe = Recipe.model_validate(
-            {
-                "model": {"model_name": model_name},
-                "training": {"training_type": "lora"},
-                "checkpoints": {"output_dir": "x"},
-            }
-        )
-        settings = dataclasses.asdict(objective) | dataclasses.asdict(trainer)
-        assert settings == recipe.framebridge.model_dump(include=set(settings))

@@ -96,7 +96,7 @@ def test_the_resolved_recipe_does_not_hold_the_token(minimal):
     recipe = load_recipe(minimal, ["hub.hub_token=hf_secret"])
     assert "hf_secret" not in recipe.to_yaml()
     assert "hf_secret" not in repr(recipe)
-    assert "--hub_token=hf_secret" in recipe.to_finetrainers_argv("data.json")
+    assert recipe.hub.hub_token == "hf_secret"
 
 
 def test_dataset_config_has_absolute_paths(minimal, tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
+from framebridge_plugin.settings.bridge import ObjectiveSettings
 from framebridge_plugin.training import LatteBridgeSpecification, NeuralPriorSpecification
 from tests.tiny_models import CLASS_NAMES
 
@@ -20,17 +21,19 @@ def specification_class(kind: str) -> Any:
     return NeuralPriorSpecification if kind == "neural_prior" else LatteBridgeSpecification
 
 
+def latte_objective(kind: str, **given: Any) -> ObjectiveSettings:
+    """The objective of a model of one of `LATTE_KINDS`, with Latte's defaults."""
+    values = {name: value for name, value in LATTE_BRIDGE.defaults.items() if name in ObjectiveSettings.model_fields}
+    values |= {"objective": "diffusion"} if kind == "diffusion" else {}
+    return ObjectiveSettings(**{**values, **given})
+
+
 def make_latte_specification(kind: str, model: Path | str = "", **kwargs: Any) -> Any:
     """A specification in float32; keywords that are fields of the objective replace those of the default one."""
     cls = specification_class(kind)
-    names = {field.name for field in dataclasses.fields(cls.default_objective)} & kwargs.keys()
-    objective = {name: kwargs.pop(name) for name in names}
-    if kind == "diffusion":
-        objective.setdefault("objective", "diffusion")
+    objective = {name: kwargs.pop(name) for name in ObjectiveSettings.model_fields.keys() & kwargs.keys()}
     precision = {"transformer_dtype": torch.float32, "vae_dtype": torch.float32}
-    return cls(
-        str(model), objective=dataclasses.replace(cls.default_objective, **objective), **{**precision, **kwargs}
-    )
+    return cls(str(model), objective=latte_objective(kind, **objective), **{**precision, **kwargs})
 
 
 def make_from_scratch(kind: str, models: Path, **kwargs: Any) -> Any:

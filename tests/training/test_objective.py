@@ -282,11 +282,13 @@ def test_the_defaults_are_the_references():
         {"noise_log_std": -0.5},
         {"caption_dropout": 1.0},
         {"caption_dropout": -0.1},
+        {"noise_log_std": 50.0},
+        {"beta_max": float("nan")},
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_line(wrong):
     with pytest.raises(UsageError) as error:
         ObjectiveSettings(**wrong)
     ((name, value),) = wrong.items()
-    assert str(error.value).startswith(f"{name}={value!r}; use ")
+    assert str(error.value).startswith(f"{name} is {value!r}; it should be ")
     assert "\n" not in str(error.value)

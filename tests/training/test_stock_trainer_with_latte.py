@@ -6,7 +6,6 @@ frames of 64 x 64 with captions that are no classes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from framebridge_plugin import FrameBridgeLattePipeline
 from tests.tiny_models import make_tiny_latte, write_video
 from tests.training.conftest import LAUNCH_VARIABLES
-from tests.training.latte_runs import specification_class
+from tests.training.latte_runs import latte_objective, specification_class
 
 STEPS = 4
 # The whole table of kinds, backends and precomputation is in the conformance suite's tests, and layerwise upcasting in
@@ -58,10 +57,7 @@ def make_class(kind: str, model: Path) -> Callable[[], Any]:
 
     class Fixed(cls):
         def __init__(self) -> None:
-            objective = cls.default_objective
-            if kind == "diffusion":
-                objective = dataclasses.replace(objective, objective="diffusion")
-            super().__init__(str(model), objective=objective)
+            super().__init__(str(model), objective=latte_objective(kind))
             self.losses: list[float] = []
             self.networks: list[Any] = []
 

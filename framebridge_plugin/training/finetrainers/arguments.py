@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from framebridge_plugin.backbones.facts import backbone_names, find_backbone
 from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.training.objective import ObjectiveSettings
+from framebridge_plugin.settings.base import CheckedSettings
+from framebridge_plugin.settings.bridge import BeginningSection, ObjectiveSettings, TrainerSettings
+from framebridge_plugin.settings.options import add_options
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
 
-_SWITCHES = {"snr_aligned": "snr_alignment", "image_noise": "image_noise", "prior_noise": "prior_noise"}
-"""Field of `ObjectiveSettings` -> its flag, which has a form with `no_` in front."""
+    from framebridge_plugin.recipe import Recipe
 
+Settings = TypeVar("Settings", bound=CheckedSettings)
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """What our trainer does and finetrainers' has no argument for; the recipe's section `framebridge` says it.
-
-    Args:
-        ema_decay: Decay d of the exponential moving average of the trained weights, in [0, 1); 0 for none.
-        ema_start_step: Updates before the average starts; until then it equals the weights.
-        max_grad_norm_start_step: Updates before gradients are clipped to `max_grad_norm`.
-        dataloader_prefetch_factor: Clips that each reading process holds ready, at least 1.
-        dataloader_timeout: Seconds to wait for a clip of a reading process before the run ends; 0 for ever.
-
-    Raises:
-        UsageError: If a value is out of range.
-    """
-
-    ema_decay: float = 0.0
-    ema_start_step: int = 0
-    max_grad_norm_start_step: int = 0
-    dataloader_prefetch_factor: int = 2
-    dataloader_timeout: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise UsageError(f"ema_decay={self.ema_decay}; use a number in [0, 1), 0 for no average")
-        for name in ("ema_start_step", "max_grad_norm_start_step"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name}={getattr(self, name)}; use a number of updates, 0 or more")
-        if self.dataloader_prefetch_factor < 1:
-            raise UsageError(f"dataloader_prefetch_factor={self.dataloader_prefetch_factor}; use 1 or more")
-        if self.dataloader_timeout < 0:
-            raise UsageError(f"dataloader_timeout={self.dataloader_timeout}; use seconds, 0 for no limit")
+_OPTIONS = {"snr_aligned": "snr_alignment"}
+"""Settings whose option has another name; a switch has a form with `no_` in front, too."""
 
 
 class FrameBridgeArgs:
@@ -59,102 +32,122 @@ class FrameBridgeArgs:
 
     They arrive as `args.framebridge_objective` (an `ObjectiveSettings`), `args.framebridge_trainer` (a
     `TrainerSettings`), `args.latte_size`, `args.neural_prior`, `args.start_from` and `args.precomputed`. What is not
-    given takes the default of the model that `--model_name` names: `default_objective` and
-    `default_trainer_settings` of its specification.
+    given takes the default of the backbone that `--model_name` names.
     """
 
-    latte_size = "S/2"
-    neural_prior: str | None = None
-    precomputed: str | None = None
-    start_from: str | None = None
+    framebridge_objective: ObjectiveSettings
+    framebridge_trainer: TrainerSettings
+    latte_size: str
+    neural_prior: str | None
+    start_from: str | None
+    precomputed: str | None
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
-        """The settings that the command line parsed last does name."""
-        self.objective = ObjectiveSettings()
-        self.trainer = TrainerSettings()
+        """The settings that the last command line or recipe does name."""
+        self.hand_over(self, {})
 
     def add_args(self, parser: argparse.ArgumentParser) -> None:
-        """Adds one argument for each field of `ObjectiveSettings` and `TrainerSettings`, and those of Latte.
-
-        Args:
-            parser: finetrainers' parser.
-        """
+        """Adds an option for each of our settings to finetrainers' parser."""
         group = parser.add_argument_group("framebridge", "models *_bridge and *_neural_prior")
-        for name, default in {**dataclasses.asdict(self.objective), **dataclasses.asdict(self.trainer)}.items():
-            if name in _SWITCHES:
-                group.add_argument(f"--{_SWITCHES[name]}", dest=name, action="store_true", default=None)
-                group.add_argument(f"--no_{_SWITCHES[name]}", dest=name, action="store_false", default=None)
-            else:
-                group.add_argument(f"--{name}", type=type(default))
-        group.add_argument("--latte_size", default=FrameBridgeArgs.latte_size, help="size and patch from scratch")
-        group.add_argument("--neural_prior", help="folder of a latte_neural_prior run, or of its model")
-        group.add_argument("--start_from", help="earlier run, model or LoRA whose weights this run begins with")
-        group.add_argument("--precomputed", help="folder that `finetrainers precompute` wrote")
+        for settings in (ObjectiveSettings, TrainerSettings, BeginningSection):
+            add_options(group, settings, _OPTIONS)
 
     def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
-        """Hands the parsed values over.
+        """Hands the parsed values over."""
+        given = {name: value for name, value in vars(argparse_args).items() if value is not None}
+        self.take(given, mapped_args)
 
-        Args:
-            argparse_args: What the parser returned.
-            mapped_args: finetrainers' arguments.
+    def take(self, given: Mapping[str, Any], args: BaseArgs) -> None:
+        """Takes the settings that are given, and hands them to finetrainers' arguments."""
+        self.given = dict(given)
+        defaults = backbone_defaults(args.model_name)
+        self.hand_over(self, defaults)
+        self.hand_over(args, defaults)
+        resolve_start(args)
 
-        Raises:
-            UsageError: If a value is out of range.
-        """
-        self.given = {name: value for name, value in vars(argparse_args).items() if value is not None}
-        specification = _specification_class(argparse_args.model_name, argparse_args.training_type)
-        self.objective = self.over(getattr(specification, "default_objective", ObjectiveSettings()))
-        self.trainer = self.over(getattr(specification, "default_trainer_settings", TrainerSettings()))
-        self.latte_size, self.neural_prior = argparse_args.latte_size, argparse_args.neural_prior
-        mapped_args.framebridge_objective = self.objective
-        mapped_args.framebridge_trainer = self.trainer
-        mapped_args.latte_size, mapped_args.neural_prior = self.latte_size, self.neural_prior
-        self._map_start(argparse_args, mapped_args)
-        mapped_args.precomputed = self.precomputed = argparse_args.precomputed
+    def hand_over(self, to: Any, defaults: Mapping[str, Any]) -> None:
+        """Sets what is given, and the defaults of the rest, as attributes of `to`."""
+        to.framebridge_objective = self.over(ObjectiveSettings, defaults)
+        to.framebridge_trainer = self.over(TrainerSettings, defaults)
+        for name in BeginningSection.model_fields:
+            setattr(to, name, self.given.get(name))
+        to.latte_size = to.latte_size or "S/2"
 
-    def _map_start(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
-        """A whole model takes the place of `transformer_id`; a LoRA is left to the trainer, which loads its layers."""
-        mapped_args.start_from = self.start_from = name = argparse_args.start_from
-        if name is None:
-            return
-        from framebridge_plugin.backbones.saving import local_folder
-
-        is_lora_run = argparse_args.training_type == "lora"
-        if argparse_args.resume_from_checkpoint is not None and not is_lora_run and not os.path.isdir(name):
-            return  # gone, and the checkpoint has all weights
-        start = find_start(str(local_folder(name)))
-        if start is None:
-            raise UsageError(f"start_from: {name} holds no saved model or LoRA; give a run that has saved one")
-        problem = start.kind_problem(argparse_args.model_name, argparse_args.training_type)
-        if problem is None and not start.is_lora and argparse_args.transformer_id is not None:
-            problem = "excludes transformer_id, which replaces the same weights; leave one of them out"
-        if problem is not None:
-            raise UsageError(f"start_from: {problem}")
-        if start.is_lora:
-            mapped_args.start_from = str(start.folder)
-        else:
-            mapped_args.transformer_id = str(start.network)
-
-    def over(self, default: Any) -> Any:
-        """Returns `default`, a dataclass of settings, with what the command line names in place of its values."""
-        names = {field.name for field in dataclasses.fields(default)}
-        return dataclasses.replace(default, **{name: self.given[name] for name in names & self.given.keys()})
+    def over(self, settings: type[Settings], defaults: Mapping[str, Any]) -> Settings:
+        """Settings of a kind: what is given, else the defaults, else their own."""
+        values = {**defaults, **self.given}
+        return settings(**{name: values[name] for name in settings.model_fields if name in values})
 
     def validate_args(self, args: BaseArgs) -> None:
         """Does nothing: the settings check their values themselves."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the values that were parsed last, for finetrainers' trackers."""
-        names = ("latte_size", "neural_prior", "precomputed", "start_from")
-        others = {name: getattr(self, name) for name in names}
-        return {**dataclasses.asdict(self.objective), **dataclasses.asdict(self.trainer), **others}
+        """Returns the values that were taken last, for finetrainers' trackers."""
+        others = {name: getattr(self, name) for name in BeginningSection.model_fields}
+        return {**self.framebridge_objective.model_dump(), **self.framebridge_trainer.model_dump(), **others}
 
 
-def _specification_class(model_name: str, training_type: str) -> type | None:
-    from finetrainers.config import SUPPORTED_MODEL_CONFIGS
+def backbone_defaults(model_name: str) -> Mapping[str, Any]:
+    """The defaults of a backbone; none for finetrainers' own models."""
+    return find_backbone(model_name).defaults if model_name in backbone_names() else {}
 
-    return SUPPORTED_MODEL_CONFIGS.get(model_name, {}).get(training_type)
+
+def resolve_start(args: Any) -> None:
+    """Puts a whole model of `start_from` in the place of `transformer_id`, and a LoRA's folder in that of its run."""
+    name = args.start_from
+    if name is None:
+        return
+    from framebridge_plugin.backbones.saving import local_folder
+
+    if args.resume_from_checkpoint is not None and args.training_type != "lora" and not os.path.isdir(name):
+        return  # gone, and the checkpoint has all weights
+    start = find_start(str(local_folder(name)))
+    if start is None:
+        raise UsageError(f"start_from: {name} holds no saved model or LoRA; give a run that has saved one")
+    problem = start.kind_problem(args.model_name, args.training_type)
+    if problem is None and not start.is_lora and args.transformer_id is not None:
+        problem = "excludes transformer_id, which replaces the same weights; leave one of them out"
+    if problem is not None:
+        raise UsageError(f"start_from: {problem}")
+    if start.is_lora:
+        args.start_from = str(start.folder)
+    else:
+        args.transformer_id = str(start.network)
+
+
+def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
+    """Gives finetrainers' arguments every value of a recipe that it has a name for, in the type that it wants.
+
+    Every value is set, also where it equals finetrainers' default, so that a run does not depend on those.
+
+    Args:
+        args: A `BaseArgs`.
+        recipe: A checked recipe.
+        dataset_config: Path of the dataset JSON.
+    """
+    from finetrainers.args import _DTYPE_MAP
+
+    is_lora = recipe.training.training_type == "lora"
+    sections = recipe.model_dump(exclude={"framebridge"} if is_lora else {"framebridge", "lora"})
+    values = {name: value for section in sections.values() for name, value in section.items()}
+    values |= {name: _DTYPE_MAP[value] for name, value in values.items() if name.endswith("_dtype")}
+    modules, scopes = values["compile_modules"], values["compile_scopes"] or ["regional"]
+    values["compile_scopes"] = scopes * len(modules) if len(scopes) == 1 else scopes
+    values["dataset_config"] = dataset_config
+    values["pretrained_model_name_or_path"] = values["pretrained_model_name_or_path"] or ""
+    values["precomputation_dir"] = values["precomputation_dir"] or os.path.join(values["output_dir"], "precomputed")
+    values["layerwise_upcasting_storage_dtype"] = _DTYPE_MAP[recipe.precision.layerwise_upcasting_storage_dtype]
+    if values["resume_from_checkpoint"] is not None:
+        values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"])
+    for name in ("attn_provider_training", "attn_provider_inference"):
+        values[name] = values[name] or []
+    if is_lora and len(recipe.lora.target_modules) == 1:
+        (target,) = recipe.lora.target_modules
+        # peft takes a text for a regular expression, and a list for names and their ends.
+        values["target_modules"] = [target] if re.fullmatch(r"[\w.]+", target) else target
+    for name, value in values.items():
+        setattr(args, name, value)
 
 
 class StrictParsing:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,21 @@ import torch
 from framebridge_plugin.backbones.facts import backbone_names
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, StrictParsing, read_training_type
+from framebridge_plugin.settings.bridge import ObjectiveSettings
+from framebridge_plugin.training.finetrainers.arguments import (
+    FrameBridgeArgs,
+    StrictParsing,
+    backbone_defaults,
+    fill_arguments,
+    read_training_type,
+)
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
 from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
 
-    from framebridge_plugin.training.objective import ObjectiveSettings
+    from framebridge_plugin.recipe import Recipe
 
 TRAINING_TYPES = ("lora", "full-finetune")
 TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
@@ -115,38 +123,53 @@ def _register_arguments() -> None:
         self.register_args(ours)
 
     BaseArgs.__init__ = __init__
-    # For arguments that no parser made.
-    BaseArgs.framebridge_objective, BaseArgs.framebridge_trainer = ours.objective, ours.trainer
-    BaseArgs.latte_size, BaseArgs.neural_prior = ours.latte_size, ours.neural_prior
-    BaseArgs.precomputed, BaseArgs.start_from = ours.precomputed, ours.start_from
+    ours.hand_over(BaseArgs, {})  # for arguments that neither a parser nor a recipe made
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", backbone_names()))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 
 
-def parsed_objective(default: ObjectiveSettings) -> ObjectiveSettings:
+def parsed_objective(model_name: str) -> ObjectiveSettings:
     """The objective that the last parsed command line asked for.
 
     A program such as finetrainers' own train.py hands no objective to the specification it builds; its flags reach
     the specification here.
 
     Args:
-        default: The model's own objective, for what the command line does not say.
+        model_name: The backbone, whose defaults stand for what the command line does not say.
 
     Returns:
         The settings.
     """
-    return parsed_arguments().over(default)
+    return parsed_arguments().over(ObjectiveSettings, backbone_defaults(model_name))
 
 
 def parsed_arguments() -> FrameBridgeArgs:
-    """Our arguments as the last parsed command line gave them; their defaults if none was parsed.
-
-    Returns:
-        The arguments; `latte_size` and `neural_prior` among them.
-    """
+    """Our arguments as the last parsed command line gave them; their defaults if none was parsed."""
     register()
     assert _framebridge_args is not None
     return _framebridge_args
+
+
+def recipe_arguments(recipe: Recipe, dataset_config: str | Path) -> Any:
+    """Makes finetrainers' arguments of a recipe.
+
+    Args:
+        recipe: A checked recipe.
+        dataset_config: Path of the dataset JSON.
+
+    Returns:
+        A `BaseArgs`, with ours as `FrameBridgeArgs` describes them.
+
+    Raises:
+        UsageError: If what the run is to begin with does not go with it.
+    """
+    register()
+    from finetrainers import BaseArgs
+
+    args: Any = BaseArgs()
+    fill_arguments(args, recipe, str(dataset_config))
+    parsed_arguments().take(recipe.framebridge.model_dump(exclude={"data", "bad_files"}, exclude_none=True), args)
+    return args
 
 
 def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[str]) -> None:

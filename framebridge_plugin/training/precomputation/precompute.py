@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +32,7 @@ from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
-from framebridge_plugin.training.finetrainers.registration import parse_arguments, register
+from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import (
@@ -93,7 +92,9 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
 
 def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int | None, processes: _Processes) -> _Job:
     """Everything before the first file is written."""
-    args = _parse_arguments(recipe)
+    args = recipe_arguments(recipe, "")  # no file: nothing here reads one
+    # Captions are dropped when they are read, anew in every epoch.
+    args.framebridge_objective = args.framebridge_objective.model_copy(update={"caption_dropout": 0.0})
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     datasets = index_datasets(recipe.dataset_config(), "the recipe's data")
     specification = build_specification(recipe, args)
@@ -105,15 +106,6 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     rate = functools.partial(median_clip_rate, clips, args)
     manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, rate)
     return _Job(args, specification, datasets, captions, store, manifest, processes)
-
-
-def _parse_arguments(recipe: Recipe) -> Any:
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(recipe.dataset_config(), file)  # finetrainers wants to see the file; the store has none yet
-        file.flush()
-        argv = [*recipe.to_finetrainers_argv(file.name), *recipe.objective_argv()]
-        # Captions are dropped when they are read, anew in every epoch.
-        return parse_arguments([*argv, "--caption_dropout=0"])
 
 
 def _plan(

@@ -1,8 +1,4 @@
-"""The sections of a recipe: one pydantic model each, help and units beside each field.
-
-The sections only group: the name of a field is the name of finetrainers' argument, except in the section
-``framebridge``, which is this package's own. Importing this module imports neither torch nor finetrainers.
-"""
+"""What finetrainers has, under the names of its arguments, in the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -10,30 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from framebridge_plugin.backbones.facts import find_backbone
-from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.settings.base import Count, PathText, Section
-from framebridge_plugin.settings.data import BadFilesSection, DataSection
+from framebridge_plugin.settings.base import BelowOne, Count, NonNegative, PathText, Section
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-
-
-def _check_backbone(name: str) -> str:
-    try:
-        find_backbone(name)
-    except FrameBridgeError as error:
-        raise ValueError(str(error)) from None
-    return name
-
-
-ModelName = Annotated[str, AfterValidator(_check_backbone)]
-LatteSize = Literal[
-    "Ti/2", "Ti/4", "Ti/8", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
-]  # fmt: skip
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 ATTENTION_PROVIDERS_TRAINING = (
@@ -44,6 +21,18 @@ ATTENTION_PROVIDERS_INFERENCE = (
     *ATTENTION_PROVIDERS_TRAINING, "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda",
     "_sage_qk_int8_pv_fp8_cuda_sm90", "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton",
 )  # fmt: skip
+
+_ONE_TEXT_ENCODER = "no model here has more than one text encoder"
+WITHOUT_EFFECT = {
+    "variant": "finetrainers 0.2.0 reads the plain weight files only, and precision sets the number formats",
+    **dict.fromkeys(("tokenizer_2_id", "text_encoder_2_id", "text_encoder_2_dtype"), _ONE_TEXT_ENCODER),
+    **dict.fromkeys(("tokenizer_3_id", "text_encoder_3_id", "text_encoder_3_dtype"), _ONE_TEXT_ENCODER),
+    "dataset_shuffle_buffer_size": "every epoch is a permutation of all clips, whatever the size",
+    "beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
+    **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), "share the work by dp_degree and dp_shards"),
+    "diffusion": "bridge and diffusion baseline draw their times uniformly",
+}
+"""Arguments of finetrainers, and the section of others, that would do nothing here: why."""
 
 
 def _one_or_many(value: Any) -> Any:
@@ -72,21 +61,16 @@ def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
 class ModelSection(Section):
     """Which pretrained model to start from."""
 
-    model_name: ModelName = Field(default="cogvideox_bridge", description="model specification")
+    model_name: str = Field(default="cogvideox_bridge", description="which backbone; the error of another lists them")
     pretrained_model_name_or_path: PathText | None = Field(
         default=None, description="diffusers folder, or id on the Hugging Face Hub; none: from scratch, Latte only"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    variant: str | None = Field(default=None, description="refused: finetrainers 0.2.0 reads the plain files only")
     cache_dir: PathText | None = Field(default=None, description="folder for downloads; none: Hugging Face's own")
     tokenizer_id: PathText | None = Field(default=None, description="folder or id that replaces the model's tokenizer")
-    tokenizer_2_id: PathText | None = Field(default=None, description="refused: no model here has a second")
-    tokenizer_3_id: PathText | None = Field(default=None, description="refused: no model here has a third")
     text_encoder_id: PathText | None = Field(
         default=None, description="folder or id that replaces the model's text encoder"
     )
-    text_encoder_2_id: PathText | None = Field(default=None, description="refused: no model here has a second")
-    text_encoder_3_id: PathText | None = Field(default=None, description="refused: no model here has a third")
     transformer_id: PathText | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
     vae_id: PathText | None = Field(
         default=None, description="folder or id that replaces the model's VAE; required from scratch"
@@ -98,9 +82,6 @@ class DatasetSection(Section):
 
     dataset_config: PathText | None = Field(
         default=None, description="JSON file that lists data sets, in finetrainers' format"
-    )
-    dataset_shuffle_buffer_size: Count = Field(
-        default=1, description="without effect: every epoch is a permutation of all clips, whatever the size"
     )
     enable_precomputation: bool = Field(
         default=False, description="encode clips and captions first, then train on the files"
@@ -117,23 +98,6 @@ class DataloaderSection(Section):
 
     dataloader_num_workers: int = Field(default=0, ge=0, description="reading processes per training process; 0: none")
     pin_memory: bool = Field(default=False, description="page-locked host memory: faster copies to a GPU")
-
-
-class DiffusionSection(Section):
-    """finetrainers' flow-matching settings; other values are refused, as neither objective here uses them."""
-
-    flow_resolution_shifting: bool = Field(default=False, description="shift timesteps by resolution")
-    flow_base_seq_len: Count = Field(default=256, description="tokens")
-    flow_max_seq_len: Count = Field(default=4096, description="tokens")
-    flow_base_shift: float = Field(default=0.5, description="shift at flow_base_seq_len")
-    flow_max_shift: float = Field(default=1.15, description="shift at flow_max_seq_len")
-    flow_shift: Positive = Field(default=1.0, description="s -> shift s / (1 + (shift - 1) s)")
-    flow_weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = Field(
-        default="none", description="distribution of the timesteps and weight of the loss"
-    )
-    flow_logit_mean: float = Field(default=0.0, description="mean for logit_normal")
-    flow_logit_std: Positive = Field(default=1.0, description="standard deviation for logit_normal")
-    flow_mode_scale: float = Field(default=1.29, description="scale for mode")
 
 
 class TrainingSection(Section):
@@ -171,9 +135,6 @@ class OptimizationSection(Section):
     lr_power: Positive = Field(default=1.0, description="power of polynomial")
     beta1: BelowOne = Field(default=0.9, description="decay of the first moment")
     beta2: BelowOne = Field(default=0.95, description="decay of the second moment")
-    beta3: BelowOne | None = Field(
-        default=None, description="refused: no optimiser of finetrainers 0.2.0 has a third moment"
-    )
     weight_decay: NonNegative = Field(default=1e-4, description="decoupled weight decay for the AdamW family")
     epsilon: Positive = Field(default=1e-8, description="keeps the division finite")
     max_grad_norm: Positive = Field(default=1.0, description="gradients are scaled down to this norm, once per update")
@@ -187,9 +148,6 @@ class ParallelismSection(Section):
     )
     dp_degree: Count = Field(default=1, description="replicas of the model")
     dp_shards: Count = Field(default=1, description="processes over which each replica is sharded (FSDP2)")
-    pp_degree: Count = Field(default=1, description="pipeline stages; only 1 works in finetrainers 0.2.0")
-    cp_degree: Count = Field(default=1, description="context parallelism; only 1 works in finetrainers 0.2.0")
-    tp_degree: Count = Field(default=1, description="tensor parallelism; no model here has a plan for it: only 1")
     init_timeout: Count = Field(default=300, description="seconds for all processes to meet at the start")
     nccl_timeout: Count = Field(
         default=3600, description="seconds that a collective operation, or a checkpoint written by rank 0, may take"
@@ -206,8 +164,6 @@ class PrecisionSection(Section):
     )
     vae_dtype: Dtype = Field(default="bf16", description="the VAE")
     text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder; CogVideoX only")
-    text_encoder_2_dtype: Dtype = Field(default="bf16", description="without effect: no model here has a second")
-    text_encoder_3_dtype: Dtype = Field(default="bf16", description="without effect: no model here has a third")
     allow_tf32: bool = Field(default=False, description="float32 products in TF32 on GPUs that have it")
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         default="highest", description="float32 matrix products; high: TF32"
@@ -303,66 +259,5 @@ class LoraSection(Section):
     lora_alpha: Count = Field(default=64, description="the adapters are scaled by lora_alpha / rank")
     target_modules: Annotated[list[Text], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
         default=["(transformer_blocks|single_transformer_blocks).*(to_q|to_k|to_v|to_out.0)"],
-        description="one regular expression, or several names",
-    )
-
-
-class FrameBridgeSection(Section):
-    """What is this package's own: the objective, the data, and what finetrainers' trainer has no argument for.
-
-    The defaults here are those of CogVideoX; those of other backbones are in their facts.
-    """
-
-    objective: Literal["bridge", "diffusion"] = Field(
-        default="bridge",
-        description="diffusion: the matched baseline, the backbone's own loss (CogVideoX: on v, Latte: on the noise)",
-    )
-    target: Literal["v", "eps_psi", "noise", "data"] = Field(
-        default="v", description="what the network predicts in a bridge; Latte: eps_psi"
-    )
-    snr_aligned: bool = Field(default=True, description="SNR-aligned fine-tuning (SAF); Latte: off")
-    alignment_edge: Literal["exact", "reference"] = Field(
-        default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
-    )
-    beta_min: NonNegative = Field(default=0.01, description="bridge schedule: g^2 at t = 0")
-    beta_max: NonNegative = Field(default=50.0, description="bridge schedule: g^2 at t = 1")
-    image_noise: bool = Field(default=True, description="noise on the pixels of the condition image; CogVideoX only")
-    prior_noise: bool = Field(
-        default=True, description="noise on the pixels of the prior, drawn per frame; CogVideoX only"
-    )
-    noise_log_mean: float = Field(
-        default=-3.0, ge=-20, le=3, description="the noise's std is exp(N(mean, std^2)), pixels in [-1, 1]"
-    )
-    noise_log_std: float = Field(default=0.5, ge=0, le=3, description="see noise_log_mean")
-    caption_dropout: BelowOne = Field(
-        default=0.1, description="probability of an empty caption (Latte: of the null label in place of the class)"
-    )
-    ema_decay: BelowOne = Field(
-        default=0.0,
-        description="average of the weights over the updates, which becomes the model; 0: off; Latte: .9999",
-    )
-    ema_start_step: int = Field(default=0, ge=0, description="updates before the average begins")
-    max_grad_norm_start_step: int = Field(
-        default=0, ge=0, description="updates before gradients are clipped to optimization.max_grad_norm"
-    )
-    dataloader_prefetch_factor: Count = Field(default=2, description="clips that each reading process holds ready")
-    dataloader_timeout: int = Field(
-        default=0, ge=0, description="seconds to wait for a reading process before the run ends; 0: for ever"
-    )
-    latte_size: LatteSize | None = Field(
-        default=None, description="size and patch of a Latte from scratch, S/2 if nothing is said"
-    )
-    neural_prior: PathText | None = Field(
-        default=None,
-        description="latte_bridge only: run or model of a latte_neural_prior, whose video is where the bridge begins",
-    )
-    start_from: PathText | None = Field(
-        default=None,
-        description="earlier run (or its model or LoRA) whose weights the new run begins with, at update 0 and with a "
-        "fresh optimizer; LoRA for LoRA, a whole model for either",
-    )
-    data: DataSection | None = Field(default=None, description="the data; or give dataset.dataset_config")
-    bad_files: BadFilesSection = BadFilesSection()
-    precomputed: PathText | None = Field(
-        default=None, description="folder that `finetrainers precompute` wrote; none: clips are read and encoded"
+        description="one regular expression for whole names, or names and ends of names such as to_q",
     )
