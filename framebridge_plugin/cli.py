@@ -134,33 +134,8 @@ def _prepare_ucf101(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.commands.sample_request import SampleRequest
 
-    request = SampleRequest(
-        model=arguments.model,
-        images=tuple(arguments.image),
-        data_rows=tuple(arguments.data_index),
-        prompts=tuple(arguments.prompt),
-        class_names=tuple(arguments.class_name),
-        labels=tuple(arguments.label),
-        output=arguments.output,
-        transformer=arguments.transformer,
-        base=arguments.base,
-        allow_other_base=arguments.allow_other_base,
-        steps=arguments.steps,
-        fps=arguments.fps,
-        sampler=arguments.sampler,
-        order=arguments.order,
-        eta=arguments.eta,
-        grid=arguments.grid,
-        start=arguments.start,
-        guidance_scale=arguments.guidance_scale,
-        use_dynamic_cfg=arguments.use_dynamic_cfg,
-        seed=arguments.seed,
-        num_frames=arguments.num_frames,
-        height=arguments.height,
-        width=arguments.width,
-        num_videos=arguments.num_videos,
-        dtype=arguments.dtype,
-    )
+    given = {name: value for name, value in vars(arguments).items() if name in SampleRequest.model_fields}
+    request = SampleRequest(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
     from framebridge_plugin.commands.sample_inputs import load_inputs
 

@@ -97,7 +97,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_train(_add_command(commands, "train", "train from a recipe", _TRAIN_HELP))
     help_text = "write the latents and text embeddings of a corpus, once for many runs"
     _add_precompute(_add_command(commands, "precompute", help_text, _PRECOMPUTE_HELP))
-    _add_sample(_add_command(commands, "sample", "turn images into videos", _SAMPLE_HELP))
+    sample = _add_command(commands, "sample", "turn images into videos", _SAMPLE_HELP)
+    if argv[:1] == ["sample"]:  # its settings take longer to import than all else
+        _add_sample(sample)
     _add_convert(_add_command(commands, "convert", "make a model folder of another format", _CONVERT_HELP))
     help_text = "check that a model's specification does what finetrainers relies on"
     _add_conformance(_add_command(commands, "conformance", help_text, _CONFORMANCE_HELP))
@@ -199,27 +201,28 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(
         "--image",
+        dest="images",
         nargs="+",
         type=Path,
-        default=[],
         metavar="I.png",
         help="first frame: a picture, or a video whose first frame is taken; several make several videos",
     )
     images.add_argument(
         "--data-index",
+        dest="data_rows",
         nargs="+",
         type=int,
-        default=[],
         metavar="N",
         help="in place of --image: rows of the run's data set; their captions or classes are the default conditions",
     )
     conditions = parser.add_mutually_exclusive_group()
     for option, metavar, kind, what in (
-        ("--prompt", "TEXT", str, "CogVideoX: one for all images, or one per image"),
-        ("--class-name", "NAME", str, "Latte: one for all images, or one per image"),
-        ("--label", "N", int, "Latte: the classes' numbers, in place of --class-name"),
+        ("prompt", "TEXT", str, "CogVideoX: one for all images, or one per image"),
+        ("class-name", "NAME", str, "Latte: one for all images, or one per image"),
+        ("label", "N", int, "Latte: the classes' numbers, in place of --class-name"),
     ):
-        conditions.add_argument(option, nargs="+", type=kind, default=[], metavar=metavar, help=what)
+        dest = f"{option.replace('-', '_')}s"
+        conditions.add_argument(f"--{option}", dest=dest, nargs="+", type=kind, metavar=metavar, help=what)
     add("--output", required=True, type=Path, metavar="OUT.mp4", help="several videos: OUT-0.mp4, OUT-1.mp4, ...")
     add(
         "--transformer",
@@ -228,23 +231,11 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
     add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")
-    add(
-        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000 (default: the model's, else 50; Latte: 1000)"
-    )
-    add("--sampler", choices=("sde", "dbim"), help="default: sde, as the reference")
-    add("--order", type=int, choices=(1, 2), help="2: multistep, dbim only (default: 1)")
-    add("--eta", type=float, metavar="E", help="noise of dbim, 0 to 1 (default: 0)")
-    add("--grid", choices=("trailing", "linspace", "lambda"), help="times (default: trailing; Latte: linspace)")
-    add("--start", choices=("booted", "clean_prior"), help="first latent (default: booted)")
-    add("--guidance-scale", type=float, metavar="G", help="1: none (default: the model's, else 6; Latte: 7)")
-    add("--use-dynamic-cfg", action="store_true", help="CogVideoX: guidance that changes by step, as in diffusers")
-    add("--seed", type=int, default=42, metavar="S", help="of the first video; video i takes S + i (default: 42)")
-    add("--num-frames", type=int, metavar="F", help="default: the model's")
-    add("--height", type=int, metavar="H", help="pixels (default: the model's)")
-    add("--width", type=int, metavar="W", help="pixels (default: the model's)")
-    add("--fps", type=float, metavar="N", help="frames per second (default: those of the model's training clips)")
-    add("--num-videos", type=int, default=1, metavar="N", help="videos per image (default: 1)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, bf16 on a GPU")
+
+    from framebridge_plugin.settings.options import add_options
+    from framebridge_plugin.settings.sampling import SampleSection
+
+    add_options(parser, SampleSection, dashes=True)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -72,16 +72,9 @@ def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> d
     if "scheduler" not in facts.parts:
         say("a neural prior: one call of the network per video")
         return {}
-    settings = request.sampler_settings(facts)
     if isinstance(pipeline.scheduler, FrameBridgeScheduler):
-        pipeline.scheduler = FrameBridgeScheduler.from_config(
-            pipeline.scheduler.config,
-            sampler=settings.sampler,
-            order=settings.order,
-            eta=settings.eta,
-            grid=settings.grid,
-            start=settings.start,
-        )
+        settings = request.sampler_settings(facts)
+        pipeline.scheduler = FrameBridgeScheduler.from_config(pipeline.scheduler.config, **settings)
     else:
         say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
     call: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
+
+from pydantic import ValidationError
 
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
@@ -15,37 +16,16 @@ from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.media import read_image
+from framebridge_plugin.settings.sampling import SamplerSection, SampleSection
 
 DATA_FILE = "dataset_config.json"
 
-Sampler = Literal["sde", "dbim"]
-Grid = Literal["trailing", "linspace", "lambda"]
-Start = Literal["booted", "clean_prior"]
 
-_SAMPLER_OPTIONS = ("sampler", "order", "eta", "grid", "start")
+class SampleRequest(SampleSection):
+    """One call of `finetrainers sample`; what `SampleSection` says of its options is not repeated here.
 
-
-class SamplerSettings(NamedTuple):
-    """How a video is sampled.
-
-    Attributes:
-        sampler: `sde` (the reference's) or `dbim`.
-        order: 1, or 2 for the multistep of `dbim`.
-        eta: Noise added by `dbim`, 0 (none) to 1 (as the SDE); None is the sampler's own.
-        grid: Where the steps lie in time.
-        start: `booted` from the prior with its noise, or from the `clean_prior` (as the reference).
-    """
-
-    sampler: Sampler
-    order: int
-    eta: float | None
-    grid: Grid
-    start: Start
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """One call of `finetrainers sample`.
+    Args:
+        **values: The attributes; None is as good as nothing.
 
     Attributes:
         model: A run's folder, a model's folder, or an id on the Hugging Face Hub.
@@ -59,21 +39,6 @@ class SampleRequest:
             `model`.
         base: Where the model that a LoRA was trained on is now, a folder or an id; None takes what the LoRA says.
         allow_other_base: Whether that may be another model than the one it was trained on.
-        steps: Network evaluations (twice that with guidance), 1 to 1000; None takes the model's.
-        sampler: See `SamplerSettings`; None, here and below, takes the default of the model's kind.
-        order: See `SamplerSettings`.
-        eta: See `SamplerSettings`.
-        grid: See `SamplerSettings`.
-        start: See `SamplerSettings`.
-        guidance_scale: Classifier-free guidance, 1 is none; None takes the model's.
-        use_dynamic_cfg: Whether the guidance changes from step to step, as in diffusers' CogVideoX pipelines.
-        seed: Seed of the first video; video number i takes seed + i.
-        num_frames: Frames; None takes the model's.
-        height: Pixels; None takes the model's.
-        width: Pixels; None takes the model's.
-        num_videos: Videos per image.
-        fps: Frames per second of the files; None takes the rate of the clips that the model was trained on.
-        dtype: Number format; None takes fp32 on a CPU and bf16 on a GPU.
 
     Raises:
         UsageError: With every error on a line of its own.
@@ -89,25 +54,20 @@ class SampleRequest:
     transformer: str | None = None
     base: str | None = None
     allow_other_base: bool = False
-    steps: int | None = None
-    sampler: Sampler | None = None
-    order: Literal[1, 2] | None = None
-    eta: float | None = None
-    grid: Grid | None = None
-    start: Start | None = None
-    guidance_scale: float | None = None
-    use_dynamic_cfg: bool = False
-    seed: int = 42
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    num_videos: int = 1
-    fps: float | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
-    def __post_init__(self) -> None:
-        problems = [*self._value_problems(), *self._sampler_problems(), *self._file_problems()]
-        problems += self._model_problems(*self._examined)
+    def __init__(self, **values: Any) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
+        problems = []
+        try:
+            super().__init__(**values)
+        except ValidationError as failure:
+            for error in failure.errors(include_url=False):
+                name = str(error["loc"][0])
+                values.pop(name, None)
+                problems.append(f"{_option(name)} {error['input']}: {error['msg'].removeprefix('Input ')}")
+            super().__init__(**values)  # for the other errors
+        problems += [f"{_option(name)}: {message}" for name, message in self.conflicts()]
+        problems += [*self._input_problems(), *self._file_problems(), *self._model_problems(*self._examined)]
         if problems:
             raise UsageError("\n".join(problems))
 
@@ -137,18 +97,17 @@ class SampleRequest:
         given = self.prompts or self.class_names or self.labels or (None,)
         return given[image if len(given) > 1 else 0]
 
-    def sampler_settings(self, facts: BackboneFacts) -> SamplerSettings:
-        """The options of the sampler, with the defaults of a backbone.
+    def sampler_settings(self, facts: BackboneFacts) -> dict[str, Any]:
+        """The settings of the scheduler, with the defaults of a backbone.
 
         Args:
-            facts: The model's backbone.
+            facts: The backbone.
 
         Returns:
-            The settings.
+            The settings, by name.
         """
-        given = {name: getattr(self, name) for name in _SAMPLER_OPTIONS}
-        defaults = SamplerSettings("sde", 1, None, facts.sampling.get("grid", "trailing"), "booted")
-        return defaults._replace(**{name: value for name, value in given.items() if value is not None})
+        given = self.model_dump(include=set(SamplerSection.model_fields))
+        return given if "grid" in self.model_fields_set else given | {"grid": facts.sampling.get("grid", self.grid)}
 
     def video_paths(self) -> list[Path]:
         """Where the videos go.
@@ -224,8 +183,8 @@ class SampleRequest:
                 problems.append("--use-dynamic-cfg: is for models of text; leave it out")
         what = f"a {facts.title} model takes {takes}; give {remedy}"
         wrong = [f"{option}: {what}" for option, values in given.items() if values]
-        options = ("steps", *_SAMPLER_OPTIONS, "guidance_scale")
-        sampled = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
+        options = ("steps", *SamplerSection.model_fields, "guidance_scale")
+        sampled = [_option(name) for name in options if name in self.model_fields_set]
         if "scheduler" not in facts.parts and sampled:
             what = "this model gives its video in one call, without a sampler"
             problems.append(f"{', '.join(sampled)}: {what}; leave {'it' if len(sampled) == 1 else 'them'} out")
@@ -238,18 +197,9 @@ class SampleRequest:
             problems.append(missing)
         return wrong + problems
 
-    def _value_problems(self) -> list[str]:
+    def _input_problems(self) -> list[str]:
+        """Errors in the number of images and conditions."""
         checks = {
-            f"--steps {self.steps}: should be 1 to 1000": self.steps is None or 1 <= self.steps <= 1000,
-            f"--guidance-scale {self.guidance_scale}: should be 0 or more": (
-                self.guidance_scale is None or 0 <= self.guidance_scale < float("inf")
-            ),
-            f"--seed {self.seed}: should be 0 to 2^63 - 1": 0 <= self.seed < 2**63,
-            f"--num-videos {self.num_videos}: should be 1 or more": self.num_videos >= 1,
-            f"--fps {self.fps}: should be more than 0, at most 1000": self.fps is None or 0 < self.fps <= 1000,
-            f"--num-frames {self.num_frames}: should be 1 or more": self.num_frames is None or self.num_frames >= 1,
-            f"--height {self.height}: should be 1 or more": self.height is None or self.height >= 1,
-            f"--width {self.width}: should be 1 or more": self.width is None or self.width >= 1,
             "--image: give at least one, or rows of the run's data set by --data-index": self.num_images > 0,
             "--data-index: the images come from files or from the data set; leave it out, or --image": (
                 not (self.images and self.data_rows)
@@ -263,20 +213,6 @@ class SampleRequest:
             wanted = f"give one for all, or one for each of the {self.num_images} images"
             checks[f"{option}: {wanted}, not {len(values)}"] = len(values) in (1, self.num_images)
         return [problem for problem, fine in checks.items() if not fine]
-
-    def _sampler_problems(self) -> list[str]:
-        problems = []
-        sampler = self.sampler or "sde"
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            problems.append(f"--eta {self.eta}: should be 0 to 1")
-        elif sampler == "sde" and self.eta not in (None, 1.0):
-            problems.append(f"--eta {self.eta}: the SDE is eta 1; for less noise take --sampler dbim")
-        if sampler == "sde" and self.order not in (None, 1):
-            problems.append(f"--order {self.order}: the SDE has order 1 only; take --sampler dbim")
-        noise = (1.0 if sampler == "sde" else 0.0) if self.eta is None else self.eta
-        if self.start == "clean_prior" and noise < 1:
-            problems.append("--start clean_prior: needs the noise of --sampler sde (or --eta 1); take --start booted")
-        return problems
 
     def _file_problems(self) -> list[str]:
         problems = []
@@ -303,3 +239,8 @@ class SampleRequest:
             elif path.exists() and not os.access(path, os.W_OK):
                 problems.append(f"--output {path}: exists and is not writable")
         return problems
+
+
+def _option(name: str) -> str:
+    singular = {"images": "image", "data_rows": "data-index", "prompts": "prompt", "class_names": "class-name"}
+    return f"--{singular.get(name, name).replace('_', '-')}"

@@ -20,6 +20,7 @@ from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.settings.data import BadFilesSection, DataSection, SourceSection, dataset_entries
+from framebridge_plugin.settings.sampling import most_steps
 
 _SIZES = ("num_frames", "height", "width")
 
@@ -175,9 +176,9 @@ def _row_problems(
         yield f"caption: {problem}"
     sizes = {}
     for name in (*_SIZES, "num_inference_steps", "export_fps"):
-        value, largest = row.get(name), 1000 if name == "num_inference_steps" else math.inf
-        if value is not None and not (type(value) is int and 1 <= value <= largest):
-            wanted = "1 to 1000" if largest == 1000 else "1 or more"
+        value, most = row.get(name), most_steps("trailing") if name == "num_inference_steps" else math.inf
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            wanted = "1 or more" if most == math.inf else f"1 to {most}"
             yield f"{name} should be a whole number, {wanted}, not {value!r}"
         elif name in _SIZES:
             sizes[name] = value

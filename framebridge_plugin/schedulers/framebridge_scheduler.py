@@ -33,9 +33,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from framebridge_plugin.bridge.alignment import EDGES
 from framebridge_plugin.bridge.samplers import (
-    GRIDS,
     booted_start,
     dbim_step,
     extrapolate_z_0,
@@ -43,20 +41,11 @@ from framebridge_plugin.bridge.samplers import (
     timestep_grid,
 )
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
-from framebridge_plugin.bridge.targets import TARGETS, predict_z_0
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.bridge.targets import predict_z_0
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone, default_alignment
 from framebridge_plugin.schedulers.process import BridgeProcess
-
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "target": TARGETS,
-    "alignment": ("variance_preserving", "flow_matching", "none"),
-    "alignment_edge": EDGES,
-    "sampler": ("sde", "dbim"),
-    "order": (1, 2),
-    "grid": GRIDS,
-    "start": ("booted", "clean_prior"),
-}
+from framebridge_plugin.settings.sampling import SchedulerSettings
 
 
 @dataclass
@@ -124,27 +113,11 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
         if alignment is None:
             alignment = default_alignment(backbone_scheduler)
             self.register_to_config(alignment=alignment)
-        for name, choices in _CHOICES.items():
-            if self.config[name] not in choices:
-                raise FrameBridgeError(
-                    f"FrameBridgeScheduler: {name}={self.config[name]!r} is not one of {', '.join(map(str, choices))}"
-                )
-        self.eta = eta if eta is not None else {"sde": 1.0, "dbim": 0.0}[sampler]
-        if not all(isinstance(number, int | float) for number in (beta_min, beta_max, num_train_timesteps, self.eta)):
-            raise FrameBridgeError(
-                "FrameBridgeScheduler: beta_min, beta_max, num_train_timesteps, eta must be numbers"
-            )
-        if not 0 <= self.eta <= 1:
-            raise FrameBridgeError(f"eta={eta} is out of range: 0 is deterministic, 1 the SDE")
-        if sampler == "sde" and self.eta != 1:
-            raise FrameBridgeError(f"the sde sampler has eta=1, not {eta}: choose sampler='dbim' for another eta")
-        if sampler == "sde" and order != 1:
-            raise FrameBridgeError("the sde sampler has order 1: choose sampler='dbim' for order=2")
-        if start == "clean_prior" and self.eta < 1:
-            raise FrameBridgeError(
-                f"start='clean_prior' needs eta=1, not {self.eta:g}: from one noise-free point the videos would be "
-                "(nearly) all the same; use start='booted'"
-            )
+        try:
+            settings = SchedulerSettings(**{name: self.config[name] for name in SchedulerSettings.model_fields})
+        except UsageError as error:
+            raise FrameBridgeError(str(error)) from error  # of a saved model, or of a program
+        self.eta = settings.noise_share
         self.schedule = BridgeSchedule(beta_min, beta_max, num_train_timesteps)
         self.alignment = build_alignment(alignment, alignment_edge, self.schedule, backbone_scheduler)
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)

@@ -15,22 +15,33 @@ LatteSize = Literal[
 ]  # fmt: skip
 
 
-class ObjectiveSection(Section):
+class ProcessSection(Section):
+    """The bridge and what its network predicts, as training chooses them and a saved scheduler keeps them."""
+
+    target: Literal["v", "eps_psi", "noise", "data", "flow"] = Field(
+        default="v", description="what the network predicts in a bridge; Latte: eps_psi"
+    )
+    alignment_edge: Literal["exact", "reference"] = Field(
+        default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
+    )
+    beta_min: NonNegative = Field(default=0.01, description="bridge schedule: g^2 at t = 0")
+    beta_max: NonNegative = Field(default=50.0, description="bridge schedule: g^2 at t = 1")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.beta_min == self.beta_max == 0:
+            yield "beta_max", "should be above 0 when beta_min is 0: there would be no noise at all"
+
+
+class ObjectiveSection(ProcessSection):
     """What is trained; the facts of a backbone hold the defaults that are its own."""
 
     objective: Literal["bridge", "diffusion"] = Field(
         default="bridge",
         description="diffusion: the matched baseline, the backbone's own loss with the same network, data and image",
     )
-    target: Literal["v", "eps_psi", "noise", "data", "flow"] = Field(
-        default="v", description="what the network predicts in a bridge; Latte: eps_psi"
-    )
     snr_aligned: bool = Field(default=True, description="SNR-aligned fine-tuning (SAF); Latte: off")
-    alignment_edge: Literal["exact", "reference"] = Field(
-        default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
-    )
-    beta_min: NonNegative = Field(default=0.01, description="bridge schedule: g^2 at t = 0")
-    beta_max: NonNegative = Field(default=50.0, description="bridge schedule: g^2 at t = 1")
     image_noise: bool = Field(default=True, description="noise on the pixels of the condition image; CogVideoX only")
     prior_noise: bool = Field(
         default=True, description="noise on the pixels of the prior, drawn per frame; CogVideoX only"
@@ -42,12 +53,6 @@ class ObjectiveSection(Section):
     caption_dropout: BelowOne = Field(
         default=0.1, description="probability of an empty caption (Latte: of the null label in place of the class)"
     )
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yields each setting that does not go with the others, and what is wrong with it."""
-        yield from super().conflicts()
-        if self.beta_min == self.beta_max == 0:
-            yield "beta_max", "should be above 0 when beta_min is 0: there would be no noise at all"
 
 
 class TrainerSection(Section):

@@ -14,21 +14,29 @@ from framebridge_plugin.settings.base import Section
 
 
 def add_options(
-    parser: argparse._ActionsContainer, settings: type[Section], names: Mapping[str, str] | None = None
+    parser: argparse._ActionsContainer,
+    settings: type[Section],
+    names: Mapping[str, str] | None = None,
+    *,
+    dashes: bool = False,
 ) -> None:
-    """Adds `--name` for each setting, and `--no_name` beside it for a switch; None where nothing is given.
+    """Adds an option for each setting; what is not given is None.
 
     Args:
         parser: Where to.
         settings: The settings.
         names: Options that have another name than their setting.
+        dashes: Name them as this package's command does, `--num-frames`; else as finetrainers does, `--num_frames`,
+            and each switch with `--no_` in front, too.
     """
     for name, field in settings.model_fields.items():
         option = (names or {}).get(name, name)
+        option = option.replace("_", "-") if dashes else option
         kind, choices = _kind(field)
         if kind is bool:
             parser.add_argument(f"--{option}", dest=name, action="store_true", default=None, help=_help(field))
-            parser.add_argument(f"--no_{option}", dest=name, action="store_false", default=None)
+            if not dashes:
+                parser.add_argument(f"--no_{option}", dest=name, action="store_false", default=None)
         else:
             parser.add_argument(f"--{option}", dest=name, type=kind, choices=choices, help=_help(field))
 

@@ -33,10 +33,10 @@ def problems_of(arguments, **changes) -> list[str]:
 
 def test_defaults_are_the_references(arguments):
     settings = SampleRequest(**arguments).sampler_settings(LATTE_BRIDGE)
-    assert settings == ("sde", 1, None, "linspace", "booted")
+    assert settings == {"sampler": "sde", "order": 1, "eta": None, "grid": "linspace", "start": "booted"}
     changed = {"sampler": "dbim", "order": 2, "eta": 0.0, "grid": "lambda"}
     settings = SampleRequest(**arguments | changed).sampler_settings(LATTE_BRIDGE)
-    assert settings == ("dbim", 2, 0.0, "lambda", "booted")
+    assert settings == {**changed, "start": "booted"}
 
 
 @pytest.mark.parametrize(

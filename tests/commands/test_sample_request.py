@@ -14,6 +14,8 @@ from framebridge_plugin.commands.sample_request import SampleRequest
 from framebridge_plugin.errors import UsageError
 from tests.cogvideox_files import write_model_folder
 
+DEFAULTS = {"sampler": "sde", "order": 1, "eta": None, "grid": "trailing", "start": "booted"}
+
 
 @pytest.fixture
 def arguments(tmp_path):
@@ -31,7 +33,7 @@ def problems_of(arguments, **changes) -> list[str]:
 
 def test_defaults(arguments):
     request = SampleRequest(**arguments)
-    assert request.sampler_settings(COGVIDEOX) == ("sde", 1, None, "trailing", "booted")
+    assert request.sampler_settings(COGVIDEOX) == DEFAULTS
     assert (request.steps, request.guidance_scale, request.use_dynamic_cfg) == (None, None, False)
     assert (request.num_frames, request.height, request.width, request.num_videos) == (None, None, None, 1)
     assert request.video_paths() == [arguments["output"]]
@@ -51,18 +53,20 @@ def test_many_videos(arguments):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"steps": 0}, "--steps 0: should be 1 to 1000"),
-        ({"steps": 1001}, "--steps 1001"),
-        ({"eta": 1.5, "sampler": "dbim"}, "--eta 1.5: should be 0 to 1"),
-        ({"eta": float("nan"), "sampler": "dbim"}, "--eta nan: should be 0 to 1"),
-        ({"eta": 0.5}, "the SDE is eta 1"),
-        ({"order": 2}, "the SDE has order 1 only"),
-        ({"start": "clean_prior", "sampler": "dbim"}, "--start clean_prior: needs the noise"),
+        ({"steps": 0}, "--steps 0: should be greater than or equal to 1"),
+        ({"steps": 1001}, "--steps: the grid has 1000 at most, not 1001"),
+        ({"eta": 1.5, "sampler": "dbim"}, "--eta 1.5: should be less than or equal to 1"),
+        ({"eta": float("nan"), "sampler": "dbim"}, "--eta nan: should be a finite number"),
+        ({"eta": 0.5}, "--eta: the sampler sde has eta 1"),
+        ({"order": 2}, "--order: the sampler sde has order 1"),
+        ({"order": 3}, "--order 3: should be 1 or 2"),
+        ({"start": "clean_prior", "sampler": "dbim"}, "--start: clean_prior needs eta 1"),
+        ({"fps": 0.0}, "--fps 0.0: should be greater than 0"),
         ({"guidance_scale": -1.0}, "--guidance-scale"),
         ({"guidance_scale": float("inf")}, "--guidance-scale"),
         ({"seed": -1}, "--seed"),
         ({"num_videos": 0}, "--num-videos"),
-        ({"num_frames": 0}, "--num-frames 0: should be 1 or more"),
+        ({"num_frames": 0}, "--num-frames 0: should be greater"),
         ({"num_frames": 10}, "--num-frames: the VAE returns only 8 k + 1 frames"),
         ({"height": 100}, "--height: should be a multiple of 16"),
         ({"prompts": ("a", "b")}, "--prompt: give one for all, or one for each of the 1 images, not 2"),
@@ -81,6 +85,7 @@ def test_wrong_values(arguments, changes, message):
     "changes",
     [
         {"sampler": "dbim", "order": 2, "eta": 0.0},
+        {"steps": 1500, "grid": "lambda"},
         {"sampler": "dbim", "eta": 1.0, "start": "clean_prior"},
         {"start": "clean_prior"},
         {"eta": 1.0},

@@ -1,4 +1,6 @@
+import inspect
 import json
+import typing
 import warnings
 
 import pytest
@@ -7,6 +9,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from framebridge_plugin import FrameBridgeScheduler
 from framebridge_plugin.bridge import (
+    EDGES,
     GRIDS,
     TARGETS,
     BridgeSchedule,
@@ -14,6 +17,7 @@ from framebridge_plugin.bridge import (
     VariancePreservingAlignment,
 )
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.sampling import SchedulerSettings
 from tests.reference_vectors import load_vectors, relative_error
 
 VECTORS, DESCRIPTION = load_vectors("cogvideox_scheduler")
@@ -193,22 +197,25 @@ def test_the_config_of_another_scheduler_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target": "x0"}, "target='x0' is not one of v, eps_psi, noise, data, flow"),
-        ({"alignment": "vp"}, "alignment='vp' is not one of"),
-        ({"alignment_edge": "clamp"}, "alignment_edge='clamp' is not one of exact, reference"),
-        ({"sampler": "ode"}, "sampler='ode' is not one of sde, dbim"),
-        ({"order": 3}, "order=3 is not one of 1, 2"),
-        ({"grid": "leading"}, "grid='leading' is not one of trailing, linspace, lambda"),
-        ({"start": "noise"}, "start='noise' is not one of booted, clean_prior"),
-        ({"sampler": "dbim", "eta": 1.5}, "eta=1.5 is out of range"),
-        ({"sampler": "dbim", "eta": float("nan")}, "eta=nan is out of range"),
-        ({"sampler": "dbim", "eta": "half"}, "must be numbers"),
-        ({"beta_max": "50"}, "must be numbers"),
-        ({"beta_min": -1.0}, "beta_min=-1.0"),
-        ({"sampler": "sde", "eta": 0.5}, "the sde sampler has eta=1, not 0.5"),
-        ({"sampler": "sde", "order": 2}, "the sde sampler has order 1"),
-        ({"sampler": "dbim", "start": "clean_prior"}, "start='clean_prior' needs eta=1, not 0"),
-        ({"sampler": "dbim", "eta": 0.9, "start": "clean_prior"}, "start='clean_prior' needs eta=1, not 0.9"),
+        ({"target": "x0"}, "target is 'x0'; it should be 'v', 'eps_psi', 'noise', 'data' or 'flow'"),
+        ({"alignment": "vp"}, "alignment is 'vp'"),
+        ({"alignment_edge": "clamp"}, "alignment_edge is 'clamp'"),
+        ({"sampler": "ode"}, "sampler is 'ode'"),
+        ({"order": 3}, "order is 3"),
+        ({"grid": "leading"}, "grid is 'leading'"),
+        ({"start": "noise"}, "start is 'noise'"),
+        ({"sampler": "dbim", "eta": 1.5}, "eta is 1.5"),
+        ({"sampler": "dbim", "eta": float("nan")}, "eta is nan"),
+        ({"sampler": "dbim", "eta": "half"}, "eta is 'half'"),
+        ({"beta_max": "50"}, "beta_max is '50'"),
+        ({"beta_max": float("inf")}, "beta_max is inf"),
+        ({"beta_min": -1.0}, "beta_min is -1.0"),
+        ({"beta_min": 0.0, "beta_max": 0.0}, "beta_max: "),
+        ({"num_train_timesteps": 1}, "num_train_timesteps is 1"),
+        ({"sampler": "sde", "eta": 0.5}, "eta: the sampler sde has eta 1, not 0.5"),
+        ({"sampler": "sde", "order": 2}, "order: the sampler sde has order 1"),
+        ({"sampler": "dbim", "start": "clean_prior"}, "start: clean_prior needs eta 1, not 0"),
+        ({"sampler": "dbim", "eta": 0.9, "start": "clean_prior"}, "start: clean_prior needs eta 1, not 0.9"),
         ({"alignment": "variance_preserving"}, "needs the config of the backbone's own diffusion scheduler"),
         ({"backbone": {"beta_start": 0.1}}, "_class_name=None is not a scheduler of diffusers"),
         ({"backbone": {"_class_name": "AutoencoderKL"}}, "_class_name='AutoencoderKL' is not a scheduler"),
@@ -508,3 +515,14 @@ def test_sampling_follows_the_device(settings):
         output = torch.tanh(shown.float() + time.reshape(-1, 1, 1, 1, 1) / 500 - 1).to(z.dtype)
         z = scheduler.step(output, t, z, prior.cuda(), generator).prev_sample
     torch.testing.assert_close(z.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_settings_are_those_of_the_scheduler_and_of_the_maths():
+    fields = SchedulerSettings.model_fields
+    parameters = dict(inspect.signature(FrameBridgeScheduler).parameters)
+    assert parameters.pop("backbone").default is None
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        name: field.default for name, field in fields.items()
+    }
+    known = {"target": TARGETS, "alignment_edge": EDGES, "grid": GRIDS}
+    assert {name: typing.get_args(fields[name].annotation) for name in known} == known

@@ -1,0 +1,98 @@
+"""How a video is sampled: the settings of the scheduler, and the other options of `finetrainers sample`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from framebridge_plugin.settings.base import CheckedSettings, Count, NonNegative, Section
+from framebridge_plugin.settings.bridge import ProcessSection
+
+
+class SamplerSection(Section):
+    """How the scheduler steps from the image's latents to the video's."""
+
+    sampler: Literal["sde", "dbim"] = Field(default="sde", description="sde: as the reference (default: sde)")
+    order: Literal[1, 2] = Field(default=1, description="2: multistep, dbim only (default: 1)")
+    eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="share of fresh noise in a step of dbim, 0 to 1 (default: 0)"
+    )
+    grid: Literal["trailing", "linspace", "lambda"] = Field(
+        default="trailing", description="times (default: trailing; Latte: linspace)"
+    )
+    start: Literal["booted", "clean_prior"] = Field(
+        default="booted",
+        description="first latent: the prior with its noise, or bare as the reference's (default: booted)",
+    )
+
+    @property
+    def noise_share(self) -> float:
+        """Share of fresh noise in a step: 0 is deterministic, 1 the SDE."""
+        return {"sde": 1.0, "dbim": 0.0}[self.sampler] if self.eta is None else self.eta
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.sampler == "sde" and self.noise_share != 1:
+            yield "eta", f"the sampler sde has eta 1, not {self.eta:g}; for less noise take the sampler dbim"
+        if self.sampler == "sde" and self.order != 1:
+            yield "order", f"the sampler sde has order 1, not {self.order}; take the sampler dbim"
+        if self.start == "clean_prior" and self.noise_share < 1:
+            what = "from one noise-free point the videos would be (nearly) all the same"
+            yield "start", f"clean_prior needs eta 1, not {self.noise_share:g}: {what}; take booted"
+
+
+class SchedulerSettings(CheckedSettings, SamplerSection, ProcessSection):
+    """What a `FrameBridgeScheduler` is made of, besides the backbone's own scheduler.
+
+    Raises:
+        UsageError: If a value is out of range, or does not go with another.
+    """
+
+    called = "FrameBridgeScheduler"
+
+    num_train_timesteps: Annotated[int, Field(ge=2)] = Field(default=1000, description="number of bridge indices")
+    alignment: Literal["variance_preserving", "flow_matching", "none"] | None = Field(
+        default=None, description="what the network is shown (default: the kind of the backbone)"
+    )
+
+
+class SampleSection(SamplerSection):
+    """The options of `finetrainers sample`, besides the model, its inputs and its output."""
+
+    steps: Count | None = Field(
+        default=None, description="sampling steps (default: the model's, else 50; Latte: 1000)"
+    )
+    guidance_scale: NonNegative | None = Field(
+        default=None, description="1: none (default: the model's, else 6; Latte: 7)"
+    )
+    use_dynamic_cfg: bool = Field(
+        default=False, description="CogVideoX: guidance that changes by step, as in diffusers"
+    )
+    seed: int = Field(
+        default=42, ge=0, lt=2**63, description="of the first video; video i takes seed + i (default: 42)"
+    )
+    num_frames: Count | None = Field(default=None, description="default: the model's")
+    height: Count | None = Field(default=None, description="pixels (default: the model's)")
+    width: Count | None = Field(default=None, description="pixels (default: the model's)")
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="frames per second (default: those of the model's training clips)"
+    )
+    num_videos: Count = Field(default=1, description="videos per image (default: 1)")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="default: fp32 on a CPU, bf16 on a GPU"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        if self.steps is not None and self.steps > most_steps(self.grid):
+            yield "steps", f"the grid has {most_steps(self.grid)} at most, not {self.steps}; the grid lambda has more"
+
+
+def most_steps(grid: str, num_train_timesteps: int = 1000) -> float:
+    """The most steps of a grid: as many as there are bridge indices, without a limit between them."""
+    return math.inf if grid == "lambda" else num_train_timesteps
