@@ -1,4 +1,4 @@
-"""Recipes: what they may say (`schema`, `sections`), what must hold (`checks`), and how they are read (`loading`)."""
+"""Recipes: what they may say (`schema`), what must hold (`rules`), and how they are read (`loading`)."""
 
 from __future__ import annotations
 

@@ -33,31 +33,17 @@ for _class in (_Loader, _Dumper):
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data out of YAML, with the line of every key.
-
-    Attributes:
-        data: Dictionaries, lists and scalars.
-        lines: Line (from 1) of every dotted path, list items included: `lora.target_modules.0`.
-        duplicates: Dotted path, its second line and its first line, for every key that stands there twice.
-    """
+    """Plain data out of YAML, with the line of every key."""
 
     data: Any
     lines: dict[str, int]
+    """Of every dotted path, from 1; list items included: `lora.target_modules.0`."""
     duplicates: list[tuple[str, int, int]]
+    """Of every key that stands there twice: dotted path, second line, first line."""
 
 
 def read_yaml(text: str) -> Document:
-    """Read one YAML document.
-
-    Args:
-        text: The document; an empty one reads as None.
-
-    Returns:
-        Its data.
-
-    Raises:
-        UsageError: If it is not YAML, with the line.
-    """
+    """Reads one YAML document, an empty one as None; what is no YAML is a `UsageError` with the line."""
     lines: dict[str, int] = {}
     duplicates: list[tuple[str, int, int]] = []
     try:
@@ -97,24 +83,10 @@ def _read(
 
 
 def parse_value(text: str) -> Any:
-    """The value of a command-line override, typed as in a recipe: `2e-5`, `true`, `[a, b]`, `null`.
-
-    Args:
-        text: What stands after the equals sign.
-
-    Returns:
-        The value; None for an empty text. What is not YAML is refused as by `read_yaml`.
-    """
+    """The value of a command-line override, typed as in a recipe: `2e-5`, `true`, `[a, b]`, `null`."""
     return read_yaml(text).data
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """YAML in the order of `data`, which `read_yaml` reads back to the same values.
-
-    Args:
-        data: Dictionaries, lists and scalars.
-
-    Returns:
-        The document.
-    """
+    """YAML in the order of `data`, which `read_yaml` reads back to the same values."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

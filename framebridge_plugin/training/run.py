@@ -104,18 +104,7 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
 
 
 def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
-    """Builds the specification of the recipe's model.
-
-    Args:
-        recipe: A checked recipe.
-        args: finetrainers' arguments of it.
-
-    Returns:
-        The specification; no weights are loaded.
-
-    Raises:
-        FrameBridgeError: If a file of the model is missing or damaged.
-    """
+    """Builds the specification of the recipe's model, without its weights."""
     from finetrainers.config import SUPPORTED_MODEL_CONFIGS
 
     own = find_backbone(args.model_name).load_adapter().setting_names
@@ -132,14 +121,7 @@ def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
 
 
 def refuse_start(recipe: Recipe) -> None:
-    """Refuses a run over another one, and one whose results could not be sent where it says.
-
-    Args:
-        recipe: A checked recipe.
-
-    Raises:
-        UsageError: If the folder holds another run, or there is no login.
-    """
+    """Refuses a run over another one, and one whose results could not be sent where it says."""
     output_dir = Path(recipe.checkpoints.output_dir)
     if recipe.checkpoints.resume_from_checkpoint is None and any((output_dir / "checkpoints").glob("step_*")):
         raise UsageError(
@@ -172,15 +154,7 @@ def _is_main_process() -> bool:
 
 
 def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
-    """Writes recipe, versions and data set description.
-
-    Args:
-        recipe: A checked recipe.
-        output_dir: Where to; it is made if needed.
-
-    Returns:
-        Path of the description of the data sets.
-    """
+    """Writes recipe, versions and the description of the data sets; returns the path of that."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if _is_main_process():
         resumed = recipe.checkpoints.resume_from_checkpoint is not None
@@ -198,14 +172,7 @@ def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
 
 
 def sample_line(recipe: Recipe) -> str:
-    """A command that samples from the run's model.
-
-    Args:
-        recipe: The run's recipe.
-
-    Returns:
-        The line, for a shell: from the first validation sample whose image is a file, else from the data's first row.
-    """
+    """A line for a shell that samples from the run's model: the first picture of its validation, or of its data."""
     from framebridge_plugin.data.validation_rows import read_validation_rows
 
     output_dir, file = recipe.checkpoints.output_dir, recipe.validation.validation_dataset_file

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,24 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 # Models
+
+
+def test_a_run_is_sampled_without_finetrainers(inputs, tmp_path):
+    program = "import sys; sys.modules['finetrainers'] = None\nfrom framebridge_plugin.cli import main\n"
+    program += "code = main(sys.argv[1:]); assert 'wandb.sdk' not in sys.modules; sys.exit(code)"
+    options = [
+        "--model",
+        inputs / "full",
+        "--image",
+        inputs / "0.png",
+        "--output",
+        tmp_path / "video.mp4",
+        "--steps=1",
+    ]
+    command = [sys.executable, "-c", program, "sample", "--prompt=a", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "x.mp4").is_file()
 
 
 @pytest.mark.parametrize("model", ["full", "full/model", "full/checkpoints/step_000002", "lora", "lora/lora"])

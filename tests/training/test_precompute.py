@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -142,7 +141,7 @@ def test_every_clip_setting_is_part_of_the_fingerprint_but_not_the_reading_proce
     index = ClipIndex(datasets.Dataset.from_dict({"path": ["/a/b.mp4"], "caption": ["c"]}), "caption")
     settings = ClipSettings(9, 64, 64)
     there = data_fingerprint(index, settings)
-    assert CLIP_CHANGES.keys() | {"isolated"} == {field.name for field in dataclasses.fields(settings)}
+    assert CLIP_CHANGES.keys() | {"isolated"} == set(type(settings).model_fields)
     for name, changes in CLIP_CHANGES.items():
         here = data_fingerprint(index, settings.model_copy(update=changes))
         assert there["clip"][name] != here["clip"][name]

@@ -117,15 +117,7 @@ def resolve_start(args: Any) -> None:
 
 
 def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
-    """Gives finetrainers' arguments every value of a recipe that it has a name for, in the type that it wants.
-
-    Every value is set, also where it equals finetrainers' default, so that a run does not depend on those.
-
-    Args:
-        args: A `BaseArgs`.
-        recipe: A checked recipe.
-        dataset_config: Path of the dataset JSON.
-    """
+    """Gives finetrainers' arguments every value of a recipe that it has a name for, its own defaults included."""
     from finetrainers.args import _DTYPE_MAP
 
     is_lora = recipe.training.training_type == "lora"
@@ -137,7 +129,6 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
     values["dataset_config"] = dataset_config
     values["pretrained_model_name_or_path"] = values["pretrained_model_name_or_path"] or ""
     values["precomputation_dir"] = values["precomputation_dir"] or os.path.join(values["output_dir"], "precomputed")
-    values["layerwise_upcasting_storage_dtype"] = _DTYPE_MAP[recipe.precision.layerwise_upcasting_storage_dtype]
     if values["resume_from_checkpoint"] is not None:
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"])
     for name in ("attn_provider_training", "attn_provider_inference"):
@@ -164,11 +155,7 @@ class StrictParsing:
         self.argv = list(argv)
 
     def add_args(self, parser: argparse.ArgumentParser) -> None:
-        """Changes how the parser reads and fails.
-
-        Args:
-            parser: finetrainers' parser.
-        """
+        """Changes how finetrainers' parser reads and fails."""
         parse_known_args = parser.parse_known_args
 
         def parse_strictly() -> tuple[argparse.Namespace, list[str]]:
@@ -195,18 +182,7 @@ class StrictParsing:
 
 
 def read_training_type(argv: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Finds the training type on a command line, which decides what other arguments there are.
-
-    Args:
-        argv: Arguments without the program's name.
-        choices: Training types that there are.
-
-    Returns:
-        The training type, or None if the command line has none.
-
-    Raises:
-        UsageError: If it is another.
-    """
+    """Finds the training type on a command line, which decides what other arguments there are; None without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--training_type")
     parser.error = _refuse  # type: ignore[method-assign]

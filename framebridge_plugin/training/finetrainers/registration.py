@@ -129,16 +129,9 @@ def _register_arguments() -> None:
 
 
 def parsed_objective(model_name: str) -> ObjectiveSettings:
-    """The objective that the last parsed command line asked for.
+    """The objective that the last command line asked for, else the backbone's default.
 
-    A program such as finetrainers' own train.py hands no objective to the specification it builds; its flags reach
-    the specification here.
-
-    Args:
-        model_name: The backbone, whose defaults stand for what the command line does not say.
-
-    Returns:
-        The settings.
+    A program such as finetrainers' own train.py hands none to the specification that it builds.
     """
     return parsed_arguments().over(ObjectiveSettings, backbone_defaults(model_name))
 
@@ -151,18 +144,7 @@ def parsed_arguments() -> FrameBridgeArgs:
 
 
 def recipe_arguments(recipe: Recipe, dataset_config: str | Path) -> Any:
-    """Makes finetrainers' arguments of a recipe.
-
-    Args:
-        recipe: A checked recipe.
-        dataset_config: Path of the dataset JSON.
-
-    Returns:
-        A `BaseArgs`, with ours as `FrameBridgeArgs` describes them.
-
-    Raises:
-        UsageError: If what the run is to begin with does not go with it.
-    """
+    """Makes finetrainers' arguments of a checked recipe and the path of a dataset JSON, without its parser."""
     register()
     from finetrainers import BaseArgs
 
@@ -260,20 +242,7 @@ def prepare_sigmas(
     generator: torch.Generator | None = None,
     **flow_settings: Any,
 ) -> torch.Tensor:
-    """Draws uniform indices of a `FrameBridgeScheduler`.
-
-    Args:
-        scheduler: The scheduler.
-        sigmas: What `get_scheduler_sigmas` returned.
-        batch_size: Number of draws B.
-        num_train_timesteps: Number of indices N.
-        device: Where the generator lives.
-        generator: Source of the draws.
-        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
-
-    Returns:
-        index / N, float32 [B].
-    """
+    """Draws uniform indices of a `FrameBridgeScheduler`, over N: float32 [B]."""
     index_B = torch.randint(num_train_timesteps, (batch_size,), device=device, generator=generator)
     return sigmas[index_B]
 
@@ -281,17 +250,7 @@ def prepare_sigmas(
 def prepare_loss_weights(
     scheduler: Any, alphas: torch.Tensor | None = None, sigmas: torch.Tensor | None = None, **flow_settings: Any
 ) -> torch.Tensor:
-    """Returns ones [B]: the bridge loss is not weighted.
-
-    Args:
-        scheduler: The scheduler.
-        alphas: None for a `FrameBridgeScheduler`.
-        sigmas: What the specification's `forward` returned, [B, ...].
-        **flow_settings: finetrainers' settings for flow matching; they do not concern a bridge.
-
-    Returns:
-        Ones, float32 [B].
-    """
+    """Returns ones, float32 [B]: the bridge loss is not weighted."""
     assert sigmas is not None
     return torch.ones(len(sigmas), device=sigmas.device)
 
@@ -318,16 +277,7 @@ def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callabl
 
 
 def add_lora_layers(specification: Any, network: Any, config: Any) -> None:
-    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does.
-
-    Args:
-        specification: finetrainers' specification of the model.
-        network: The network, a diffusers model.
-        config: peft's `LoraConfig`.
-
-    Raises:
-        ValueError: If the layers that it names are not there.
-    """
+    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does."""
     complete = getattr(specification, "complete_lora_config", None)
     if complete is not None:
         complete(network, config)
