@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,27 @@ import torch
 from PIL import Image
 
 from framebridge_plugin.training import CogVideoXBridgeSpecification
-from framebridge_plugin.training.finetrainers.registration import parse_arguments
+from framebridge_plugin.training.finetrainers.registration import register
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.tiny_models import make_clips, make_tiny_cogvideox
 from tests.training.conftest import LAUNCH_VARIABLES
 
 SIZE = 32
 TRAINING_TYPES = {"full": "full-finetune", "lora": "lora"}
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """finetrainers' arguments, as a program such as its train.py gets them."""
+    register()
+    from finetrainers import BaseArgs
+    from finetrainers.trainer.sft_trainer import SFTFullRankConfig, SFTLowRankConfig
+
+    args = BaseArgs()
+    is_lora = not {"lora", "--training_type=lora"}.isdisjoint(argv)
+    args.register_args(SFTLowRankConfig() if is_lora else SFTFullRankConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *argv])
+        return args.parse_args()
 
 
 def make_specification(
@@ -79,7 +95,7 @@ def make_trainer(
     Returns:
         The trainer.
     """
-    args = parse_arguments(
+    args = parse(
         [
             "--model_name=cogvideox_bridge",
             f"--pretrained_model_name_or_path={inputs / 'model'}",

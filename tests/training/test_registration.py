@@ -12,7 +12,7 @@ import torch
 from framebridge_plugin import FrameBridgeScheduler, register
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.finetrainers.arguments import TrainerSettings
-from framebridge_plugin.training.finetrainers.registration import parse_arguments, parsed_objective
+from framebridge_plugin.training.finetrainers.registration import parsed_objective
 
 register()
 
@@ -26,6 +26,7 @@ from framebridge_plugin.training import (  # noqa: E402
     NeuralPriorSpecification,
 )
 from framebridge_plugin.training.objective import ObjectiveSettings  # noqa: E402
+from tests.training.bridge_runs import parse  # noqa: E402
 
 
 @pytest.fixture
@@ -104,19 +105,19 @@ def test_arguments_made_without_a_parser_have_the_default_settings():
     assert (args.latte_size, args.neural_prior) == ("S/2", None)
 
 
-# Our parser
+# Our arguments
 
 
 def test_defaults_are_those_of_the_objective_and_of_finetrainers(command_line):
-    args = parse_arguments(command_line)
+    args = parse(command_line)
     assert args.framebridge_objective == ObjectiveSettings()
     assert (args.parallel_backend, args.rank, args.train_steps) == ("accelerate", 64, 1000)
 
 
 def test_what_is_not_given_has_the_default_of_the_model(command_line):
-    assert parse_arguments(command_line).framebridge_trainer == TrainerSettings(ema_decay=0.0)
+    assert parse(command_line).framebridge_trainer == TrainerSettings(ema_decay=0.0)
     for model_name in ("latte_bridge", "latte_neural_prior"):
-        latte = parse_arguments([*command_line, f"--model_name={model_name}"])
+        latte = parse([*command_line, f"--model_name={model_name}"])
         off = {"snr_aligned": False, "image_noise": False, "prior_noise": False}
         assert latte.framebridge_objective == ObjectiveSettings(target="eps_psi", **off)
         assert latte.framebridge_trainer == TrainerSettings(ema_decay=0.9999)
@@ -126,7 +127,7 @@ def test_what_is_not_given_has_the_default_of_the_model(command_line):
 def test_what_is_given_takes_the_place_of_the_models_default(command_line):
     given = ["--snr_alignment", "--target=v", "--ema_decay=0.5", "--ema_start_step=3", "--max_grad_norm_start_step=4"]
     latte = ["--model_name=latte_bridge", "--latte_size=B/4", "--neural_prior=runs/prior"]
-    args = parse_arguments([*command_line, *latte, *given])
+    args = parse([*command_line, *latte, *given])
     off = {"image_noise": False, "prior_noise": False}
     assert args.framebridge_objective == ObjectiveSettings(target="v", snr_aligned=True, **off)
     trainer = {"ema_decay": 0.5, "ema_start_step": 3, "max_grad_norm_start_step": 4}
@@ -139,7 +140,7 @@ def test_what_is_given_takes_the_place_of_the_models_default(command_line):
     assert parsed_objective("cogvideox_bridge") == ObjectiveSettings(target="v")
 
     switches = ["--no_snr_alignment", "--image_noise", "--prior_noise"]
-    both_ways = parse_arguments([*command_line, "--no_image_noise", *switches]).framebridge_objective
+    both_ways = parse([*command_line, "--no_image_noise", *switches]).framebridge_objective
     assert both_ways == ObjectiveSettings(snr_aligned=False)
 
 
@@ -160,56 +161,23 @@ def test_every_setting_of_the_objective_has_an_argument(command_line):
     assert changed.keys() == ObjectiveSettings.model_fields.keys()
     flags = ["--no_snr_alignment", "--no_image_noise", "--no_prior_noise"]
     flags += [f"--{name}={value}" for name, value in changed.items() if value is not False]
-    assert parse_arguments(command_line + flags).framebridge_objective == ObjectiveSettings(**changed)
-
-
-def test_lora_arguments_belong_to_lora_alone(command_line):
-    assert parse_arguments([*command_line, "--rank", "4"]).rank == 4
-    full = ["full-finetune" if part == "lora" else part for part in command_line]
-    with pytest.raises(UsageError, match="unknown argument --rank"):
-        parse_arguments([*full, "--rank", "4"])
+    assert parse(command_line + flags).framebridge_objective == ObjectiveSettings(**changed)
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--optimiser", "adamw"], r"^unknown argument --optimiser; the nearest is --optimizer$"),
-        (["--train_step=5"], r"^unknown argument --train_step; the nearest is --train_steps$"),
-        (["--list_models"], r"^unknown argument --list_models"),
-        (["stray"], r"^unknown argument stray$"),
-        (["--lr", "fast"], r"^argument --lr: invalid float value: 'fast'$"),
-        (["--model_name", "cogvideo"], r"^argument --model_name: invalid choice: 'cogvideo' .*cogvideox_bridge"),
-        (["--target", "velocity"], r"^argument --target: invalid choice: 'velocity'"),
         (["--ema_decay", "1"], r"^ema_decay is 1.0; it should be less than 1$"),
         (["--ema_start_step", "1"], r"^ema_start_step: has no effect with ema_decay 0"),
-        (
-            ["--max_grad_norm_start_step=-1"],
-            r"^max_grad_norm_start_step is -1; it should be gre",
-        ),
+        (["--max_grad_norm_start_step=-1"], r"^max_grad_norm_start_step is -1; it should be gre"),
         (["--beta_max", "nan"], r"^beta_max is nan; it should be a finite number$"),
         (["--noise_log_std", "50"], r"^noise_log_std is 50.0; it should be less than or equal to 3$"),
-        (["--transformer_dtype", "bf17"], r"^unknown type 'bf17'; use bf16"),
-        (["--training_type", "control-lora"], r"^--training_type control-lora; use one of lora, full-finetune$"),
-        (["--dataset_config", "none.json"], r"^Dataset config file none.json does not exist"),
-        (["--batch_size"], r"^argument --batch_size: expected one argument$"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_wrong_command_lines_are_refused_in_one_line(command_line, extra, message):
+def test_wrong_values_are_refused_as_in_a_recipe(command_line, extra, message):
     with pytest.raises(UsageError, match=message) as caught:
-        parse_arguments(command_line + extra)
+        parse(command_line + extra)
     assert "\n" not in str(caught.value)
-
-
-def test_missing_arguments_are_named():
-    with pytest.raises(UsageError, match="required: --model_name, --pretrained_model_name_or_path, --dataset_config"):
-        parse_arguments([])
-
-
-def test_parsing_does_not_read_the_programs_own_arguments(monkeypatch, command_line):
-    monkeypatch.setattr(sys, "argv", ["finetrainers", "train", "--recipe", "r.yaml"])
-    assert parse_arguments(command_line).model_name == "cogvideox_bridge"
-    assert sys.argv == ["finetrainers", "train", "--recipe", "r.yaml"]
 
 
 # Scheduler

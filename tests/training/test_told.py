@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framebridge_plugin.cli import main
-from framebridge_plugin.training.finetrainers.registration import parse_arguments
+from tests.training.bridge_runs import parse
 from tests.training.conftest import SIZE, command_environment
 from tests.wandb_files import read_offline_run
 
@@ -132,7 +132,7 @@ def test_an_import_says_nothing(program):
 def test_finetrainers_own_trackers_get_the_true_rank():
     argv = ["--model_name=cogvideox_bridge", "--training_type=lora", "--rank=4", "--lora_alpha=8", "--output_dir=x"]
     argv += ["--pretrained_model_name_or_path=x", f"--dataset_config={__file__}"]
-    reported = parse_arguments(argv).to_dict()["additional_arguments"]["SFTLowRankConfig"]
+    reported = parse(argv).to_dict()["additional_arguments"]["SFTLowRankConfig"]
     assert (reported["rank"], reported["lora_alpha"]) == (4, 8)
 
 

@@ -1,13 +1,12 @@
-"""The arguments that this package adds to finetrainers' parser, and the strictness that it lacks."""
+"""finetrainers' arguments: what this package adds to their parser, and a recipe's values in them."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from framebridge_plugin.backbones.facts import backbone_names, find_backbone
 from framebridge_plugin.backbones.starting import find_start
@@ -139,58 +138,3 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
         values["target_modules"] = [target] if re.fullmatch(r"[\w.]+", target) else target
     for name, value in values.items():
         setattr(args, name, value)
-
-
-class StrictParsing:
-    """Makes one parser of finetrainers' read `argv`, and raise where it would exit or put up with unknown flags.
-
-    It is registered like a group of arguments, because `BaseArgs.parse_args` builds its parser itself and shows it
-    to nobody else. It comes last, so that the parser is complete when it arrives here.
-
-    Args:
-        argv: Arguments without the program's name.
-    """
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.argv = list(argv)
-
-    def add_args(self, parser: argparse.ArgumentParser) -> None:
-        """Changes how finetrainers' parser reads and fails."""
-        parse_known_args = parser.parse_known_args
-
-        def parse_strictly() -> tuple[argparse.Namespace, list[str]]:
-            namespace, unknown = parse_known_args(self.argv)
-            if unknown:
-                flag = unknown[0].split("=")[0]
-                nearest = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1)
-                _refuse(f"unknown argument {flag}" + (f"; the nearest is {nearest[0]}" if nearest else ""))
-            return namespace, []
-
-        parser.allow_abbrev = False
-        parser.error = _refuse  # type: ignore[method-assign]
-        parser.parse_known_args = parse_strictly  # type: ignore[method-assign,assignment]
-
-    def map_args(self, argparse_args: argparse.Namespace, mapped_args: BaseArgs) -> None:
-        """Does nothing."""
-
-    def validate_args(self, args: BaseArgs) -> None:
-        """Does nothing."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns nothing."""
-        return {}
-
-
-def read_training_type(argv: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Finds the training type on a command line, which decides what other arguments there are; None without one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--training_type")
-    parser.error = _refuse  # type: ignore[method-assign]
-    training_type = parser.parse_known_args(list(argv))[0].training_type
-    if training_type is not None and training_type not in choices:
-        _refuse(f"--training_type {training_type}; use one of {', '.join(choices)}")
-    return training_type
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(" ".join(message.split()))

@@ -6,23 +6,16 @@ import argparse
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from framebridge_plugin.backbones.facts import backbone_names
-from framebridge_plugin.errors import UsageError
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.settings.bridge import ObjectiveSettings
-from framebridge_plugin.training.finetrainers.arguments import (
-    FrameBridgeArgs,
-    StrictParsing,
-    backbone_defaults,
-    fill_arguments,
-    read_training_type,
-)
+from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, backbone_defaults, fill_arguments
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
 from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
 
@@ -158,37 +151,6 @@ def _add_choices(parser: argparse.ArgumentParser, name: str, choices: Iterable[s
     for action in parser._actions:
         if action.dest == name:
             action.choices = [*(action.choices or ()), *choices]
-
-
-def parse_arguments(argv: Sequence[str]) -> BaseArgs:
-    """Parses finetrainers' and our arguments, as `BaseArgs().parse_args()` does, and refuses what that drops silently.
-
-    Args:
-        argv: Arguments without the program's name, for example `["--model_name", "cogvideox_bridge", ...]`.
-
-    Returns:
-        finetrainers' arguments, with ours as `FrameBridgeArgs` describes them.
-
-    Raises:
-        UsageError: If a flag is unknown or abbreviated, a required one is missing, or a value is wrong.
-    """
-    register()
-    from finetrainers import BaseArgs
-    from finetrainers.trainer.sft_trainer import SFTFullRankConfig, SFTLowRankConfig
-
-    args = BaseArgs()
-    args.register_args(
-        SFTLowRankConfig() if read_training_type(argv, TRAINING_TYPES) == "lora" else SFTFullRankConfig()
-    )
-    args.register_args(StrictParsing(argv))
-    try:
-        return args.parse_args()
-    except UsageError:
-        raise
-    except (ValueError, AssertionError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    except KeyError as error:
-        raise UsageError(f"unknown type {error}; use bf16, fp16, fp32, float8_e4m3fn or float8_e5m2") from error
 
 
 # --- Optimiser ---
