@@ -18,7 +18,7 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
 from framebridge_plugin.settings.bridge import BeginningSection, ObjectiveSection, TrainerSection
-from framebridge_plugin.settings.data import BadFilesSection, DataSection
+from framebridge_plugin.settings.data import BadFilesSection, ClipSection, DataSection
 
 
 class ModelSection(host.ModelSection):
@@ -132,8 +132,7 @@ class Recipe(Section):
         if data.refresh_index:
             entry["refresh_index"] = True
         entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
-        clip = {"frame_sampling", "frame_stride", "window_frames", "window", "horizontal_flip", "id_token"}
-        clip |= {"decoder", "strict", "resize", "isolated"}
+        clip = ClipSection.model_fields.keys() - {"num_frames", "height", "width"} | {"id_token"}
         entry |= data.model_dump(include=clip, exclude_none=True)
         return {"datasets": [entry], "bad_files": bad_files}
 
