@@ -207,11 +207,11 @@ def _index(source: DatasetSource, base_dir: Path) -> ClipIndex:
         rows = load_ucf101(Path(base_dir, source.class_root), source.split, source.fold, splits)
         return ClipIndex(rows, "label", **options)
     root = local_data_root(str(source.data_root), base_dir)
-    clips = find_clips(root)
-    for note in clips.notes:
+    names, captions, notes = find_clips(root)
+    for note in notes:
         logger.warning("%s: %s", root, note)
     rows = datasets.Dataset.from_dict(
-        {"path": [os.path.join(root, name) for name in clips.names], "caption": clips.captions},
-        info=datasets.DatasetInfo(description="\n".join(clips.notes)),
+        {"path": [os.path.join(root, name) for name in names], "caption": captions},
+        info=datasets.DatasetInfo(description="\n".join(notes)),
     )
     return ClipIndex(rows, "caption", **options)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, FileFinder, LeftOut, extension, is_video, name_key
 from framebridge_plugin.data.tables import check_header, parse_json, read_json_lines, read_lines, read_table, read_text
@@ -61,16 +61,11 @@ def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:
     )
 
 
-class Clips(NamedTuple):
-    """The clips of a folder: file names relative to it, the caption of each, and what there is to know about them."""
+def find_clips(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """The clips of a folder, at least one: names relative to it, captions, and notes on what is missing or left out.
 
-    names: list[str]
-    captions: list[str]
-    notes: list[str]
-
-
-def find_clips(root: Path) -> Clips:
-    """List the clips of a folder, at least one; a listed file that is missing is one too, which cannot be read."""
+    A listed file that is missing is a clip, too, which cannot be read.
+    """
     left_out = LeftOut()
     present = left_out.usable(os.listdir(root))
     metadata = [name for name in present if name.lower() in METADATA_FILES]
@@ -95,7 +90,7 @@ def find_clips(root: Path) -> Clips:
         notes.append(f"{len(empty)} of {len(names)} clips have an empty caption, first {empty[0]!r}: used as it is")
     if left_out.counts:
         notes.append(f"left out: {left_out}")
-    return Clips([file or name for name, file in zip(names, found, strict=True)], captions, notes)
+    return [file or name for name, file in zip(names, found, strict=True)], captions, notes
 
 
 def _read_metadata(path: Path) -> Iterator[tuple[str, str]]:

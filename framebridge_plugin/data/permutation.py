@@ -29,30 +29,25 @@ class KeyedPermutation:
     def __getitem__(self, position: int) -> int:
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} of a permutation of {self.size}")
-        value = self._permute(position)
-        while value >= self.size:
-            value = self._permute(value)
-        return value
+        while (position := self._permuted(position)) >= self.size:
+            pass
+        return position
 
     def index(self, value: int) -> int:
         """The position of an element."""
         if not 0 <= value < self.size:
             raise ValueError(f"{value} is not in a permutation of {self.size}")
-        position = self._permute_back(value)
-        while position >= self.size:
-            position = self._permute_back(position)
-        return position
+        while (value := self._permuted(value, backwards=True)) >= self.size:
+            pass
+        return value
 
-    def _permute(self, value: int) -> int:
-        left, right = value >> self._half_bits, value & self._half_mask
-        for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
-        return left << self._half_bits | right
-
-    def _permute_back(self, value: int) -> int:
-        left, right = value >> self._half_bits, value & self._half_mask
-        for key in reversed(self._round_keys):
-            left, right = right ^ (_mix(left ^ key) & self._half_mask), left
+    def _permuted(self, value: int, backwards: bool = False) -> int:
+        # Backwards are the same rounds in reverse, with the halves exchanged before and after them.
+        step = -1 if backwards else 1
+        first, second = (value >> self._half_bits, value & self._half_mask)[::step]
+        for key in self._round_keys[::step]:
+            first, second = second, first ^ (_mix(second ^ key) & self._half_mask)
+        left, right = (first, second)[::step]
         return left << self._half_bits | right
 
 
