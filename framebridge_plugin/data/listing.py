@@ -37,11 +37,7 @@ def printable(name: str) -> str:
 
 def is_utf8(name: str) -> bool:
     """Whether a file's name is text; Python puts surrogates in the place of bytes that are none."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name == printable(name)
 
 
 class LeftOut:

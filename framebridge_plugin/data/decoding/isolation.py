@@ -131,10 +131,9 @@ class DecodingProcess:
 
     def _end(self) -> str:
         """Say how the child, which has closed its end of the line, ended."""
-        try:
-            code = self.process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5.0)
+        code = self.process.returncode
         self.close()
         if code is None:
             return "it stopped answering"
