@@ -39,7 +39,7 @@ def test_entries_become_rows_and_settings(write, tmp_path):
     ours = {"frame_stride": 3, "window": "start", "horizontal_flip": True}
     ours |= {"decoder": "pyav", "strict": True, "resize": "decoder", "isolated": True}
     captions = {"reshape_mode": "resize_crop", "remove_common_llm_caption_prefixes": True, "id_token": None}
-    config = write({**ENTRY, **captions}, {**ENTRY, **ours, "csv": None})
+    config = write({**ENTRY, **captions}, {**ENTRY, **ours, "csv": None, "split": None, "refresh_index": None})
     (plain, plain_settings), (rows, settings) = load_dataset_config(config)
     assert list(plain) == [(str(tmp_path / "data/a.mp4"), "a cat")]
     assert list(rows) == [(str(tmp_path / "data/a.mp4"), "The video shows a cat")]
