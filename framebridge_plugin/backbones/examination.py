@@ -173,12 +173,16 @@ class SavedModel(os.PathLike):
             yield Finding("", f"{base} is a LoRA itself; give the model that it was trained on", is_other=True)
         else:
             try:
-                name = pipeline_class(self.read(base / "model_index.json"))
+                index = self.read(base / "model_index.json")
+                name = pipeline_class(index)
             except ValueError as error:
                 yield Finding("", f"{error}; give the folder of a whole {title} model in diffusers' format")
                 return
             if title not in str(name):
                 yield Finding("", f"{base} holds a {name}, not a {title} pipeline", is_other=True)
+                return
+            if problem := self.facts.config_problem("model_index.json", index):
+                yield Finding("", f"{base} {problem}", is_other=True)
                 return
             other = backbone_of(base, self.read)
             if other not in (None, self.facts) and not (base / self.facts.network).is_dir():

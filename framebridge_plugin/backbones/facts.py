@@ -135,7 +135,8 @@ class BackboneFacts:
         plain: For a text-to-video model that was not trained as a bridge: settings of the `FrameBridgeScheduler`, and
             `num_frames`, `height`, `width` and `fps`.
         without_effect: Settings of a recipe that do nothing for it, by their paths, with the reason.
-        config_problem: What is wrong with a component's config, to be read after its place; by default nothing.
+        config_problem: What is wrong with a component's config, or with model_index.json, to be read after its place;
+            by default nothing.
         parts_problems: Where components do not fit each other, from their configs by name: the component, and what is
             wrong, to be read after its place. An empty config is not known; a name that is left out is not there.
             "NAME/vae" is the autoencoder that an optional component from elsewhere was trained with.

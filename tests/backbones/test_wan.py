@@ -12,7 +12,7 @@ from PIL import Image
 
 from framebridge_plugin import FrameBridgeWanPipeline
 from framebridge_plugin.backbones.encoding import decode_video, encode_still, encode_video, still_is_constant
-from framebridge_plugin.backbones.folders import folder_problem
+from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.loading import ModelSource
 from framebridge_plugin.backbones.wan.adapter import WanAdapter
 from framebridge_plugin.backbones.wan.facts import WAN
@@ -180,14 +180,17 @@ def change_config(model: Path, part: str, **changes) -> None:
     [
         ("transformer", {"in_channels": 36, "out_channels": 16, "image_dim": 1280}, "image-to-video Wan"),
         ("transformer", {"in_channels": 36, "out_channels": 16}, "image-to-video Wan"),
+        ("vae", {"is_residual": True}, "Wan 2.2"),
+        ("model_index.json", {"boundary_ratio": 0.875}, "Wan 2.2"),
+        ("model_index.json", {"expand_timesteps": True}, "Wan 2.2"),
     ],
 )
 def test_another_wan_is_refused_in_one_line(tmp_path, part, changes, what):
     model = make_tiny_wan(tmp_path / "model")
-    assert folder_problem(model, WAN) is None
+    assert list(SavedModel(WAN, model).findings()) == []
     change_config(model, part, **changes)
-    problem = folder_problem(model, WAN)
-    assert what in str(problem)
-    assert "\n" not in str(problem)
+    (finding,) = SavedModel(WAN, model).findings()
+    assert what in finding.message
+    assert "\n" not in finding.message
     with pytest.raises(FrameBridgeError, match=what):
         FrameBridgeWanPipeline.from_pretrained(model)
