@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 from torch.utils.data import DataLoader, Dataset
 
 from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
-from framebridge_plugin.data.clips import ClipSettings, clip_frames
+from framebridge_plugin.data.clips import clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
-from framebridge_plugin.data.folders import ClipIndex, ClipRows, index_datasets
+from framebridge_plugin.data.folders import ClipRows, index_datasets
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.progress import Progress
 
@@ -55,7 +55,10 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
             raise
     progress.path.unlink()
     bad_files = read_bad_files(output)
-    print("\n".join([*_notes(rows.datasets), *_table(bad_files, len(rows), output)]))
+    for index, _ in rows.datasets:
+        for note in filter(None, index.description.split("\n")):
+            print(f"{index.common_folder()}: {note}")
+    print("\n".join(_table(bad_files, len(rows), output)))
     return 1 if bad_files else 0
 
 
@@ -147,13 +150,6 @@ def _read(checks: _Checks, start: int, nproc: int) -> Iterator[list[BadFile | No
 def _leave_interrupts_to_main_process(worker: int) -> None:
     # Ctrl-C in a terminal reaches every process. The children that decode inherit this, also while they start.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _notes(datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> Iterator[str]:
-    """What is left out or missing, for each data set."""
-    for index, _ in datasets:
-        if index.description:
-            yield "\n".join(f"{index.common_folder()}: {note}" for note in index.description.split("\n"))
 
 
 def _table(bad_files: Sequence[Mapping[str, Any]], clips: int, output: Path) -> Iterator[str]:

@@ -31,7 +31,14 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
     import huggingface_hub
 
-    _refuse_shards_of_hub(name_or_path)
+    try:
+        files = huggingface_hub.list_repo_files(name_or_path, repo_type="dataset")
+    except (OSError, ValueError):
+        files = []  # no network: the download, or the cache, says the rest
+    # Such data sets tend to be large, so this comes before the download.
+    shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
+    if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
+        raise _shards_error(name_or_path, min(shards))
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
     except (OSError, ValueError) as error:
@@ -39,19 +46,6 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
             f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); check "
             "the name, or download it and give the folder"
         ) from error
-
-
-def _refuse_shards_of_hub(name: str) -> None:
-    """Such data sets tend to be large, so this comes before the download."""
-    import huggingface_hub
-
-    try:
-        files = huggingface_hub.list_repo_files(name, repo_type="dataset")
-    except (OSError, ValueError):
-        return  # no network: the download, or the cache, says the rest
-    shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
-    if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
-        raise _shards_error(name, min(shards))
 
 
 def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:

@@ -94,10 +94,6 @@ def _file_problems(data: DataSection) -> Iterator[Problem]:
             yield Problem(f"{section}.{name}", f"no such folder: {folder}", on_disk=True)
         elif next(os.scandir(folder), None) is None:
             yield Problem(f"{section}.{name}", f"{folder} is empty", on_disk=True)
-    if data.class_root is not None and data.split != "all":
-        file = split_list(Path(data.class_root).absolute(), data.split, data.fold, data.splits_dir)
-        if not file.is_file():
-            yield Problem(f"{section}.splits_dir", f"no such file: {file}", on_disk=True)
     if data.csv is not None:
         try:
             problems = [problem for table in csv_files(data.csv) if (problem := _file_problem(table))]

@@ -66,7 +66,7 @@ def test_folds_of_ucf101(minimal, tmp_path):
     assert (entry["split"], entry["fold"], entry["splits_dir"]) == ("test", 2, str(lists))
     assert [caption for _, caption in index_dataset(entry)] == ["YoYo"]
     for overrides, message in (
-        ([*ours, *fold], f"splits_dir: no such file: {tmp_path}/ucfTrainTestlist/testlist02.txt"),
+        ([*ours, *fold], f"no such file: {tmp_path}/ucfTrainTestlist/testlist02.txt"),
         ([*ours, fold[1]], "fold: has no effect with split all"),
         ([*ours, f"{section}.splits_dir={lists}"], "splits_dir: has no effect with split all"),
         ([fold[0]], "split: has an effect with class_root only"),
