@@ -130,7 +130,8 @@ class BackboneFacts:
         predictions: What its network may predict, as `prediction_type` of its scheduler says it.
         input_projection: The layer that is widened for the image, and that LoRA layers therefore have to include;
             None for a network that is made for it.
-        defaults: Its values of the recipe's section `framebridge`, where they are not the general ones.
+        defaults: Its values of the recipe's section `framebridge`, where they are not the general ones; those of other
+            sections by their paths.
         sampling: Its `num_inference_steps`, `guidance_scale` and `grid` where nobody says another.
         plain: For a text-to-video model that was not trained as a bridge: settings of the `FrameBridgeScheduler`, and
             `num_frames`, `height`, `width` and `fps`.

@@ -72,12 +72,21 @@ class Recipe(Section):
             facts = find_backbone(str(model.get("model_name", ModelSection.model_fields["model_name"].default)))
         except FrameBridgeError:
             return data  # reported by the field
-        defaults = dict(facts.defaults)
+        defaults: dict[str, dict[str, Any]] = {"framebridge": {}}
+        for path, value in facts.defaults.items():
+            section, _, name = path.rpartition(".")
+            defaults.setdefault(section or "framebridge", {})[name] = value
         trained = model.get("pretrained_model_name_or_path"), model.get("transformer_id"), ours.get("start_from")
         if facts.scratch_config is not None and all(name is None for name in trained):
-            defaults["latte_size"] = "S/2"
-        given = {name: value for name, value in ours.items() if not (name in defaults and value is None)}
-        return data | {"framebridge": defaults | given}
+            defaults["framebridge"]["latte_size"] = "S/2"
+        if not isinstance(training := data.get("training"), dict) or training.get("training_type") != "lora":
+            defaults.pop("lora", None)
+        for section, values in defaults.items():
+            given = data.get(section) or {}
+            if isinstance(given, dict):
+                given = {name: value for name, value in given.items() if not (name in values and value is None)}
+                data = data | {section: values | given}
+        return data
 
     @property
     def backbone(self) -> BackboneFacts:

@@ -27,7 +27,7 @@ def overrides_for_shipped(name, tmp_path) -> list[str]:
             f"framebridge.data.data_root={write_clips(tmp_path / 'clips')}",
             "validation.validation_dataset_file=null",
         ]
-    if name == "cogvideox_bridge_lora":
+    if name in ("cogvideox_bridge_lora", "wan_bridge_lora"):
         return [f"framebridge.data.data_root={write_clips(tmp_path / 'clips')}"]
     if name.startswith(("ucf101", "motion")):
         return overrides_for_latte(name, tmp_path)
@@ -73,6 +73,8 @@ def test_the_shipped_recipes():
         "ucf101_bridge_neural_prior.yaml",
         "ucf101_diffusion_baseline.yaml",
         "ucf101_neural_prior.yaml",
+        "wan_bridge.yaml",
+        "wan_bridge_lora.yaml",
     ]
     assert list(shipped_recipes()) == [path.stem for path in sorted((ROOT / "recipes").iterdir())]
 
@@ -204,6 +206,18 @@ def test_a_baseline_differs_from_the_bridge_in_its_objective_only(name):
     same = [f"checkpoints.output_dir={baseline.checkpoints.output_dir}", "framebridge.objective=diffusion"]
     assert resolve_recipe(bridge_name, same)[0] == baseline
     assert bridge != baseline
+
+
+def test_the_recipes_of_wan_keep_to_its_clips_and_to_what_it_predicts():
+    for name, targets in (("wan_bridge", None), ("wan_bridge_lora", ["blocks.*(to_q|to_k|to_v|to_out.0)"])):
+        recipe, _ = resolve_recipe(name)
+        data, ours = recipe.framebridge.data, recipe.framebridge
+        assert list(recipe.backbone.clip_rule({}, {}).problems(data.num_frames, data.height, data.width)) == []
+        assert (ours.objective, ours.target, ours.snr_aligned, ours.beta_min, ours.beta_max) == (
+            *("bridge", "flow", True, 0.01, 50.0),
+        )
+        assert targets is None or recipe.lora.target_modules == targets
+        assert "condition_embedder" in recipe.precision.layerwise_upcasting_skip_modules_pattern
 
 
 def test_the_bridges_with_and_without_neural_prior_share_their_other_values():

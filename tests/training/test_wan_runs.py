@@ -1,4 +1,4 @@
-"""Wan 2.1 under the stock trainer: its flow-matching baseline."""
+"""Wan 2.1 by recipe and under the stock trainer: LoRA, full fine-tune, flow-matching baseline, store, samples."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from framebridge_plugin import FrameBridgeWanPipeline, register
+from framebridge_plugin.cli import main
+from framebridge_plugin.models.widening import widen_input_channels
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import WanBridgeSpecification
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.tiny_models import LATENT_CHANNELS, make_clips
 from tests.tiny_wan import make_tiny_wan
 from tests.training.bridge_runs import run_trainer
+from tests.training.conftest import LAUNCH_VARIABLES
 
 register()
 
@@ -40,6 +45,82 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = "caption,image_path,num_inference_steps,num_frames,height,width\n"
     (folder / "validation.csv").write_text(f"{columns}a red square,{folder / 'red.png'},1,5,{SIZE},{SIZE}\n")
     return folder
+
+
+@pytest.fixture
+def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Any:
+    """Runs a subcommand with a recipe of two updates on a folder of the inputs; returns what it said."""
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run_command(*arguments: str, model: str = "unipc", training_type: str = "lora") -> str:
+        recipe = {
+            "model": {"model_name": "wan_bridge", "pretrained_model_name_or_path": str(inputs / model)},
+            "framebridge": {
+                "data": {"data_root": str(inputs / "clips"), "num_frames": 5, "height": SIZE, "width": SIZE}
+            },
+            "training": {"training_type": training_type, "batch_size": 2, "seed": 7},
+            "optimization": {"train_steps": 2, "lr": 1e-2, "lr_scheduler": "constant", "lr_warmup_steps": 0},
+            "precision": dict.fromkeys(PRECISION, "fp32"),
+            "checkpoints": {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 2},
+            "validation": {"validation_dataset_file": str(inputs / "validation.csv"), "validation_steps": 1},
+        }
+        if training_type == "lora":
+            recipe["lora"] = {"rank": 4, "lora_alpha": 8}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        capfd.readouterr()
+        status, said = main(list(arguments)), capfd.readouterr()
+        assert status == 0, said.err[-3000:]
+        return said.err
+
+    return run_command
+
+
+def sample(run: Any, inputs: Path, model: Path, output: Path) -> None:
+    settings = ("--steps=2", "--seed=1", "--prompt=a red square")
+    run("sample", f"--model={model}", f"--image={inputs / 'red.png'}", *settings, f"--output={output}")
+    assert output.stat().st_size > 0
+
+
+def test_a_lora_by_recipe_on_a_store_with_validation_and_samples(run, inputs, tmp_path):
+    recipe, folder = f"--recipe={tmp_path / 'recipe.yaml'}", tmp_path / "run"
+    run("precompute", recipe, f"--output={tmp_path / 'store'}")
+    run("train", recipe, f"framebridge.precomputed={tmp_path / 'store'}")
+    assert len(list((folder / "validation").glob("*.mp4"))) == 2
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert resolved["framebridge"]["target"] == "flow"
+
+    layers = load_file(folder / "lora/pytorch_lora_weights.safetensors")
+    change = layers["transformer.patch_embedding.lora_B.weight"].flatten(1).unflatten(1, (2 * LATENT_CHANNELS, -1))
+    assert change[:, :LATENT_CHANNELS].any()
+    assert change[:, LATENT_CHANNELS:].any()
+    ours = FrameBridgeWanPipeline.from_pretrained(folder)
+    assert (ours.scheduler.config.target, ours.scheduler.config.alignment) == ("flow", "flow_matching")
+    assert (ours.config.num_frames, ours.config.height, ours.config.width) == (5, SIZE, SIZE)
+
+    # The file in diffusers' own pipeline, into the widened network: by folder, by file and by state dict.
+    theirs = WanPipeline.from_pretrained(inputs / "unipc")
+    widen_input_channels(theirs.transformer, "patch_embedding")
+    theirs.load_lora_weights(folder / "lora")
+    for pipeline in (ours, theirs):
+        pipeline.fuse_lora(components=["transformer"])
+        pipeline.unload_lora_weights()
+    expected = ours.transformer.state_dict()
+    projection = expected["patch_embedding.weight"][:, LATENT_CHANNELS:].flatten(1)
+    torch.testing.assert_close(projection, change[:, LATENT_CHANNELS:].flatten(1), rtol=0, atol=1e-7)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.transformer.state_dict().items())
+    sample(run, inputs, folder, tmp_path / "video.mp4")
+
+
+def test_a_full_baseline_by_recipe_opens_and_samples(run, inputs, tmp_path):
+    folder = tmp_path / "run"
+    recipe = f"--recipe={tmp_path / 'recipe.yaml'}"
+    run("train", recipe, "framebridge.objective=diffusion", model="unipc", training_type="full-finetune")
+    pipeline = FrameBridgeWanPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipeline.scheduler.config.shift == 3.0
+    assert pipeline.transformer.patch_embedding.weight[:, LATENT_CHANNELS:].any()
+    sample(run, inputs, folder, tmp_path / "video.mp4")
 
 
 @pytest.mark.parametrize("model", ["model", "unipc"])
