@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from framebridge_plugin.training.specification import (
+    from framebridge_plugin.training.specifications import (
         CogVideoXBridgeSpecification,
         LatteBridgeSpecification,
         NeuralPriorSpecification,
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
 _MODULE_OF_ATTRIBUTE = {
-    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specification",
+    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications",
     "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
-    "LatteBridgeSpecification": "framebridge_plugin.training.specification",
-    "NeuralPriorSpecification": "framebridge_plugin.training.specification",
-    "WanBridgeSpecification": "framebridge_plugin.training.specification",
+    "LatteBridgeSpecification": "framebridge_plugin.training.specifications",
+    "NeuralPriorSpecification": "framebridge_plugin.training.specifications",
+    "WanBridgeSpecification": "framebridge_plugin.training.specifications",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from finetrainers import utils
 from finetrainers.data import initialize_preprocessor
 
-from framebridge_plugin.data import BadFileTracker, ClipStream, load_bad_file_policy
+from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.precomputation.stream import StoredStream
@@ -24,24 +24,13 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
     Each is (conditions, latents), dictionaries of tensors on the device. What the network computes with has the
     network's precision in the conditions, and float32 in the latents, since a bridge mixes those with coefficients
     from .002 to 170; labels stay integers.
-
-    Args:
-        args: finetrainers' arguments.
-        specification: The model's.
-        datasets: What `load_dataset_config` returned.
-        prepare_data: finetrainers' `_prepare_data`: loads what encodes clips and captions, and runs it.
-        backend: finetrainers' parallel backend.
-        data_rank: This process among those that share the data.
-        data_world_size: Number of those processes.
-        samples_seen: Clips that all of them together have trained on.
-        store: Precomputed latents and embeddings, which take the place of the clips; None to read and encode those.
     """
 
     def __init__(
         self,
         args: Any,
         specification: BridgeSpecification,
-        datasets: Sequence[Any],
+        datasets: Sequence[tuple[ClipIndex, ClipSettings]],
         prepare_data: Callable[..., tuple[Iterator[dict], Iterator[dict]]],
         *,
         backend: Any,

@@ -43,78 +43,43 @@ _FOLDER = re.compile(r"step_(\d{6,})")
 
 @dataclass
 class TrainingState:
-    """The progress of a run: all that is not in the weights, the optimizer and the learning-rate schedule.
-
-    Args:
-        step: Updates done.
-        samples_seen: Clips that all ranks together have trained on.
-    """
+    """The progress of a run: all that is not in the weights, the optimizer and the learning-rate schedule."""
 
     step: int = 0
     samples_seen: int = 0
 
 
+@dataclass(kw_only=True)
 class Checkpointer:
     """Saves and loads a run's checkpoints.
 
     Every method is called by all ranks together; rank 0 alone writes.
-
-    Args:
-        output_dir: The run's folder.
-        model: The network, sharded or not.
-        optimizer: The torch optimizer.
-        lr_scheduler: The torch learning-rate schedule.
-        export: Called as `export(folder, state_dict)` on rank 0 with the whole weights: writes what sampling opens.
-        trainable_only: Whether a checkpoint holds the trained parameters alone (LoRA).
-        limit: How many checkpoints to keep; None for all.
-        settings: What a resumed run must have in common with the stored one, by name; values that JSON can say.
-        average: The average of the weights, if the run has one; it is exported in their place.
-        network_name: Folder of the network in what `export` writes for a full fine-tune.
-        is_main_process: Whether this is rank 0.
-        barrier: Waits for all ranks.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-        export: Callable[[Path, Mapping[str, torch.Tensor]], None],
-        *,
-        trainable_only: bool,
-        limit: int | None,
-        settings: Mapping[str, Any],
-        average: WeightAverage | None,
-        network_name: str,
-        is_main_process: bool,
-        barrier: Callable[[], None],
-    ) -> None:
-        self.root = output_dir / "checkpoints"
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.export = export
-        self.trainable_only = trainable_only
-        self.limit = limit
-        self.settings = _as_read_back(settings)
-        self.average = average
-        self.network_name = network_name
-        self.is_main_process = is_main_process
-        self.barrier = barrier
+    root: Path
+    """The folder of all checkpoints."""
+    model: torch.nn.Module
+    """The network, sharded or not."""
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    export: Callable[[Path, Mapping[str, torch.Tensor]], None]
+    """Writes into a folder, out of the whole weights, what sampling opens; called on rank 0."""
+    trainable_only: bool
+    """Whether a checkpoint holds the trained parameters alone (LoRA)."""
+    limit: int | None
+    """How many checkpoints to keep; None for all."""
+    settings: Mapping[str, Any]
+    """What a resumed run must have in common with the stored one: see `run_settings`."""
+    average: WeightAverage | None
+    """The average of the weights, if the run has one; it is exported in their place."""
+    network_name: str
+    """Folder of the network in what `export` writes for a full fine-tune."""
+    is_main_process: bool
+    barrier: Callable[[], None]
+    """Waits for all ranks."""
 
     def save(self, state: TrainingState) -> Path:
-        """Writes the checkpoint of a step, then removes the oldest beyond the limit.
-
-        Args:
-            state: The progress to store.
-
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            FrameBridgeError: If the disk does not take it; older checkpoints are left as they were.
-        """
+        """Writes the checkpoint of a step and returns its folder; then removes the oldest beyond the limit."""
         weights: dict[str, Any] = get_model_state_dict(
             self.model,
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trainable_only),
@@ -142,7 +107,7 @@ class Checkpointer:
                     "samples_seen": state.samples_seen,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
                     "optimizer": packed,
-                    "settings": self.settings,
+                    "settings": _as_read_back(self.settings),
                 }
                 (partial / "trainer" / "state.json").write_text(json.dumps(content, default=float))
                 _flush_to_disk(partial)
@@ -158,40 +123,8 @@ class Checkpointer:
         self.barrier()
         return folder
 
-    def find(self, which: int | str) -> Path:
-        """The folder of a checkpoint.
-
-        Args:
-            which: A step, or "latest".
-
-        Returns:
-            The folder; it is complete, since it has its final name.
-
-        Raises:
-            FrameBridgeError: If there is none.
-        """
-        return find_checkpoint(self.root, which)
-
-    def existing(self) -> dict[int, Path]:
-        """Complete checkpoints of the run.
-
-        Returns:
-            Folders by step.
-        """
-        return _complete_checkpoints(self.root)
-
     def load(self, folder: Path) -> TrainingState:
-        """Restores weights, their average, optimizer and learning-rate schedule.
-
-        Args:
-            folder: What `find` returned.
-
-        Returns:
-            The stored progress.
-
-        Raises:
-            FrameBridgeError: If a file is missing, damaged or of another model.
-        """
+        """Restores weights, their average, optimizer and learning-rate schedule; returns the progress."""
         check_settings(folder, stored_settings(folder), self.settings)
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
@@ -237,24 +170,13 @@ class Checkpointer:
     def _remove_oldest(self) -> None:
         if self.limit is None or self.limit <= 0:
             return
-        found = self.existing()
+        found = _complete_checkpoints(self.root)
         for step in sorted(found)[: -self.limit]:
             shutil.rmtree(found[step], ignore_errors=True)
 
 
 def find_checkpoint(root: Path, which: int | str) -> Path:
-    """The folder of a checkpoint.
-
-    Args:
-        root: The run's `checkpoints` folder.
-        which: Its step, or "latest".
-
-    Returns:
-        The folder; it is complete, since it has its final name.
-
-    Raises:
-        FrameBridgeError: If there is none.
-    """
+    """The folder in `root` of a step's checkpoint, or of the "latest"; it is complete, since it has its final name."""
     found = _complete_checkpoints(root)
     if which == "latest" and found:
         return found[max(found)]
@@ -268,17 +190,7 @@ def find_checkpoint(root: Path, which: int | str) -> Path:
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was trained with.
-
-    Args:
-        folder: What `find_checkpoint` returned.
-
-    Returns:
-        What `run_settings` returned then.
-
-    Raises:
-        FrameBridgeError: If its state is missing or damaged, or it is a LoRA of two files.
-    """
+    """The `run_settings` that a checkpoint was trained with."""
     if (problem := two_file_problem(folder / "lora")) is not None:
         raise FrameBridgeError(
             f"cannot resume from {folder}, whose optimizer is of an earlier version; sample from its LoRA, "
@@ -291,16 +203,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Compares the settings of a checkpoint with those of a run that would go on with it.
-
-    Args:
-        folder: The checkpoint's, for the error.
-        stored: Those of the checkpoint.
-        settings: Those of the run.
-
-    Raises:
-        FrameBridgeError: If one differs.
-    """
+    """Refuses a run that would go on with the checkpoint in `folder` with other settings than are stored in it."""
     difference = settings_difference(stored, _as_read_back(settings))
     if difference is not None:
         raise _cannot_resume(folder, difference)

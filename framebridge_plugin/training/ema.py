@@ -19,12 +19,8 @@ _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
 class WeightAverage:
     """Float32 average of the trained parameters: average <- decay * average + (1 - decay) * weights at every update.
 
-    Each rank averages the part of the weights that it holds, sharded (FSDP2) or whole.
-
-    Args:
-        network: The network, with its trained parameters chosen, sharded and on their device.
-        decay: Weight of the old average, in [0, 1).
-        start_step: Updates before the average starts; until then it equals the weights.
+    Each rank averages the part of the weights that it holds, sharded (FSDP2) or whole. Up to `start_step` the average
+    equals the weights.
     """
 
     def __init__(self, network: torch.nn.Module, decay: float, start_step: int = 0) -> None:
@@ -42,11 +38,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes the weights of an update in.
-
-        Args:
-            step: The update that was just made, counted from 1.
-        """
+        """Updates the average with the weights of update `step`, counted from 1."""
         for name, parameter in self._parameters.items():
             average, weights = _local(self._averages[name]), _local(parameter)
             if step > self.start_step:
@@ -55,13 +47,9 @@ class WeightAverage:
                 average.copy_(weights)
 
     def gather(self, keep: bool) -> dict[str, torch.Tensor]:
-        """The whole average; called by all ranks together.
+        """Float32 tensors of the whole average in main memory, by the network's own names; all ranks call it together.
 
-        Args:
-            keep: Whether this rank wants it.
-
-        Returns:
-            Float32 tensors in main memory by the network's own names; empty where not wanted.
+        Ranks that do not `keep` it get an empty dictionary.
         """
         whole = {}
         for name, average in self._averages.items():
@@ -71,14 +59,7 @@ class WeightAverage:
         return whole
 
     def load(self, stored: Mapping[str, torch.Tensor]) -> None:
-        """Goes on with a stored average.
-
-        Args:
-            stored: What `gather` returned, the same on every rank.
-
-        Raises:
-            ValueError: If it is of another network.
-        """
+        """Continues from what `gather` returned, the same on every rank; ValueError if it is of another network."""
         difference = tensors_difference(stored, self._averages)
         if difference is not None:
             raise ValueError(f"the average of the weights is of another network: {difference}")

@@ -17,16 +17,7 @@ _TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
 def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None = None) -> DataLoader:
-    """Reads samples one by one, in their order, with as many processes as the recipe says.
-
-    Args:
-        samples: The stream, or what gives a sample for a position.
-        args: finetrainers' arguments, with ours.
-        positions: Which ones to read, where `samples` is no stream.
-
-    Returns:
-        The loader; it yields samples, not batches. Read it within `explained_reading_errors`.
-    """
+    """Reads samples of a stream, or those at `positions`, one by one; read it within `explained_reading_errors`."""
     workers, settings = args.dataloader_num_workers, args.framebridge_trainer
     return DataLoader(
         samples,
@@ -40,14 +31,9 @@ def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None =
 
 
 def median_clip_rate(stream: ClipStream, args: Any) -> float | None:
-    """Finds the rate at which a run's clips go by as in life; its reading processes look it up, for files may hang.
+    """Frames per second of a run's first clips, their median; None where no file says it.
 
-    Args:
-        stream: The run's clips.
-        args: finetrainers' arguments, with ours.
-
-    Returns:
-        Frames per second, a median over the run's first clips; None where no file says it.
+    The reading processes look it up, since files may hang.
     """
     rates = ClipRates(stream)
     with explained_reading_errors():
@@ -61,12 +47,6 @@ def explained_reading_errors() -> Iterator[None]:
 
     torch raises a death wherever the main thread is at the time, not only where a sample is waited for: the whole
     loop that reads belongs into the block.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FrameBridgeError: A reading process hangs or has died.
     """
     try:
         yield

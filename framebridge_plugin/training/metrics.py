@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from PIL import Image
@@ -18,13 +17,7 @@ class MetricsLogger:
     """Writes metrics on the main process; on the others it does nothing.
 
     A resumed run goes on with the same files: lines of steps after the checkpoint, which will be done again, are
-    dropped.
-
-    Args:
-        output_dir: The run's folder: `metrics.jsonl` and `tensorboard/` go there.
-        enabled: Whether this is the main process.
-        first_step: The step after which this run starts.
-        settings: The run's settings, as text in Markdown, for TensorBoard.
+    dropped. `settings` is Markdown for TensorBoard.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int = 0, settings: str = "") -> None:
@@ -42,12 +35,7 @@ class MetricsLogger:
             self._tensorboard.add_text("settings", settings, first_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step.
-
-        Args:
-            step: The update that they belong to.
-            metrics: Numbers by name.
-        """
+        """Writes the metrics of one step."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -56,12 +44,7 @@ class MetricsLogger:
             self._tensorboard.add_scalar(name, value, step)
 
     def log_validation(self, step: int, written: Sequence[ValidationVideo]) -> None:
-        """Writes the contact sheets of one validation, with their captions, for TensorBoard.
-
-        Args:
-            step: The update that they belong to.
-            written: The samples.
-        """
+        """Writes the contact sheets of one validation, with their captions, for TensorBoard."""
         if not self._enabled:
             return
         for item in written:
@@ -72,19 +55,13 @@ class MetricsLogger:
             self._tensorboard.add_text(f"validation/{item.number:02d}/caption", item.caption, step)
         self._tensorboard.flush()
 
-    def close(self) -> None:
-        """Closes the files."""
-        if self._enabled:
-            self._file.close()
-            self._tensorboard.close()
-
     def __enter__(self) -> MetricsLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        if self._enabled:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def _step_of(line: str) -> float:

@@ -88,15 +88,9 @@ def diffusion_prediction(
 def finetrainers_terms(
     scheduler: Any, sigmas: torch.Tensor, terms: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prediction and target as finetrainers' loop weighs them, and the sigmas that it looks its weights up with.
+    """Prediction and target as finetrainers' loop weighs them, and the sigmas [B] that it looks its weights up with.
 
-    Args:
-        scheduler: What `build_scheduler` returned.
-        sigmas: What finetrainers drew, B elements: index / N, or the noise levels of a flow-matching baseline.
-        terms: Prediction and target for indices [B].
-
-    Returns:
-        (prediction, target, sigmas [B]).
+    `sigmas` are what it drew, of B elements: index / N, or the noise levels of a flow-matching baseline.
     """
     count = scheduler.config.num_train_timesteps
     sigmas = sigmas.flatten().double()

@@ -18,6 +18,7 @@ from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, refuse_start
 from framebridge_plugin.training.starting import start_layers
+from framebridge_plugin.training.validation import check_samples
 
 
 def rehearse(recipe: Recipe) -> None:
@@ -33,7 +34,7 @@ def rehearse(recipe: Recipe) -> None:
     register()  # before finetrainers is imported
 
     from framebridge_plugin.training.checkpoints import check_settings, find_checkpoint, stored_settings
-    from framebridge_plugin.training.trainer import check_samples, refuse_unsupported
+    from framebridge_plugin.training.trainer import refuse_unsupported
 
     args = recipe_arguments(recipe, "")  # no file: nothing here reads one
     refuse_unsupported(args)
@@ -65,10 +66,10 @@ def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:
 
 
 def _check_lora(args: Any, specification: Any) -> None:
-    if args.training_type != "lora" or not hasattr(specification, "blank_network"):
+    if args.training_type != "lora":
         return
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules)
-    network = specification.blank_network()
+    network = specification.adapter.blank_network()
     try:
         add_lora_layers(specification, network, config)
     except ValueError as error:

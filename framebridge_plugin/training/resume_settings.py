@@ -6,31 +6,24 @@ The number of processes is not among the settings: weights are stored whole, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
 
+if TYPE_CHECKING:
+    from framebridge_plugin.training.specification import BridgeSpecification
+
 _SHOWN = 4
 """Differences that fit into an error's line."""
 
 
-def run_settings(args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> dict[str, Any]:
-    """The settings of a run that a resume may not change.
-
-    Args:
-        args: finetrainers' arguments.
-        specification: The model's; what its `resume_settings` returns is added, and digests of its
-            `frozen_components`, if it has these.
-        datasets: What `load_dataset_config` returned.
-
-    Returns:
-        Values that JSON can say, by name: the model and its objective, what is trained how, the average of the weights
-        if there is one, the seed, what of the base model is not in a checkpoint, and of each data set the number of
-        rows and the clip settings.
-    """
+def run_settings(
+    args: Any, specification: BridgeSpecification, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
+) -> dict[str, Any]:
+    """The settings of a run that a resume may not change, by name, as JSON can say them."""
     settings = {
         "model_name": args.model_name,
         "training_type": args.training_type,

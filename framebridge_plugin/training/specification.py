@@ -130,10 +130,6 @@ class BridgeSpecification(ModelSpecification):
 
     # Loading
 
-    def blank_network(self) -> Any:
-        """The network without weights: its modules, by which LoRA layers find their places."""
-        return self.adapter.blank_network()
-
     def load_diffusion_models(self) -> dict[str, Any]:
         """The network as `transformer`, and the `scheduler` of the objective."""
         network, scheduler = self.adapter.load_network(self.transformer_dtype), self.load_scheduler()
@@ -160,17 +156,7 @@ class BridgeSpecification(ModelSpecification):
         return {"vae": self.adapter.load_vae(self.vae_dtype)}
 
     def load_pipeline(self, transformer: Any = None, scheduler: Any = None, **kwargs: Any) -> Any:
-        """A pipeline around the components that are given; the others are loaded.
-
-        Args:
-            transformer: The network that is being trained; loaded if None.
-            scheduler: The objective's scheduler; loaded if None.
-            **kwargs: `tokenizer`, `text_encoder`, `vae`, and finetrainers' switches `enable_slicing`, `enable_tiling`
-                and `enable_model_cpu_offload`; others are not used.
-
-        Returns:
-            The backbone's pipeline, such as `FrameBridgeCogVideoXPipeline`.
-        """
+        """The backbone's pipeline around the components that are given; the others are loaded."""
         parts = self.adapter.facts.parts
         components = {part: kwargs.get(part) for part in parts if part not in (self.network_name, "scheduler")}
         components[self.network_name] = (
@@ -201,17 +187,10 @@ class BridgeSpecification(ModelSpecification):
         sample_seed: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The condition of a sample: of its caption, or of the empty one for the share that `caption_dropout` says.
+        """The condition of a sample, [1, ...]: of its caption, or of the empty one for the share of `caption_dropout`.
 
-        Args:
-            caption: The text or the name of the class, or a list with one (as a loader of batches of one gives it).
-            generator: The source of the dropout's draw where no `sample_seed` is given.
-            sample_seed: Seed of this sample's draws, from `ClipStream`.
-            **kwargs: What `load_condition_models` returned; the other parts of the sample are not used.
-
-        Returns:
-            Text: {"encoder_hidden_states": [1, L, D]}. Classes: {"class_labels": int64 [1], "true_class_labels":
-            int64 [1]}, which differ where the caption is dropped.
+        A loader of batches of one gives the caption as a list. Without a `sample_seed` (of `ClipStream`) the
+        dropout is drawn from `generator`.
         """
         dropped = drops_caption(self.objective.caption_dropout, sample_seed, generator)
         return self.adapter.encode_caption(kwargs, caption if isinstance(caption, str) else caption[0], dropped)
@@ -233,21 +212,10 @@ class BridgeSpecification(ModelSpecification):
         sample_seed: int | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Latents of a clip, of its first frame as the condition image, and of the prior where it is another.
+        """Latents of a clip, of its first frame as the condition image, and of the prior where there is pixel noise.
 
-        Args:
-            vae: The autoencoder.
-            video: Pixels in [-1, 1], [F, 3, H, W] or [1, F, 3, H, W].
-            generator: The source of the draws where no `sample_seed` is given.
-            sample_seed: Seed of this sample's draws, from `ClipStream`.
-            **kwargs: The other parts of the sample; not used.
-
-        Returns:
-            "latents" [1, T, C, h, w], "image_latents" [1, 1 or T, C, h, w], and "prior_latents" where there is pixel
-            noise.
-
-        Raises:
-            FrameBridgeError: If the sample has no video, or one of another shape than the network is for.
+        Of pixels in [-1, 1], [F, 3, H, W] or [1, F, 3, H, W]: "latents" [1, T, C, h, w], "image_latents"
+        [1, 1 or T, C, h, w] and "prior_latents". Draws as in `prepare_conditions`.
         """
         if video is None:
             raise FrameBridgeError("a sample has no video; image-to-video training needs clips, not images")
@@ -272,18 +240,10 @@ class BridgeSpecification(ModelSpecification):
         index: torch.Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The network's output on a batch and what it is compared with, by the mean squared error.
+        """The network's output on a collated batch and what it is compared with, by the mean squared error.
 
-        Args:
-            transformer: The network.
-            scheduler: What `load_diffusion_models` returned.
-            conditions: What `prepare_conditions` returned, collated.
-            latents: What `prepare_latents` returned, collated.
-            index: Indices of the bridge, or timesteps of the baseline, in [0, N - 1], [B].
-            generator: The source of eps; torch's global one if None.
-
-        Returns:
-            (prediction, target), both [B, T, C, h, w] in float32.
+        `index` [B] are indices of the bridge, or timesteps of the baseline, in [0, N - 1]; both results are
+        [B, T, C, h, w] in float32.
         """
         z_0 = latents["latents"].float()
         prior = self.adapter.prior(conditions, latents)
@@ -306,36 +266,14 @@ class BridgeSpecification(ModelSpecification):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`loss_terms` as finetrainers' loop asks for it, and weighs it.
-
-        Args:
-            transformer: The network.
-            scheduler: What `load_diffusion_models` returned.
-            condition_model_conditions: As for `loss_terms`.
-            latent_model_conditions: As for `loss_terms`.
-            sigmas: What finetrainers drew; any shape of B elements.
-            generator: As for `loss_terms`.
-            **kwargs: finetrainers' other arguments; not used.
-
-        Returns:
-            (prediction, target, sigmas): both [B, T, C, h, w] in float32, and the sigmas [B] that finetrainers' loss
-            weights are looked up with.
-        """
+        """`loss_terms` as finetrainers' own loop asks for it: see `finetrainers_terms`."""
         given = (transformer, scheduler, condition_model_conditions, latent_model_conditions)
         return finetrainers_terms(scheduler, sigmas, lambda index: self.loss_terms(*given, index, generator))
 
     # What is trained, validated and saved
 
     def check_datasets(self, datasets: Iterable[tuple[ClipIndex, ClipSettings]]) -> None:
-        """Refuses data that the model is not for.
-
-        Args:
-            datasets: What `load_dataset_config` returned.
-
-        Raises:
-            UsageError: If the clips do not fit the network.
-            FrameBridgeError: If a clip's caption names no class of the model.
-        """
+        """Refuses data that the model is not for."""
         for number, (index, settings) in enumerate(datasets):
             self.adapter.check_clips((settings.num_frames, settings.height, settings.width))
             if self.adapter.facts.condition == "class":
@@ -351,16 +289,7 @@ class BridgeSpecification(ModelSpecification):
             add_projection(config, transformer, projection)
 
     def prepare_trainable_parameters(self, transformer: Any, training_type: str) -> None:
-        """Trains the input projection as itself when LoRA freezes everything else.
-
-        Args:
-            transformer: The network after finetrainers chose its trainable parameters.
-            training_type: "lora" or "full-finetune".
-
-        Raises:
-            UsageError: If a network from scratch is to be trained by LoRA layers alone.
-            FrameBridgeError: If a file of the base model of LoRA layers cannot be read.
-        """
+        """Trains the input projection as itself when LoRA freezes everything else."""
         self.adapter.check_training(training_type)
         if training_type == "lora":
             _ = self._lora_info  # taken now: the base's files may change while the run lasts
@@ -376,23 +305,7 @@ class BridgeSpecification(ModelSpecification):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> list[VideoArtifact]:
-        """Samples one video from an image, or from the first frame of a video.
-
-        Args:
-            pipeline: What `load_pipeline` returned.
-            prompt: The text, or the name of a class (empty for none).
-            image: The image.
-            video: A video, used where no image is given.
-            generator: The source of every draw.
-            **kwargs: `height`, `width`, `num_frames`, `num_inference_steps` and `guidance_scale` of the validation
-                file, as far as the pipeline has them; other columns are not used.
-
-        Returns:
-            One video.
-
-        Raises:
-            FrameBridgeError: If there is neither image nor video.
-        """
+        """Samples one video from an image, or from the first frame of a video, with a validation row's columns."""
         neural_prior = getattr(pipeline, "neural_prior", None)
         if neural_prior is not None and pipeline.transformer is not None and not hasattr(neural_prior, "_hf_hook"):
             neural_prior.to(pipeline.transformer.device)  # no trainer knows it; offloading moves it itself
@@ -415,13 +328,8 @@ class BridgeSpecification(ModelSpecification):
         return {name: self.adapter.folder(name) for name in [*names, *self.adapter.frozen_parts()]}
 
     def _save_model(
-        self,
-        directory: str,
-        transformer: Any,
-        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
-        scheduler: Any = None,
+        self, directory: str, transformer: Any, transformer_state_dict: Any = None, scheduler: Any = None
     ) -> None:
-        assert transformer_state_dict is not None
         save_model_folder(
             directory,
             pipeline_class=self._pipeline_name,
@@ -438,14 +346,8 @@ class BridgeSpecification(ModelSpecification):
         )
 
     def _save_lora_weights(
-        self,
-        directory: str,
-        transformer_state_dict: Mapping[str, torch.Tensor] | None = None,
-        scheduler: Any = None,
-        metadata: Mapping[str, str] | None = None,
+        self, directory: str, transformer_state_dict: Any = None, scheduler: Any = None, metadata: Any = None
     ) -> None:
-        assert transformer_state_dict is not None
-        assert metadata is not None
         layers, settings = dict(transformer_state_dict), json.loads(metadata["lora_config"])
         if (projection := self.adapter.facts.input_projection) is not None:
             weight: Any = self.adapter.blank_network().get_submodule(projection).weight
@@ -481,42 +383,3 @@ class BridgeSpecification(ModelSpecification):
     @property
     def _pipeline_name(self) -> str:
         return self.adapter.facts.pipeline.partition(":")[2]
-
-
-def specification_of(model_name: str) -> type[BridgeSpecification]:
-    """The specification of a backbone."""
-    own = {cls.model_name: cls for cls in _OWN}
-    return own.get(model_name) or type("BridgeSpecification", (BridgeSpecification,), {"model_name": model_name})
-
-
-class CogVideoXBridgeSpecification(BridgeSpecification):
-    """CogVideoX 1.0 (2B, or 5B with rotary embeddings) as a bridge or its diffusion baseline."""
-
-    model_name = "cogvideox_bridge"
-
-    def __init__(self, pretrained_model_name_or_path: str = "THUDM/CogVideoX-2b", **kwargs: Any) -> None:
-        super().__init__(pretrained_model_name_or_path, **kwargs)
-
-
-class LatteBridgeSpecification(BridgeSpecification):
-    """Latte, from scratch or from a saved model, as a bridge (on a neural prior or not) or its diffusion baseline."""
-
-    model_name = "latte_bridge"
-
-
-class NeuralPriorSpecification(BridgeSpecification):
-    """The neural prior: a coarse video from an image and a class in one call of Latte, without time and noise."""
-
-    model_name = "latte_neural_prior"
-
-
-class WanBridgeSpecification(BridgeSpecification):
-    """Wan 2.1 text-to-video as a bridge or its flow-matching baseline."""
-
-    model_name = "wan_bridge"
-
-    def __init__(self, pretrained_model_name_or_path: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", **kwargs: Any) -> None:
-        super().__init__(pretrained_model_name_or_path, **kwargs)
-
-
-_OWN = (CogVideoXBridgeSpecification, WanBridgeSpecification, LatteBridgeSpecification, NeuralPriorSpecification)

@@ -35,7 +35,7 @@ from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
-from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
+from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState, find_checkpoint
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
@@ -44,7 +44,7 @@ from framebridge_plugin.training.precomputation.fingerprint import run_fingerpri
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.specification import BridgeSpecification
-from framebridge_plugin.training.validation import read_validation_file, sample_validation_videos
+from framebridge_plugin.training.validation import check_samples, sample_validation_videos
 
 logger = logging.get_logger()
 
@@ -115,7 +115,7 @@ class FrameBridgeTrainer(SFTTrainer):
         try:
             super()._prepare_trainable_parameters()
         except ValueError as error:
-            if self.args.training_type != TrainingType.LORA:
+            if not self._is_lora:
                 raise
             raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
 
@@ -142,17 +142,16 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
 
     def _prepare_checkpointing(self) -> None:
-        is_lora = self.args.training_type == TrainingType.LORA
         ours = self.args.framebridge_trainer
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
         self.checkpointer = Checkpointer(
-            Path(self.args.output_dir),
-            self.transformer,
-            self.optimizer,
-            self.lr_scheduler,
+            root=Path(self.args.output_dir) / "checkpoints",
+            model=self.transformer,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
             export=self._export,
-            trainable_only=is_lora,
+            trainable_only=self._is_lora,
             limit=self.args.checkpointing_limit,
             settings=run_settings(self.args, self.model_specification, self._datasets),
             average=self.average,
@@ -161,14 +160,14 @@ class FrameBridgeTrainer(SFTTrainer):
             barrier=self.state.parallel_backend.wait_for_everyone,
         )
         if self.args.resume_from_checkpoint is not None:
-            folder = self.checkpointer.find(self.args.resume_from_checkpoint)
+            folder = find_checkpoint(self.checkpointer.root, self.args.resume_from_checkpoint)
             self.progress = self.checkpointer.load(folder)
             logger.info(f"Resumed from {folder}")
         self._on_prepared()
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Writes what sampling opens: a model folder, or LoRA layers."""
-        if self.args.training_type != TrainingType.LORA:
+        if not self._is_lora:
             self.model_specification._save_model(
                 str(folder / self._export_name), self.transformer, dict(state_dict), self.scheduler
             )
@@ -191,12 +190,10 @@ class FrameBridgeTrainer(SFTTrainer):
     def _train(self) -> None:
         args, backend, output_dir = self.args, self.state.parallel_backend, Path(self.args.output_dir)
         settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
-        first_step = self.progress.step
         with MetricsLogger(
-            output_dir, enabled=backend.is_main_process, first_step=first_step, settings=settings
+            output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
         ) as metrics:
-            folder = self._update(metrics) or self.checkpointer.save(self.progress)
-            self._publish(folder, output_dir)
+            self._publish(self._train_to_the_end(metrics), output_dir)
             self._validate(self.progress.step, metrics, final_validation=True)
         is_main_process = backend.is_main_process
         backend.destroy()
@@ -204,10 +201,9 @@ class FrameBridgeTrainer(SFTTrainer):
             folder = output_dir / self._export_name
             upload_folder(repo_id=self.state.repo_id, folder_path=folder, token=args.hub_token)
 
-    def _update(self, metrics: MetricsLogger) -> Path | None:
-        """Makes the updates; returns the checkpoint of the last one, if there is one."""
+    def _train_to_the_end(self, metrics: MetricsLogger) -> Path:
+        """Makes the updates; returns the checkpoint of the last one."""
         args, backend, progress = self.args, self.state.parallel_backend, self.progress
-        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
         self.transformer.train()
         batches = self._batches()
@@ -220,21 +216,7 @@ class FrameBridgeTrainer(SFTTrainer):
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
-                loss = self._accumulate_gradients(batches, step)
-                clips = progress.step >= args.framebridge_trainer.max_grad_norm_start_step
-                limit = args.max_grad_norm if clips else math.inf
-                grad_norm = _global_norm(torch.nn.utils.clip_grad_norm_(parameters, limit))
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise FrameBridgeError(
-                        f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. "
-                        f"Resume from the last checkpoint in {self.checkpointer.root} with a lower learning rate, or "
-                        "in float32"
-                    )
-                self.optimizer.step()
-                self.lr_scheduler.step()
-                self.optimizer.zero_grad()
-                if self.average is not None:
-                    self.average.update(step)
+                loss, grad_norm = self._update(batches, step)
                 progress.step = step
                 progress.samples_seen += clips_per_update
 
@@ -257,7 +239,29 @@ class FrameBridgeTrainer(SFTTrainer):
                     saved_step = step
                 if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
                     self._validate(step, metrics)
-        return self.checkpointer.find(progress.step) if saved_step == progress.step else None
+        if saved_step == progress.step:
+            return find_checkpoint(self.checkpointer.root, progress.step)
+        return self.checkpointer.save(progress)
+
+    def _update(self, batches: TrainingBatches, step: int) -> tuple[float, float]:
+        """Makes one update; returns its loss, and the norm of its gradient before clipping."""
+        args = self.args
+        loss = self._accumulate_gradients(batches, step)
+        clips = step > args.framebridge_trainer.max_grad_norm_start_step
+        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm if clips else math.inf)
+        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FrameBridgeError(
+                f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. Resume "
+                f"from the last checkpoint in {self.checkpointer.root} with a lower learning rate, or in float32"
+            )
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step)
+        return loss, grad_norm
 
     def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
         """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
@@ -305,7 +309,11 @@ class FrameBridgeTrainer(SFTTrainer):
 
     @property
     def _export_name(self) -> str:
-        return "lora" if self.args.training_type == TrainingType.LORA else "model"
+        return "lora" if self._is_lora else "model"
+
+    @property
+    def _is_lora(self) -> bool:
+        return self.args.training_type == TrainingType.LORA
 
     # Validation
 
@@ -366,20 +374,6 @@ class FrameBridgeTrainer(SFTTrainer):
         return self.state.parallel_backend.rank
 
 
-def check_samples(args: Any, specification: BridgeSpecification, datasets: Any) -> list[dict[str, Any]]:
-    """Refuses clips and validation samples that the model is not for; returns the validation samples."""
-    specification.check_datasets(datasets)
-    samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
-    for sample in samples:
-        if sample.get("image") is None and sample.get("video") is None:
-            raise UsageError(
-                f"{args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be read; give an "
-                "image_path (or video_path) in every row"
-            )
-    specification.check_validation_samples(samples)
-    return samples
-
-
 def refuse_unsupported(args: Any) -> None:
     """Refuses what does not work with any specification."""
     for name in ("pp_degree", "cp_degree", "tp_degree"):
@@ -392,7 +386,3 @@ def refuse_unsupported(args: Any) -> None:
         raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():
         raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")
-
-
-def _global_norm(norm: torch.Tensor) -> float:
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

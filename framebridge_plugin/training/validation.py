@@ -13,25 +13,20 @@ from PIL import Image
 
 from framebridge_plugin.data.decoding.exact import read_pictures
 from framebridge_plugin.data.validation_rows import read_validation_rows
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.media import contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
 
 
 class ValidationVideo(NamedTuple):
-    """A sample of the validation set.
-
-    Attributes:
-        number: Its row in the validation file, from 0.
-        caption: Its prompt, or class.
-        video: The mp4.
-        sheet: The contact sheet, a PNG that begins with the input image.
-    """
+    """A sample of the validation set."""
 
     number: int
+    """Its row in the validation file, from 0."""
     caption: str
     video: Path
     sheet: Path
+    """The contact sheet, a PNG that begins with the input image."""
 
 
 def sample_validation_videos(
@@ -46,25 +41,11 @@ def sample_validation_videos(
     rank: int,
     world_size: int,
 ) -> list[ValidationVideo]:
-    """Samples the validation set, a share on every rank, and writes the videos and contact sheets.
+    """Samples the validation set, a share on every rank; writes and returns this rank's videos and contact sheets.
 
     All ranks make the same number of calls, repeating samples where the number does not divide: a sharded network
     computes only when all of its ranks do. Every sample has a generator of its own, so that validation draws nothing
-    from training and gives the same noise at every step.
-
-    Args:
-        samples: Rows of the validation file.
-        pipeline: The pipeline with the network in training.
-        validate: The specification's `validation`.
-        output_dir: Folder for the files.
-        fps: Frames per second of a video whose row has no `export_fps`.
-        label: First part of their names.
-        seed: The run's seed.
-        rank: This process among those that share the work.
-        world_size: Number of those processes.
-
-    Returns:
-        The samples that this rank wrote.
+    from training and gives the same noise at every step. A row's `export_fps` takes the place of `fps`.
     """
     written = []
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -98,17 +79,7 @@ def validation_image(prompt: str, image: Image.Image | None, video: list[Image.I
 
 
 def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
-    """Reads finetrainers' validation file, with its images loaded.
-
-    Args:
-        path: CSV, JSON, parquet or arrow with `caption` and `image_path` (or `video_path`).
-
-    Returns:
-        Its rows, with the caption as `prompt` too, and `image` and `video` where they have one.
-
-    Raises:
-        FrameBridgeError: It is no such file, or a picture or video cannot be read.
-    """
+    """The rows of finetrainers' validation file, with the caption as `prompt` too, and `image` and `video` loaded."""
     samples = []
     for row in read_validation_rows(Path(path)):
         sample = row | {"prompt": row.get("caption", "")}
@@ -120,6 +91,20 @@ def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
         if "video_path" in row:
             sample["video"] = _read_video(row["video_path"])
         samples.append(sample)
+    return samples
+
+
+def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str, Any]]:
+    """Refuses clips and validation samples that the model is not for; returns the validation samples."""
+    specification.check_datasets(datasets)
+    samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
+    for sample in samples:
+        if sample.get("image") is None and sample.get("video") is None:
+            raise UsageError(
+                f"{args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be read; give an "
+                "image_path (or video_path) in every row"
+            )
+    specification.check_validation_samples(samples)
     return samples
 
 

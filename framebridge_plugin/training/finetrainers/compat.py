@@ -28,11 +28,7 @@ _lock = threading.RLock()
 
 
 def apply_repairs() -> None:
-    """Applies the repairs that are needed and imports finetrainers; does nothing when called again.
-
-    Raises:
-        FrameBridgeError: If finetrainers is not installed, or still cannot be imported.
-    """
+    """Applies the repairs that are needed and imports finetrainers; does nothing when called again."""
     with _lock:
         for repair in REPAIRS_BEFORE_IMPORT:
             _apply_once(repair)
@@ -48,11 +44,7 @@ def apply_repairs() -> None:
 
 
 def repair_status() -> list[tuple[Repair, bool | None]]:
-    """Lists every repair.
-
-    Returns:
-        Each repair and whether it was needed in this process; None if it has not come to that yet.
-    """
+    """Lists every repair."""
     return [(repair, _was_needed.get(repair.name)) for repair in REPAIRS_BEFORE_IMPORT + REPAIRS_AFTER_IMPORT]
 
 

@@ -75,7 +75,7 @@ class LazySpecifications(dict[str, Any]):
         self._model_name = model_name
 
     def _load(self) -> Any:
-        from framebridge_plugin.training.specification import specification_of
+        from framebridge_plugin.training.specifications import specification_of
 
         return specification_of(self._model_name)
 

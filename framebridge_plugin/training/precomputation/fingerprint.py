@@ -21,20 +21,7 @@ _SAMPLED_FILES = 64
 def run_fingerprint(
     args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
 ) -> dict[str, Any]:
-    """The fingerprint of what a run computes from its clips and captions before the network sees them.
-
-    Args:
-        args: finetrainers' arguments.
-        specification: The model's, with `precomputation_facts`.
-        datasets: What `load_dataset_config` returned.
-
-    Returns:
-        What JSON can say: "seed", "model" (what `precomputation_facts` returns), "data" (one entry for each data set,
-        see `data_fingerprint`), "enable_tiling".
-
-    Raises:
-        FrameBridgeError: If a file of the model cannot be read.
-    """
+    """The fingerprint of what a run computes from its clips and captions before the network sees them."""
     fingerprint = {
         "seed": args.seed,
         "model": specification.precomputation_facts(),
@@ -49,15 +36,6 @@ def data_fingerprint(index: ClipIndex, settings: ClipSettings) -> dict[str, Any]
 
     The videos themselves are not read: a video that is replaced under its name shows only if its size changes and it
     is among the 64 that are asked for theirs.
-
-    Args:
-        index: Its rows.
-        settings: How clips are cut.
-
-    Returns:
-        "rows", their number; digests of their "files" (names from the innermost folder on that holds all of them) and
-        "captions", in order; "file_sizes", a digest of the sizes of at most 64 of them, evenly spread; and "clip",
-        what of the settings changes pixels.
     """
     start = len(index.common_folder())
     files, captions = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)

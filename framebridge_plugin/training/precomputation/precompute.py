@@ -58,16 +58,8 @@ SHARD_SIZE = 64
 def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shard_size: int | None = None) -> None:
     """Writes what is not there yet of a store, in this process and the others that were started beside it.
 
-    Args:
-        recipe: A checked recipe.
-        store: The store's folder.
-        variants: Epochs to store; by default as many as there are, 1 in a new store. A larger number adds to them.
-        shard_size: Samples in a file of a new store; by default 64.
-
-    Raises:
-        UsageError: If the store has files of another size.
-        FrameBridgeError: If the store is that of another model, other data or other settings, too many clips cannot
-            be read, a file of the model cannot be read, or the disk is full.
+    A larger number of `variants` (epochs) adds to a store; without one it stays as it is, and a new one has 1. The
+    `shard_size`, samples in a file, is that of a new store.
     """
     register()
     with _processes() as processes:
@@ -145,9 +137,6 @@ class Captions:
     """The distinct captions of all data sets, and the empty one, numbered in the order of their hashes.
 
     Only the hashes are in memory, 16 bytes for each row.
-
-    Args:
-        indexes: The rows of each data set.
     """
 
     def __init__(self, indexes: Sequence[ClipIndex]) -> None:
@@ -191,17 +180,7 @@ class _Positions(Dataset[Sample]):
 
 @dataclass
 class _Job:
-    """This process's part of the work.
-
-    Attributes:
-        args: finetrainers' arguments.
-        specification: The model's.
-        datasets: Rows and clip settings of each data set.
-        captions: Their captions.
-        store: The store's folder.
-        manifest: What it is to hold.
-        processes: Who shares the work.
-    """
+    """This process's part of the work."""
 
     args: Any
     specification: Any
@@ -307,13 +286,7 @@ def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Processes:
-    """The processes that share the work: one alone, or those that torchrun or `--nproc` started.
-
-    Attributes:
-        rank: This one, in [0, world_size - 1].
-        world_size: Their number.
-        device: Where this one computes: the accelerators of a machine are given out in turn.
-    """
+    """The processes that share the work: one alone, or those that torchrun or `--nproc` started."""
 
     rank: int
     world_size: int

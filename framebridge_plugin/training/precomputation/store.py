@@ -6,8 +6,8 @@
 
 Variant v holds the samples of epoch v in the order of that epoch: the sample at offset o is row o % shard_size of
 file o // shard_size. Every tensor of a file has one row for each sample; `_caption` is the number of its caption,
-`_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips were tried in vain
-for a sample. A caption's embedding is stored once, however many clips have it; the empty one is among them.
+`_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips could not
+be read for a sample. A caption's embedding is stored once, however many clips have it; the empty one is among them.
 
 A file is written beside its place and renamed, so that one that is there is whole.
 """
@@ -42,11 +42,7 @@ _REMEDY = "run `finetrainers precompute` again"
 
 
 class StoreError(FrameBridgeError):
-    """A file of a store is missing or damaged.
-
-    Args:
-        message: One line.
-    """
+    """A file of a store is missing or damaged."""
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error again with the whole traceback as its message; its last line is ours.
@@ -55,40 +51,29 @@ class StoreError(FrameBridgeError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a store.
-
-    Attributes:
-        name: Its path in the store.
-        first: Number of its first sample (variant * rows + offset) or caption.
-        count: How many it holds.
-    """
+    """One file of a store."""
 
     name: str
     first: int
+    """Number of its first sample (variant * rows + offset) or caption."""
     count: int
+    """Samples or captions in it."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
-
-    Attributes:
-        rows: Clips of an epoch.
-        variants: Epochs that are stored.
-        captions: Distinct captions, the empty one included.
-        empty_caption: Number of the empty one.
-        shard_size: Samples or captions in a file.
-        fingerprint: See `run_fingerprint`.
-        clip_rate: Frames per second at which the clips are seen; None if nothing says it.
-    """
+    """What a store holds: `variants` epochs of `rows` clips, and all distinct captions."""
 
     rows: int
     variants: int
     captions: int
     empty_caption: int
+    """Number of the empty caption."""
     shard_size: int
+    """Samples or captions in a file."""
     fingerprint: Mapping[str, Any]
     clip_rate: float | None = None
+    """Frames per second at which the clips are seen; None if nothing says it."""
 
     def clip_shards(self) -> Iterator[Shard]:
         """Yields the files of samples, variant by variant."""
@@ -106,14 +91,7 @@ class Manifest:
             yield Shard(name, first, min(self.shard_size, total - first))
 
     def missing(self, store: Path) -> tuple[list[Shard], list[Shard]]:
-        """Lists the files that are not there.
-
-        Args:
-            store: The store's folder.
-
-        Returns:
-            Those of captions, and those of samples.
-        """
+        """The files of captions and those of samples that are not there."""
         present = {
             f"{folder.relative_to(store)}/{entry.name}"
             for folder in [store / "captions", *store.glob("clips/variant-*")]
@@ -124,14 +102,7 @@ class Manifest:
         return captions, [shard for shard in self.clip_shards() if shard.name not in present]
 
     def write(self, store: Path) -> None:
-        """Writes the manifest.
-
-        Args:
-            store: The store's folder, which exists.
-
-        Raises:
-            FrameBridgeError: If the disk does not take it.
-        """
+        """Writes the manifest."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
 
         def write(path: Path) -> None:
@@ -141,17 +112,7 @@ class Manifest:
 
 
 def read_manifest(store: Path) -> Manifest | None:
-    """Reads what a store holds.
-
-    Args:
-        store: The store's folder.
-
-    Returns:
-        The manifest; None if there is none.
-
-    Raises:
-        FrameBridgeError: If it is damaged or of another format.
-    """
+    """Reads what a store holds; None if there is no manifest."""
     path = store / MANIFEST_FILE
     if not path.is_file():
         return None
@@ -169,16 +130,7 @@ def read_manifest(store: Path) -> Manifest | None:
 
 
 def check_fingerprint(store: Path, manifest: Manifest, fingerprint: Mapping[str, Any]) -> None:
-    """Refuses a store that was made from something else than a run would use.
-
-    Args:
-        store: The store's folder.
-        manifest: What it holds.
-        fingerprint: The run's.
-
-    Raises:
-        FrameBridgeError: If the two differ.
-    """
+    """Refuses a store that was made from something else than a run would use."""
     difference = first_difference(manifest.fingerprint, fingerprint)
     if difference is not None:
         raise FrameBridgeError(
@@ -193,16 +145,9 @@ def write_shard(
     captions: Sequence[int] = (),
     skipped: Mapping[int, Sequence[BadFile]] | None = None,
 ) -> None:
-    """Writes one file of a store.
+    """Writes the rows of one file, each a tensor [1, ...] by its name; with samples, their captions' numbers.
 
-    Args:
-        path: Its place; folders are made as needed.
-        rows: The tensors of each row by name, each with a first axis of 1.
-        captions: The number of each sample's caption; none in a file of captions.
-        skipped: Row in the file -> the clips that were tried in vain for it.
-
-    Raises:
-        FrameBridgeError: If the rows do not have the same tensors, or the disk does not take the file.
+    `skipped` says of a row which clips were tried for it and could not be read.
     """
     layouts = {json.dumps({name: [list(t.shape), str(t.dtype)] for name, t in row.items()}) for row in rows}
     if len(layouts) > 1:
@@ -216,17 +161,7 @@ def write_shard(
 
 
 def read_skipped(path: Path) -> list[BadFile]:
-    """Reads which clips were tried in vain for the samples of a file.
-
-    Args:
-        path: A file of samples.
-
-    Returns:
-        The clips.
-
-    Raises:
-        StoreError: If the file is damaged.
-    """
+    """The clips that could not be read when the samples of a file were made."""
     try:
         with safe_open(path, "pt") as file:
             skipped = json.loads(file.metadata()[_SKIPPED])
@@ -262,25 +197,13 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_partial_files(store: Path) -> None:
-    """Removes what killed processes left behind.
-
-    Args:
-        store: The store's folder, in which nobody writes now.
-    """
+    """Removes what killed processes left behind."""
     for folder in store.rglob(".*.partial"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class LatentStore:
-    """Reads single rows; at most 16 files are open at a time, and nothing of them is held in memory.
-
-    Args:
-        folder: The store's folder.
-        fingerprint: That of the run which reads it.
-
-    Raises:
-        FrameBridgeError: If there is no store, it is that of other latents, or files of it are missing.
-    """
+    """Reads single rows; at most 16 files are open at a time, and nothing of them is held in memory."""
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
@@ -297,33 +220,12 @@ class LatentStore:
             )
 
     def clip(self, variant: int, offset: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
-        """Reads a sample.
-
-        Args:
-            variant: In [0, variants - 1].
-            offset: Its place in the epoch, in [0, rows - 1].
-
-        Returns:
-            What `prepare_latents` returned, the number of its caption, and the clips that were tried in vain for it.
-
-        Raises:
-            StoreError: If its file is damaged.
-        """
+        """A sample's `prepare_latents`, the number of its caption, and the clips that could not be read for it."""
         shard, row = divmod(offset, self.manifest.shard_size)
         return self._read(f"clips/variant-{variant:04}/{shard:06}.safetensors", row)
 
     def caption(self, number: int) -> dict[str, torch.Tensor]:
-        """Reads the embedding of a caption.
-
-        Args:
-            number: In [0, captions - 1].
-
-        Returns:
-            What `prepare_conditions` returned.
-
-        Raises:
-            StoreError: If its file is damaged.
-        """
+        """What `prepare_conditions` returned for a caption."""
         shard, row = divmod(number, self.manifest.shard_size)
         return self._read(f"captions/{shard:06}.safetensors", row)[0]
 

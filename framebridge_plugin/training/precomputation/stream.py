@@ -21,7 +21,7 @@ Conditions = Mapping[str, torch.Tensor]
 class StoredSample(TypedDict):
     """What a clip and its caption became: `conditions` and `latents` as the specification's methods returned them.
 
-    `skipped` lists the files that were tried in vain for it when it was precomputed.
+    `skipped` lists the files that could not be read for it when it was precomputed.
     """
 
     conditions: dict[str, torch.Tensor]
@@ -34,15 +34,6 @@ class StoredStream(IterableDataset[StoredSample]):
 
     Epoch e has the clips of variant e % variants in its own order; up to the last variant it is the very epoch that
     was precomputed. Which captions are dropped is drawn anew in every epoch.
-
-    Args:
-        store: The store.
-        seed: Seed of the run, which is that of the store.
-        caption_dropout: Share of the samples that lose their caption, in [0, 1).
-        rank: This process, in [0, world_size - 1].
-        world_size: Number of processes that share the data.
-        start: Number of samples that this rank has already consumed.
-        drop_caption: The conditions of a sample that loses its caption, of its own and those of the empty caption.
     """
 
     def __init__(
@@ -72,17 +63,7 @@ class StoredStream(IterableDataset[StoredSample]):
             yield self.sample(self.rank + number * self.world_size)
 
     def sample(self, position: int) -> StoredSample:
-        """Reads one sample.
-
-        Args:
-            position: Its place in the endless sequence of all epochs.
-
-        Returns:
-            The sample.
-
-        Raises:
-            StoreError: If a file of the store is damaged.
-        """
+        """The sample at a place in the endless sequence of all epochs."""
         manifest = self.store.manifest
         epoch, offset = divmod(position, manifest.rows)
         row = KeyedPermutation(manifest.rows, self.seed, epoch)[offset]

@@ -24,26 +24,13 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Finds a module if it is one of the missing ones.
-
-        Args:
-            fullname: Dotted name of the module.
-            path: Search path of the parent package; not used.
-            target: Not used.
-
-        Returns:
-            The module's specification, or None for every other module.
-        """
+        """Finds a module if it is one of the missing ones."""
         if fullname not in MISSING_MODULES:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=MISSING_MODULES[fullname] is None)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fills a new module with its functions.
-
-        Args:
-            module: The module, still empty.
-        """
+        """Fills a new module with its functions."""
         vars(module).update(MISSING_MODULES[module.__name__] or {})
 
 

@@ -18,12 +18,7 @@ _LONE_PTD_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
 
 
 def change_arguments(function: str, change: Callable[[Any], object]) -> None:
-    """Lets `change` adapt finetrainers' parser after one of its functions has added arguments.
-
-    Args:
-        function: Name of the function in `finetrainers.args`.
-        change: Receives the parser.
-    """
+    """Lets `change` adapt finetrainers' parser after one of its functions has added arguments."""
     module: Any = importlib.import_module("finetrainers.args")
     original = getattr(module, function)
 

@@ -25,11 +25,6 @@ def load_lora_weights(pipeline: Any, path: str | Path, adapter_name: str | None 
 
     finetrainers writes rank and alpha into the file's header under a key of its own, which diffusers does not read:
     it would take alpha for equal to the rank, and scale the LoRA wrongly wherever they differ.
-
-    Args:
-        pipeline: A diffusers pipeline with a `transformer`.
-        path: A safetensors file, or the folder that holds `pytorch_lora_weights.safetensors`.
-        adapter_name: Name of the adapter; diffusers chooses one if it is None.
     """
     from safetensors import safe_open
 
@@ -70,20 +65,7 @@ def patch_diffusers_rms_norm_forward() -> None:
 def control_channel_concat(
     module: torch.nn.Module, input_names: Sequence[str], inputs: Sequence[torch.Tensor], dims: Sequence[int]
 ) -> Iterator[None]:
-    """While the context lasts, appends tensors to inputs of a module.
-
-    Args:
-        module: The module, for example a pipeline's transformer.
-        input_names: Names of parameters of the module's `forward`.
-        inputs: What to append to each of them, in the same order.
-        dims: Along which dimension to append, in the same order.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If the three sequences differ in length, or `forward` has no parameter of such a name.
-    """
+    """While the context lasts, appends tensors to inputs of a module."""
     signature = inspect.signature(module.forward)
     if unknown := [name for name in input_names if name not in signature.parameters]:
         raise ValueError(f"{type(module).__name__}.forward has no parameter {', '.join(unknown)}")
