@@ -39,9 +39,10 @@ def latent_shift(vae: AutoencoderKL) -> float:
 def _statistics(vae: Any, like_BCTHW: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Mean and standard deviation by which a video autoencoder's latents are normalised, for each channel."""
     numbers: list[torch.Tensor | float] = []
+    buffers = dict(vae.named_buffers(recurse=False))
     for name, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
         found = vae.config.get(name)  # Wan keeps them in its config, LTX beside its weights
-        found = getattr(vae, name, None) if found is None else found
+        found = buffers.get(name) if found is None else found
         if found is not None:
             found = torch.as_tensor(found, dtype=torch.float32, device=like_BCTHW.device).view(1, -1, 1, 1, 1)
         numbers.append(default if found is None else found)
