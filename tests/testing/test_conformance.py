@@ -16,7 +16,7 @@ from framebridge_plugin.training import (
     NeuralPriorSpecification,
     WanBridgeSpecification,
 )
-from framebridge_plugin.training.specification import specification_of
+from framebridge_plugin.training.specifications import specification_of
 from tests.testing.tiny_cogview4 import make_tiny_cogview4
 from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
