@@ -6,7 +6,6 @@ draws. Every process takes its share of the files that are not there yet, so tha
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
 from framebridge_plugin.data.bad_files import BadFile, files_to_skip
-from framebridge_plugin.data.folders import common_clip_shape, index_datasets
+from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
@@ -92,7 +91,7 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     specification = build_specification(recipe, args)
     specification.clip_shape = common_clip_shape(datasets)
     specification.check_datasets(datasets)
-    captions = Captions([index for index, _ in datasets])
+    captions = Captions(datasets)
     quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
     clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))
     rate = functools.partial(median_clip_rate, clips, args)
@@ -139,11 +138,10 @@ class Captions:
     Only the hashes are in memory, 16 bytes for each row.
     """
 
-    def __init__(self, indexes: Sequence[ClipIndex]) -> None:
-        self._indexes = list(indexes)
-        self._ends = list(itertools.accumulate(map(len, indexes)))
-        self.rows = self._ends[-1]
-        texts = (text for index in indexes for _, batch in index.batches() for text in batch)
+    def __init__(self, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> None:
+        self._rows = ClipRows(datasets)
+        self.rows = len(self._rows)
+        texts = (text for index, _ in datasets for _, batch in index.batches() for text in batch)
         hashes = np.fromiter(map(_hash, itertools.chain(texts, [""])), np.uint64, count=self.rows + 1)
         self._hashes, self._row_of_number = np.unique(hashes, return_index=True)
 
@@ -157,11 +155,7 @@ class Captions:
     def text(self, number: int) -> str:
         """The caption of a number."""
         row = int(self._row_of_number[number])
-        if row == self.rows:
-            return ""
-        dataset = bisect.bisect_right(self._ends, row)
-        index = self._indexes[dataset]
-        return index[row - (self._ends[dataset] - len(index))][1]
+        return "" if row == self.rows else self._rows[row][1]
 
 
 def _hash(caption: str) -> np.uint64:
