@@ -125,11 +125,9 @@ class SavedModel(os.PathLike):
     @property
     def takes_no_image(self) -> bool:
         """Whether the network is still one for text alone, and was not widened for the image."""
-        config = self.configs[self.facts.network]
+        config, has_to_be_widened = self.configs[self.facts.network], self.facts.input_projection is not None
         channels = config.get("in_channels")
-        return (
-            self.facts.input_projection is not None and channels is not None and channels == config.get("out_channels")
-        )
+        return has_to_be_widened and channels is not None and channels == config.get("out_channels")
 
     def findings(self, scratch_config: Mapping[str, Any] | None = None) -> Iterator[Finding]:
         """All that is wrong with its files, their configs, and with how they fit each other.
@@ -185,11 +183,8 @@ class SavedModel(os.PathLike):
                 yield Finding("", f"{base} {problem}", is_other=True)
                 return
             other = backbone_of(base, self.read)
-            if other not in (None, self.facts) and not (base / self.facts.network).is_dir():
-                there = f"it has no {self.facts.network}/ but a {other.network}/" if other else ""
-                yield Finding(
-                    "", f"{base} is a model of {other.name}, not of {self.facts.name}: {there}", is_other=True
-                )
+            if other is not None and other != self.facts and not (base / self.facts.network).is_dir():
+                yield Finding("", f"{base} is a model of {other.name}, not of {self.facts.name}", is_other=True)
 
     def _part_findings(self, part: str) -> Iterator[Finding]:
         folder = self.folder(part)
@@ -204,7 +199,7 @@ class SavedModel(os.PathLike):
                 yield Finding(part, f"{folder} has no vocabulary (spiece.model); download the model again")
             return
         file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        if part in self.components and not file.is_file() and folder.name != part:
+        if part in self.components and not file.is_file() and (folder.name != part or find_saved_model(folder)):
             yield self._absence(part, folder)
             return
         try:

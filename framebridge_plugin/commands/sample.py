@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
 from framebridge_plugin.backbones.examination import SavedModel
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import find_part, pipeline_class, read_if_whole
 from framebridge_plugin.backbones.opening import find_folder, find_model, load_scheduler, opening, say
 from framebridge_plugin.backbones.saving import local_folder
@@ -97,7 +97,7 @@ def open_pipeline(
     Args:
         model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id; or what is known of
             it.
-        transformer: Folder or id of a fine-tuned CogVideoX transformer, or of a model or a run that holds one, to put
+        transformer: Folder or id of a fine-tuned network, or of a model or a run that holds one, to put
             into `model`, with the bridge settings beside it if there are any, and those of the reference if not.
         torch_dtype: Precision of the weights; float32 by default.
         base_model: Where the model that a LoRA was trained on is now.
@@ -119,18 +119,19 @@ def open_pipeline(
                 f"{saved.lora} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
             )
         with opening(transformer):
-            replaced = _load_fine_tuned(transformer, torch_dtype)
+            replaced = _load_fine_tuned(transformer, saved.facts, torch_dtype)
     return saved.facts.load_pipeline().from_pretrained(saved, dtype=torch_dtype, **replaced)
 
 
-def _load_fine_tuned(source: str, torch_dtype: torch.dtype | None) -> dict[str, Any]:
-    """A fine-tuned transformer, and what the model around it says of its bridge and its clips, if there is one."""
+def _load_fine_tuned(source: str, facts: BackboneFacts, torch_dtype: torch.dtype | None) -> dict[str, Any]:
+    """A fine-tuned network, and what the model around it says of its bridge and its clips, if there is one."""
     # Of a whole model on the hub these parts alone.
-    patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*"]
-    folder = find_part(local_folder(source, patterns=patterns), "transformer")
-    found: dict[str, Any] = {"transformer": CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype)}
+    patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", f"{facts.network}/*", "scheduler/*"]
+    folder = find_part(local_folder(source, patterns=patterns), facts.network)
+    network = facts.load_adapter().network_class.from_pretrained(folder, dtype=torch_dtype)
+    found: dict[str, Any] = {facts.network: network}
     index = read_if_whole(folder.parent / "model_index.json")
-    if pipeline_class(index) == "FrameBridgeCogVideoXPipeline":
+    if pipeline_class(index) == facts.load_pipeline().__name__:
         found |= {name: index[name] for name in _CALL_SETTINGS if index.get(name) is not None}
         found["scheduler"] = load_scheduler(folder.parent / "scheduler")
     return found

@@ -214,6 +214,15 @@ def test_a_model_of_another_stage(tmp_path):
     assert f"{prior} is a model of latte_neural_prior, not of latte_bridge" in finding.message
 
 
+@pytest.mark.parametrize("change", [{"num_frames": None}, {"_class_name": "DiT", "num_frames": None}])
+def test_a_config_that_is_not_what_it_should_be_is_not_asked_for_more(tmp_path, change):
+    saved = SavedModel(LATTE_BRIDGE, write_latte_folder(tmp_path / "model", bridge={"out_channels": 16, **change}))
+    (finding,) = saved.findings()
+    assert (finding.part, finding.is_other) == ("transformer", True)
+    assert saved.clip_rule == ClipShapeRule(frames_step=1, size_step=8)
+    assert saved.known_classes is None
+
+
 @pytest.mark.parametrize("part", ["vae", "transformer", "neural_prior"])
 def test_damaged_parts(tmp_path, part):
     folder = write_latte_folder(tmp_path / "model", "bridge_neural_prior")

@@ -116,7 +116,7 @@ def test_a_run_is_sampled_without_finetrainers(inputs, tmp_path):
     command = [sys.executable, "-c", program, "sample", "--prompt=a", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "x.mp4").is_file()
+    assert (tmp_path / "video.mp4").is_file()
 
 
 @pytest.mark.parametrize("model", ["full", "full/model", "full/checkpoints/step_000002", "lora", "lora/lora"])

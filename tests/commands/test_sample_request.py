@@ -213,6 +213,15 @@ def test_a_damaged_lora(arguments, lora, info, message):
     assert message in problem
 
 
+def test_the_file_of_a_lora_is_looked_at(arguments, lora):
+    run = lora(base_model=arguments["model"])
+    SampleRequest(**arguments | {"model": run})
+    file = Path(run, "lora", "pytorch_lora_weights.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    (problem,) = problems_of(arguments, model=run)
+    assert problem.startswith(f"--model {file} has ")
+
+
 def test_a_lora_takes_no_transformer(arguments, lora):
     transformer = f"{arguments['model']}/transformer"
     (problem,) = problems_of(arguments, model=lora(base_model=arguments["model"]), transformer=transformer)
