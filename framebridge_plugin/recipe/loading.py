@@ -109,9 +109,9 @@ def load_recipe(
     Raises:
         UsageError: With every error on a line of its own: file and line, dotted path, what is wrong, what to do.
     """
-    recipe, problems = _examine(name_or_path, overrides, environment)
-    if recipe is None or problems:
-        raise UsageError("\n".join(text for text, _ in problems))
+    recipe, missing = resolve_recipe(name_or_path, overrides, environment)
+    if missing:
+        raise UsageError("\n".join(missing))
     return recipe
 
 

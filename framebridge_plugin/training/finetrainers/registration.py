@@ -6,7 +6,7 @@ import argparse
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,39 +61,24 @@ def register() -> None:
 # --- Model names and arguments ---
 
 
-class LazySpecifications(dict[str, Any]):
-    """Training type -> specification class, imported when it is first looked up.
-
-    A specification imports finetrainers, so it cannot be imported before finetrainers has been.
-
-    Args:
-        model_name: Name of the backbone.
-    """
+class LazySpecifications(Mapping[str, Any]):
+    """Training type -> specification class of a backbone, imported when it is looked up: it imports finetrainers."""
 
     def __init__(self, model_name: str) -> None:
-        super().__init__(dict.fromkeys(TRAINING_TYPES))
         self._model_name = model_name
 
-    def _load(self) -> Any:
+    def __getitem__(self, training_type: str) -> Any:
+        if training_type not in TRAINING_TYPES:
+            raise KeyError(training_type)
         from framebridge_plugin.training.specifications import specification_of
 
         return specification_of(self._model_name)
 
-    def __getitem__(self, training_type: str) -> Any:
-        super().__getitem__(training_type)
-        return self._load()
+    def __iter__(self) -> Iterator[str]:
+        return iter(TRAINING_TYPES)
 
-    def get(self, training_type: str, default: Any = None) -> Any:
-        """Returns the class, or `default` for a training type that it does not support."""
-        return self._load() if training_type in self else default
-
-    def values(self) -> Any:
-        """Returns the classes."""
-        return [self[training_type] for training_type in self]
-
-    def items(self) -> Any:
-        """Returns pairs of training type and class."""
-        return [(training_type, self[training_type]) for training_type in self]
+    def __len__(self) -> int:
+        return len(TRAINING_TYPES)
 
 
 def _register_specifications() -> None:
