@@ -48,11 +48,7 @@ _NOT_ABSTRACT = ("prepare_conditions", "prepare_latents", "collate_conditions", 
 
 
 def check_interface(subject: Subject) -> None:
-    """Every method is implemented and takes what the trainers pass.
-
-    Args:
-        subject: The specification under test.
-    """
+    """Every method is implemented and takes what the trainers pass."""
     from finetrainers.models import ModelSpecification
 
     specification = subject.specification()
@@ -83,11 +79,7 @@ def check_interface(subject: Subject) -> None:
 
 
 def check_models(subject: Subject) -> None:
-    """The loaders return what the trainers keep, in the precision asked for, ready for use, and always the same.
-
-    Args:
-        subject: The specification under test.
-    """
+    """The loaders return what the trainers keep, in the precision asked for, ready for use, and always the same."""
     from finetrainers import SFTTrainer, utils
 
     loaders = {
@@ -130,22 +122,14 @@ def _check_network(name: str, model: nn.Module, again: nn.Module, dtype: torch.d
 
 
 def check_conditions(subject: Subject) -> None:
-    """`prepare_conditions` returns a batch of one that can be stored, and depends on nothing but its arguments.
-
-    Args:
-        subject: The specification under test.
-    """
+    """`prepare_conditions` returns a batch of one that can be stored, and depends on nothing but its arguments."""
     specification = subject.specification()
     models = specification.load_condition_models()
     _check_prepared(subject, specification.prepare_conditions, models)
 
 
 def check_latents(subject: Subject) -> None:
-    """`prepare_latents` does the same, with and without a drawn posterior, and its size can be told.
-
-    Args:
-        subject: The specification under test.
-    """
+    """`prepare_latents` does the same, with and without a drawn posterior, and its size can be told."""
     specification = subject.specification()
     models = specification.load_latent_models()
     for compute_posterior in (True, False):
@@ -192,11 +176,7 @@ def _check_prepared(subject: Subject, prepare: Any, models: Mapping[str, Any], *
 
 
 def check_collation(subject: Subject) -> None:
-    """Two samples become one batch that holds both, unchanged and in order.
-
-    Args:
-        subject: The specification under test.
-    """
+    """Two samples become one batch that holds both, unchanged and in order."""
     from finetrainers import data
 
     specification = subject.specification()
@@ -233,11 +213,7 @@ def _check_batch(name: str, batch: Any, samples: Any) -> None:
 
 
 def check_forward(subject: Subject) -> None:
-    """`forward` returns prediction, target and sigmas, and its loss has a gradient for all that is trained.
-
-    Args:
-        subject: The specification under test.
-    """
+    """`forward` returns prediction, target and sigmas, and its loss has a gradient for all that is trained."""
     for dtype, compute_posterior in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
         specification = subject.specification(dtype)
         batch = subject.batch(specification, compute_posterior)
@@ -264,11 +240,7 @@ def check_forward(subject: Subject) -> None:
 
 
 def check_loss_falls(subject: Subject) -> None:
-    """Twenty updates on one batch, with the same draws, take at least a tenth off the loss.
-
-    Args:
-        subject: The specification under test.
-    """
+    """Twenty updates on one batch, with the same draws, take at least a tenth off the loss."""
     specification = subject.specification()
     batch = subject.batch(specification)
     models = specification.load_diffusion_models()
@@ -289,15 +261,7 @@ def check_loss_falls(subject: Subject) -> None:
 
 
 def differing_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
-    """Compares state dicts bit for bit.
-
-    Args:
-        expected: The one.
-        found: The other.
-
-    Returns:
-        What differs, in words: names that are missing or too many, types, shapes, values; empty if nothing does.
-    """
+    """What differs between state dicts, bit for bit, in words; empty if nothing does."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is too many" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
@@ -314,11 +278,11 @@ def _some(names: list[str]) -> str:
 
 
 CHECKS = (
-    Check("interface", "every method is implemented and takes what the trainers pass", check_interface),
-    Check("models", "the loaders return what the trainers keep, in the precision asked for", check_models),
-    Check("conditions", "prepare_conditions returns a batch of one that can be stored", check_conditions),
-    Check("latents", "prepare_latents does so too, and its size can be told", check_latents),
-    Check("collation", "two samples become one batch that holds both, unchanged", check_collation),
-    Check("forward", "prediction and target have one shape, and all weights get a gradient", check_forward),
-    Check("loss-falls", "twenty updates on one batch take at least a tenth off the loss", check_loss_falls),
+    Check("interface", check_interface),
+    Check("models", check_models),
+    Check("conditions", check_conditions),
+    Check("latents", check_latents),
+    Check("collation", check_collation),
+    Check("forward", check_forward),
+    Check("loss-falls", check_loss_falls),
 )

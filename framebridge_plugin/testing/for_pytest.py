@@ -46,11 +46,7 @@ class SpecificationConformance:
     """Expected failures by name of the check; None takes those of `KNOWN_FAULTS`."""
 
     def make_specification(self) -> Any:
-        """Makes the specification, anew at every call and always alike.
-
-        Returns:
-            The specification.
-        """
+        """Makes the specification, anew at every call and always alike."""
         assert self.specification_class is not None, "set specification_class, or override make_specification"
         if self.model_folder is None:
             return self.specification_class()
@@ -58,15 +54,7 @@ class SpecificationConformance:
 
     @pytest.fixture(scope="class")
     def subject(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-        """The specification and the clips that all checks share.
-
-        Args:
-            request: pytest's.
-            tmp_path_factory: pytest's.
-
-        Returns:
-            The subject.
-        """
+        """The specification and the clips that all checks share."""
         return Subject(
             self.make_specification,
             tmp_path_factory.mktemp("conformance"),
@@ -79,12 +67,7 @@ class SpecificationConformance:
 
     @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
     def test_conformance(self, check: Check, subject: Subject) -> None:
-        """One check of the suite.
-
-        Args:
-            check: The check.
-            subject: The specification.
-        """
+        """One check of the suite."""
         faults = self.known_faults
         result = run_check(check, subject, known_faults_of(subject.specification_class) if faults is None else faults)
         if result.status == "known":

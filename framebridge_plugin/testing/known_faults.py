@@ -40,12 +40,5 @@ KNOWN_FAULTS: dict[str, dict[str, KnownFault]] = {
 
 
 def known_faults_of(specification_class: type) -> dict[str, KnownFault]:
-    """The known faults of a specification.
-
-    Args:
-        specification_class: Its class.
-
-    Returns:
-        Faults by name of the check; empty for a class that is not in `KNOWN_FAULTS`.
-    """
+    """The known faults of a specification, by name of the check."""
     return KNOWN_FAULTS.get(f"{specification_class.__module__}.{specification_class.__qualname__}", {})

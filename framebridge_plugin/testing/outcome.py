@@ -33,12 +33,10 @@ class Check:
 
     Attributes:
         name: Its name, for `--only` and for tables of known faults.
-        summary: What holds where it passes, in one line.
         function: Raises `ConformanceFailure`, or anything else, where it does not hold.
     """
 
     name: str
-    summary: str
     function: Callable[[Subject], None]
 
 
@@ -76,27 +74,12 @@ class Result:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends a check.
-
-    Args:
-        message: What is wrong.
-
-    Raises:
-        ConformanceFailure: Always.
-    """
+    """Ends a check."""
     raise ConformanceFailure(message)
 
 
 def require(condition: object, message: str) -> None:
-    """Ends a check if a condition does not hold.
-
-    Args:
-        condition: What has to hold.
-        message: What is wrong if it does not.
-
-    Raises:
-        ConformanceFailure: If it does not hold.
-    """
+    """Ends a check if a condition does not hold."""
     if not condition:
         fail(message)
 

@@ -22,14 +22,7 @@ RANK = 4
 
 
 def network_name(specification: Any) -> str:
-    """The folder in a saved model, and the component of a pipeline, of the network that is trained.
-
-    Args:
-        specification: The specification.
-
-    Returns:
-        `transformer`, or what the specification's `network_name` says.
-    """
+    """The trained network's folder in a saved model, and its name in a pipeline."""
     return getattr(specification, "network_name", "transformer")
 
 
@@ -37,11 +30,7 @@ def network_name(specification: Any) -> str:
 
 
 def check_model_round_trip(subject: Subject) -> None:
-    """`_save_model` writes the weights that it is given, and diffusers reads them back bit for bit.
-
-    Args:
-        subject: The specification under test.
-    """
+    """`_save_model` writes the weights that it is given, and diffusers reads them back bit for bit."""
     specification, models, state_dict, folder = _save_changed_model(subject)
     check_saved_model(specification, models["transformer"], state_dict, folder)
     if (folder / "scheduler").is_dir():
@@ -52,11 +41,7 @@ def check_model_round_trip(subject: Subject) -> None:
 
 
 def check_reopening(subject: Subject) -> None:
-    """A specification that is given what another one saved goes on with the same weights.
-
-    Args:
-        subject: The specification under test.
-    """
+    """A specification that is given what another one saved goes on with the same weights."""
     specification, _, state_dict, folder = _save_changed_model(subject)
     again = subject.specification()
     if (folder / "model_index.json").is_file():
@@ -76,17 +61,7 @@ def check_reopening(subject: Subject) -> None:
 def check_saved_model(
     specification: Any, network: nn.Module, state_dict: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    """Reads a saved network with diffusers and compares it.
-
-    Args:
-        specification: The specification that saved it.
-        network: A network of the same class.
-        state_dict: The weights that it has to have.
-        folder: What `_save_model` wrote to.
-
-    Raises:
-        ConformanceFailure: If they are not the same, bit for bit.
-    """
+    """Reads the network that a specification saved with diffusers, and compares it bit for bit."""
     saved = folder / network_name(specification)
     written = ", ".join(sorted(path.name for path in folder.iterdir()))
     require(saved.is_dir(), f"_save_model writes no folder {saved.name}, only {written or 'nothing'}")
@@ -124,20 +99,12 @@ def _changed(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_lora_export(subject: Subject) -> None:
-    """A LoRA file is loaded by diffusers, bit for bit, and reproduces the trained output.
-
-    Args:
-        subject: The specification under test.
-    """
+    """A LoRA file is loaded by diffusers, bit for bit, and reproduces the trained output."""
     _check_export(subject, alpha=RANK)
 
 
 def check_lora_alpha(subject: Subject) -> None:
-    """It does so too where alpha is not the rank, which scales the layers.
-
-    Args:
-        subject: The specification under test.
-    """
+    """It does so too where alpha is not the rank, which scales the layers."""
     _check_export(subject, alpha=2 * RANK)
 
 
@@ -161,18 +128,7 @@ def _check_export(subject: Subject, alpha: int) -> None:
 
 
 def check_saved_lora(subject: Subject, specification: Any, network: nn.Module, scheduler: Any, folder: Path) -> None:
-    """Loads a LoRA with diffusers, alone and into the specification's pipeline, and compares it with what it is of.
-
-    Args:
-        subject: The specification under test.
-        specification: The specification that saved it.
-        network: The trained network, with its LoRA layers.
-        scheduler: Its scheduler.
-        folder: What `_save_lora_weights` wrote to.
-
-    Raises:
-        ConformanceFailure: If weights, scales or outputs differ.
-    """
+    """Loads a LoRA with diffusers, alone and into the pipeline, and compares weights, scales and outputs."""
     again = subject.specification()
     base = again.load_diffusion_models()["transformer"]
     base_output = _output(subject, specification, base, scheduler)
@@ -218,14 +174,7 @@ def _output(subject: Subject, specification: Any, network: nn.Module, scheduler:
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict without the names of adapters and of checkpoint wrappers.
-
-    Args:
-        network: A network, perhaps with LoRA layers and gradient checkpointing.
-
-    Returns:
-        The tensors by name.
-    """
+    """A state dict without the names of adapters and of checkpoint wrappers."""
     return {_plain_name(name): tensor.detach() for name, tensor in network.state_dict().items()}
 
 
@@ -235,12 +184,8 @@ def _plain_name(name: str) -> str:
 
 
 CHECKS = (
-    Check(
-        "model-round-trip",
-        "_save_model writes what it is given; diffusers reads it bit for bit",
-        check_model_round_trip,
-    ),
-    Check("reopening", "a specification that is given what was saved has the same weights", check_reopening),
-    Check("lora-export", "diffusers loads the LoRA, and it reproduces the trained output", check_lora_export),
-    Check("lora-alpha", "also where alpha is not the rank", check_lora_alpha),
+    Check("model-round-trip", check_model_round_trip),
+    Check("reopening", check_reopening),
+    Check("lora-export", check_lora_export),
+    Check("lora-alpha", check_lora_alpha),
 )

@@ -11,7 +11,7 @@ import csv
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,28 +70,14 @@ class Subject:
         self._folders = 0
 
     def specification(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A new specification.
-
-        Args:
-            dtype: Precision in which it loads every network.
-
-        Returns:
-            The specification.
-        """
+        """A new specification, which loads every network in this precision."""
         specification = self.make()
         for precision in _PRECISIONS:
             setattr(specification, precision, dtype)
         return specification
 
     def new_folder(self, name: str) -> Path:
-        """Makes a folder that no other check writes to.
-
-        Args:
-            name: First part of its name.
-
-        Returns:
-            The folder.
-        """
+        """Makes a folder that no other check writes to, with this beginning of its name."""
         self._folders += 1
         folder = self.folder / f"{name}-{self._folders}"
         folder.mkdir(parents=True)
@@ -135,15 +121,7 @@ class Subject:
     def prepared(
         self, specification: Any, compute_posterior: bool = True
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Both samples after `prepare_conditions` and `prepare_latents`, called as the trainers call them.
-
-        Args:
-            specification: The specification.
-            compute_posterior: False as with precomputation.
-
-        Returns:
-            (conditions, latents): what the two methods returned, one entry for each sample.
-        """
+        """What `prepare_conditions` and `prepare_latents` return, one entry for each sample."""
         generator = torch.Generator().manual_seed(SEED)
         models = specification.load_condition_models()
         conditions = [
@@ -157,15 +135,7 @@ class Subject:
         return conditions, latents
 
     def batch(self, specification: Any, compute_posterior: bool = True) -> Batch:
-        """Both samples as one batch, in the precision of the network.
-
-        Args:
-            specification: The specification.
-            compute_posterior: False as with precomputation.
-
-        Returns:
-            The batch.
-        """
+        """Both samples as one batch, in the precision of the network."""
         from finetrainers import utils
 
         conditions, latents = self.prepared(specification, compute_posterior)
@@ -177,31 +147,15 @@ class Subject:
         )
 
 
-class Batch:
-    """Two samples and the draws that go with them, with which a network can be evaluated again and again alike.
+class Batch(NamedTuple):
+    """Two samples, collated, with which a network can be evaluated again and again with the same draws."""
 
-    Args:
-        conditions: What `collate_conditions` returned.
-        latents: What `collate_latents` returned.
-        compute_posterior: As `prepare_latents` was called.
-    """
-
-    def __init__(self, conditions: Mapping[str, Any], latents: Mapping[str, Any], compute_posterior: bool) -> None:
-        self.conditions = conditions
-        self.latents = latents
-        self.compute_posterior = compute_posterior
+    conditions: Mapping[str, Any]
+    latents: Mapping[str, Any]
+    compute_posterior: bool
 
     def evaluate(self, specification: Any, network: torch.nn.Module, scheduler: Any) -> Any:
-        """What `forward` returns, called as the stock trainer calls it, with the same draws at every call.
-
-        Args:
-            specification: The specification.
-            network: The network.
-            scheduler: Its scheduler.
-
-        Returns:
-            Whatever `forward` returned; (prediction, target, sigmas) if it conforms.
-        """
+        """What `forward` returns, called as the stock trainer calls it."""
         from finetrainers import utils
 
         sigmas = utils.prepare_sigmas(
@@ -227,16 +181,7 @@ class Batch:
             )
 
     def loss(self, specification: Any, network: torch.nn.Module, scheduler: Any) -> torch.Tensor:
-        """The loss of finetrainers' training loop on this batch.
-
-        Args:
-            specification: The specification.
-            network: The network.
-            scheduler: Its scheduler.
-
-        Returns:
-            A scalar.
-        """
+        """The loss of finetrainers' training loop on this batch, a scalar."""
         from finetrainers import utils
 
         prediction, target, sigmas = self.evaluate(specification, network, scheduler)

@@ -277,9 +277,9 @@ class SavesElsewhere(Whole):
 
 @fails("reopening", r"goes on with other weights: \S*weight has other values")
 class AlwaysLoadsTheFirstModel(Whole):
-    def load_diffusion_models(self):
+    def _load_configs(self):
         self.pretrained_model_name_or_path = str(self.folder)
-        return super().load_diffusion_models()
+        super()._load_configs()
 
 
 @fails("reopening", r"cannot load what was saved \(FrameBridgeError: cannot load .*config.json")

@@ -1,0 +1,1 @@
+"""A backbone of another package: a flow-matching text-to-video model of a few convolutions."""
