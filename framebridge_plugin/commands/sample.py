@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,14 @@ def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> d
         pipeline.scheduler = FrameBridgeScheduler.from_config(pipeline.scheduler.config, **settings)
     else:
         say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
-    call: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
-    if facts.condition == "text":
-        call |= {"num_frames": request.num_frames, "height": request.height, "width": request.width}
-        call["use_dynamic_cfg"] = request.use_dynamic_cfg
-    return call
+    settings_of_call = {
+        "num_inference_steps": request.steps,
+        **{name: getattr(request, name) for name in ("guidance_scale", "num_frames", "height", "width")},
+        "use_dynamic_cfg": request.use_dynamic_cfg,
+    }
+    # What a pipeline does not take was refused, or is what the model says itself.
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    return {name: value for name, value in settings_of_call.items() if name in taken}
 
 
 def open_pipeline(

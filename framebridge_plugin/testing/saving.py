@@ -129,9 +129,15 @@ def _check_export(subject: Subject, alpha: int) -> None:
 
 def check_saved_lora(subject: Subject, specification: Any, network: nn.Module, scheduler: Any, folder: Path) -> None:
     """Loads a LoRA with diffusers, alone and into the pipeline, and compares weights, scales and outputs."""
+    batch = subject.batch(specification)
+
+    @torch.no_grad()
+    def output(module: nn.Module) -> torch.Tensor:
+        return batch.evaluate(specification, module.eval(), scheduler)[0].float()
+
     again = subject.specification()
     base = again.load_diffusion_models()["transformer"]
-    base_output = _output(subject, specification, base, scheduler)
+    base_output = output(base)
     base.load_lora_adapter(str(folder), prefix=network_name(specification), weight_name=LORA_FILE)
     _compare_layers(network, base, "a network with diffusers' load_lora_adapter")
 
@@ -142,7 +148,7 @@ def check_saved_lora(subject: Subject, specification: Any, network: nn.Module, s
     names = differing_tensors(plain_state_dict(network), plain_state_dict(loaded))
     require(not names, f"the pipeline with the LoRA is not the trained network: {names}")
 
-    trained, found = (_output(subject, specification, module, scheduler) for module in (network, loaded))
+    trained, found = output(network), output(loaded)
     size = trained.abs().max().item()
     moved, error = ((trained - other).abs().max().item() for other in (base_output, found))
     require(moved > 1e-4 * size, f"training moved the output by only {moved:.2g} of {size:.2g}: nothing to compare")
@@ -165,12 +171,6 @@ def _compare_layers(network: nn.Module, loaded: nn.Module, where: str) -> None:
 def _scales(network: nn.Module) -> dict[str, float]:
     layers = ((name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer))
     return {_plain_name(name): next(iter(layer.scaling.values())) for name, layer in layers}
-
-
-@torch.no_grad()
-def _output(subject: Subject, specification: Any, network: nn.Module, scheduler: Any) -> torch.Tensor:
-    batch = subject.batch(specification)
-    return batch.evaluate(specification, network.eval(), scheduler)[0].float()
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from framebridge_plugin.testing import CHECKS, KnownFault, Subject, run_check
-from tests.testing.broken import CASES, LosesAlpha, NoSpecification, Whole
+from tests.testing.broken import CASES, NoSpecification, Whole, WithoutForward
 from tests.tiny_models import make_tiny_latte
 
 RUNS = "run-{lora,full}-{accelerate,ptd}[-precomputed]"
-LOSES_ALPHA = KnownFault("it forgets about alpha", "alpha is lost")
+OF_ANOTHER_KIND = KnownFault("it is older than finetrainers", "is no subclass")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,16 +40,16 @@ def test_the_documentation_lists_every_check():
 
 
 def test_a_known_fault_is_reported_with_its_reason(tmp_path):
-    result = run_check(CHECKS["lora-alpha"], Subject(LosesAlpha, tmp_path), {"lora-alpha": LOSES_ALPHA})
-    assert (result.status, result.message) == ("known", "known: it forgets about alpha")
+    result = run_check(CHECKS["interface"], Subject(NoSpecification, tmp_path), {"interface": OF_ANOTHER_KIND})
+    assert (result.status, result.message) == ("known", "known: it is older than finetrainers")
 
 
 def test_another_failure_is_not_the_known_fault(tmp_path):
-    result = run_check(CHECKS["interface"], Subject(NoSpecification, tmp_path), {"interface": LOSES_ALPHA})
+    result = run_check(CHECKS["interface"], Subject(WithoutForward, tmp_path), {"interface": OF_ANOTHER_KIND})
     assert result.status == "FAILED"
 
 
 def test_a_known_fault_that_is_gone_is_reported(tmp_path):
-    result = run_check(CHECKS["lora-alpha"], Subject(Whole, tmp_path), {"lora-alpha": LOSES_ALPHA})
+    result = run_check(CHECKS["interface"], Subject(Whole, tmp_path), {"interface": OF_ANOTHER_KIND})
     assert result.status == "repaired"
-    assert result.message == "lora-alpha: Whole: passes, although this fault is known: it forgets about alpha"
+    assert result.message == "interface: Whole: passes, although this fault is known: it is older than finetrainers"
