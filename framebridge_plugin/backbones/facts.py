@@ -38,6 +38,10 @@ class ClipRule(Protocol):
         """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
         ...
 
+    def nearest(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The nearest shape that fits."""
+        ...
+
 
 @dataclass(frozen=True)
 class ClipShapeRule:
@@ -53,14 +57,19 @@ class ClipShapeRule:
 
     def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
         """Yields the names of the arguments that do not fit, with what is wrong; None is not checked."""
-        if num_frames is not None and (num_frames - 1) % self.frames_step:
-            nearest = _nearest(num_frames - 1, self.frames_step, least=0) + 1
+        frames, *sizes = self.nearest(num_frames or 1, height or self.size_step, width or self.size_step)
+        if num_frames is not None and num_frames != frames:
             rule = f"{self.frames_step} k + 1 frames"
-            yield "num_frames", f"the VAE returns only {rule}, not {num_frames}; the nearest is {nearest}"
-        for name, size in (("height", height), ("width", width)):
-            if size is not None and size % self.size_step:
-                nearest = _nearest(size, self.size_step, least=self.size_step)
-                yield name, f"should be a multiple of {self.size_step} for this model, not {size}; try {nearest}"
+            yield "num_frames", f"the VAE returns only {rule}, not {num_frames}; the nearest is {frames}"
+        for name, given, nearest in zip(("height", "width"), (height, width), sizes, strict=True):
+            if given is not None and given != nearest:
+                yield name, f"should be a multiple of {self.size_step} for this model, not {given}; try {nearest}"
+
+    def nearest(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The nearest shape that fits."""
+        frames = _nearest(num_frames - 1, self.frames_step, least=0) + 1
+        step = self.size_step
+        return frames, _nearest(height, step, least=step), _nearest(width, step, least=step)
 
 
 def _nearest(value: int, step: int, least: int) -> int:
@@ -81,6 +90,10 @@ class ClipShape:
             trained = getattr(self, name)
             if given is not None and given != trained:
                 yield name, f"this model was trained on {trained} and takes no other, not {given}"
+
+    def nearest(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The one that there is."""
+        return self.num_frames, self.height, self.width
 
 
 @dataclass(frozen=True)

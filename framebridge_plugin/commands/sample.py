@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from framebridge_plugin.commands.sample_request import SampleRequest
 
 _CALL_SETTINGS = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
+_CALL_OPTIONS = ("guidance_scale", "use_dynamic_cfg", "num_frames", "height", "width")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,14 +79,10 @@ def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> d
         pipeline.scheduler = FrameBridgeScheduler.from_config(pipeline.scheduler.config, **settings)
     else:
         say(f"a diffusion model: sampled with its {type(pipeline.scheduler).__name__}, not with --sampler")
-    settings_of_call = {
-        "num_inference_steps": request.steps,
-        **{name: getattr(request, name) for name in ("guidance_scale", "num_frames", "height", "width")},
-        "use_dynamic_cfg": request.use_dynamic_cfg,
-    }
-    # What a pipeline does not take was refused, or is what the model says itself.
+    # What its call does not take was refused, or is as the model says.
     taken = inspect.signature(type(pipeline).__call__).parameters
-    return {name: value for name, value in settings_of_call.items() if name in taken}
+    given = {name: getattr(request, name) for name in _CALL_OPTIONS if name in taken}
+    return {"num_inference_steps": request.steps, **given}
 
 
 def open_pipeline(

@@ -39,8 +39,8 @@ class SpecificationConformance:
     captions: Sequence[str] | None = None
     """Captions of the clips; see `Subject`."""
 
-    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the layers that LoRA adapts."""
+    target_modules: Sequence[str] | None = None
+    """Names of the layers that LoRA adapts; see `Subject`."""
 
     known_faults: Mapping[str, KnownFault] | None = None
     """Expected failures by name of the check; None takes those of `KNOWN_FAULTS`."""

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.media import write_video
+from framebridge_plugin.training.finetrainers.arguments import lora_targets
 
 CAPTIONS = (
     "a red square moves to the right",
@@ -29,6 +31,7 @@ CAPTIONS = (
 
 SEED = 42
 _DEFAULT_CLIP_SHAPE = (9, 64, 64)
+_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 _PRECISIONS = ("text_encoder_dtype", "text_encoder_2_dtype", "text_encoder_3_dtype", "transformer_dtype", "vae_dtype")
 
 
@@ -42,9 +45,10 @@ class Subject:
         name: What failures call the specification; by default the name of its class.
         model_name: The name under which finetrainers knows the model, if it has one.
         clip_shape: (frames, height, width) of the clips; by default what the model's config says that it was trained
-            on, else 9 frames of 64 x 64.
-        captions: Their captions; by default the model's class names if it has any, else short sentences.
-        target_modules: Names of the layers that LoRA adapts.
+            on, else 9 frames of 64 x 64, or what its backbone allows that is nearest.
+        captions: Their captions; by default the classes that the model knows, else short sentences.
+        target_modules: Names of the layers that LoRA adapts, or a pattern; by default the backbone's own, else those
+            of attention.
     """
 
     def __init__(
@@ -56,17 +60,20 @@ class Subject:
         model_name: str | None = None,
         clip_shape: tuple[int, int, int] | None = None,
         captions: Sequence[str] | None = None,
-        target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+        target_modules: Sequence[str] | None = None,
     ) -> None:
         self.make = make
         self.folder = Path(folder)
         self.model_name = model_name
-        self.target_modules = list(target_modules)
         specification = make()
         self.specification_class = type(specification)
         self.name = name or self.specification_class.__name__
-        self.clip_shape = clip_shape or _native_clip_shape(specification)
-        self.captions = tuple(captions or _entry(specification.transformer_config, "class_names") or CAPTIONS)
+        # Others than this package's have no adapter.
+        facts = specification.adapter.facts if hasattr(specification, "adapter") else None
+        self.clip_shape = clip_shape or _native_clip_shape(specification, facts)
+        self.captions = tuple(captions or _class_names(specification, facts) or CAPTIONS)
+        own_targets = None if facts is None else facts.defaults.get("lora.target_modules")
+        self.target_modules = lora_targets(target_modules or own_targets or _TARGET_MODULES)
         self._folders = 0
 
     def specification(self, dtype: torch.dtype = torch.float32) -> Any:
@@ -200,14 +207,23 @@ def _entry(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
-def _native_clip_shape(specification: Any) -> tuple[int, int, int]:
+def _class_names(specification: Any, facts: BackboneFacts | None) -> Sequence[str]:
+    """The classes that a model knows, by their names or numbers; none for one that takes text."""
+    if facts is None:
+        return _entry(specification.transformer_config, "class_names") or ()
+    classes = facts.known_classes(specification.transformer_config)
+    return () if classes is None else classes.names or [str(number) for number in range(classes.number)]
+
+
+def _native_clip_shape(specification: Any, facts: BackboneFacts | None) -> tuple[int, int, int]:
     """Frames, height and width in pixels that the configs of network and autoencoder tell."""
     config, vae_config = specification.transformer_config, specification.vae_config
     frames = _entry(config, "sample_frames") or _entry(config, "num_frames")
     size = _entry(config, "sample_height"), _entry(config, "sample_width")
     levels = _entry(vae_config, "block_out_channels")
     if None in (frames, *size, levels):
-        return _DEFAULT_CLIP_SHAPE
+        shape = _DEFAULT_CLIP_SHAPE
+        return shape if facts is None else facts.clip_rule(vae_config, config).nearest(*shape)
     scale = 2 ** (len(levels) - 1)
     return frames, size[0] * scale, size[1] * scale
 

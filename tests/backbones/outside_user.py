@@ -58,7 +58,7 @@ def write_recipe(folder: Path, training_type: str) -> Path:
         "validation": {"validation_dataset_file": str(folder / "validation.csv"), "validation_steps": 3},
     }
     if training_type == "lora":
-        recipe["lora"] = {"rank": 4, "lora_alpha": 8, "target_modules": "blocks.*to_q"}
+        recipe["lora"] = {"rank": 4, "lora_alpha": 8}
     path = folder / f"{training_type}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -9,11 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
-from finetrainers.models import ModelSpecification
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from framebridge_plugin import register
 from framebridge_plugin.training import LatteBridgeSpecification
+
+register()
+
+from finetrainers.models import ModelSpecification  # noqa: E402
 
 CASES: list[tuple[str, str, type]] = []
 """(check, part of the message, class)"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from framebridge_plugin.backbones.facts import backbone_names, find_backbone
@@ -132,9 +132,13 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"])
     for name in ("attn_provider_training", "attn_provider_inference"):
         values[name] = values[name] or []
-    if is_lora and len(recipe.lora.target_modules) == 1:
-        (target,) = recipe.lora.target_modules
-        # peft takes a text for a regular expression, and a list for names and their ends.
-        values["target_modules"] = [target] if re.fullmatch(r"[\w.]+", target) else target
+    if is_lora:
+        values["target_modules"] = lora_targets(recipe.lora.target_modules)
     for name, value in values.items():
         setattr(args, name, value)
+
+
+def lora_targets(names: Sequence[str]) -> list[str] | str:
+    """Layers as peft takes them: a text for a regular expression, a list for names and their ends."""
+    is_pattern = len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
+    return names[0] if is_pattern else list(names)
