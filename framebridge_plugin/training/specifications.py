@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.training.specification import BridgeSpecification
 
 
 def specification_of(model_name: str) -> type[BridgeSpecification]:
     """The specification of a backbone."""
     own = {cls.model_name: cls for cls in _OWN}
-    return own.get(model_name) or type("BridgeSpecification", (BridgeSpecification,), {"model_name": model_name})
+    name = f"{find_backbone(model_name).title}BridgeSpecification"
+    return own.get(model_name) or type(name, (BridgeSpecification,), {"model_name": model_name})
 
 
 class CogVideoXBridgeSpecification(BridgeSpecification):
