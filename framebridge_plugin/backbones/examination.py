@@ -103,7 +103,10 @@ class SavedModel(os.PathLike):
     def configs(self) -> dict[str, dict[str, Any]]:
         """The config of each component; an empty one where it is not to be seen, or is not what it should be."""
         wrong = {finding.part for finding in self._own_findings}
-        folders = {part: None if part in wrong else self.folder(part) for part in self.parts}
+        folders = {
+            part: None if part in wrong or ("" in wrong and part not in self.components) else self.folder(part)
+            for part in self.parts
+        }
         for part in self.facts.optional_parts:
             if (network := self.components.get(part)) is not None:
                 folders[f"{part}/vae"] = network.parent / "vae"

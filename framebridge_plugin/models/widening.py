@@ -7,7 +7,6 @@ exactly what the pretrained one does until it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -55,26 +54,6 @@ def widen_input_channels(network: NetworkT, projection: str) -> NetworkT:
     return network
 
 
-def load_widened_network(
-    network_class: type[NetworkT],
-    projection: str,
-    source: str,
-    *,
-    subfolder: str | None = None,
-    config_problem: Callable[[Mapping[str, Any]], str | None] = lambda config: None,
-    **kwargs: Any,
-) -> NetworkT:
-    """Loads a network and widens it where that is needed; a FrameBridgeError for a config that has a problem, another
-    number of channels, or weights that lack a tensor.
-    """
-    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-    if problem := config_problem(network_class.load_config(source, subfolder=subfolder, **where)):
-        raise FrameBridgeError(f"{source} {problem}")  # before a long download
-    with whole_weights():
-        network = network_class.from_pretrained(source, subfolder=subfolder, **kwargs)
-    return widen_input_channels(network, projection)
-
-
 def load_bridge_transformer(
     pretrained_model_name_or_path: str, *, subfolder: str | None = None, **kwargs: Any
 ) -> CogVideoXTransformer3DModel:
@@ -92,11 +71,11 @@ def load_bridge_transformer(
     Raises:
         FrameBridgeError: If it is a CogVideoX 1.5, has another number of channels, or its weights lack a tensor.
     """
-    return load_widened_network(
-        CogVideoXTransformer3DModel,
-        INPUT_PROJECTION,
-        pretrained_model_name_or_path,
-        subfolder=subfolder,
-        config_problem=lambda config: config_problem("transformer", config),
-        **kwargs,
-    )
+    source = pretrained_model_name_or_path
+    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+    config = CogVideoXTransformer3DModel.load_config(source, subfolder=subfolder, **where)
+    if problem := config_problem("transformer", config):  # before a long download
+        raise FrameBridgeError(f"{source} {problem}")
+    with whole_weights():
+        transformer = CogVideoXTransformer3DModel.from_pretrained(source, subfolder=subfolder, **kwargs)
+    return widen_input_channels(transformer, INPUT_PROJECTION)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
-from framebridge_plugin.models.widening import load_bridge_transformer, load_widened_network, widen_input_channels
+from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
 from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.tiny_wan import make_tiny_wan_network
@@ -141,8 +141,7 @@ def test_other_projections_are_widened_saved_and_loaded(make, projection, tmp_pa
     plain = make()
     latents, image = torch.randn(2, 2, LATENT_CHANNELS, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     expected = call_network(plain, latents)
-    plain.save_pretrained(tmp_path / "plain")
-    widened = load_widened_network(type(plain), projection, str(tmp_path / "plain"))
+    widened = widen_input_channels(make(), projection)
     assert (widened.config.in_channels, widened.config.out_channels) == (2 * LATENT_CHANNELS, LATENT_CHANNELS)
     for scale in (0.0, 100.0):
         assert torch.equal(call_network(widened, torch.cat([latents, scale * image], dim=1)), expected)
@@ -151,7 +150,7 @@ def test_other_projections_are_widened_saved_and_loaded(make, projection, tmp_pa
     seen = call_network(widened, torch.cat([latents, image], dim=1))
     assert not torch.equal(seen, expected)
     widened.save_pretrained(tmp_path / "widened")
-    loaded = load_widened_network(type(plain), projection, str(tmp_path / "widened"))
+    loaded = widen_input_channels(type(plain).from_pretrained(tmp_path / "widened"), projection)
     assert torch.equal(call_network(loaded, torch.cat([latents, image], dim=1)), seen)
 
 
