@@ -1,4 +1,4 @@
-"""Wan 2.1 by recipe and under the stock trainer: LoRA, full fine-tune, flow-matching baseline, store, samples."""
+"""Flow-matching backbones by recipe and under the stock trainer: LoRA, full fine-tune, baseline, store, samples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from framebridge_plugin import FrameBridgeWanPipeline, register
+from framebridge_plugin import FrameBridgeLTXPipeline, FrameBridgeWanPipeline, register
 from framebridge_plugin.cli import main
 from framebridge_plugin.models.widening import widen_input_channels
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import WanBridgeSpecification
 from framebridge_plugin.training.objective import ObjectiveSettings
+from framebridge_plugin.training.specifications import specification_of
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_models import LATENT_CHANNELS, make_clips
 from tests.tiny_wan import make_tiny_wan
 from tests.training.bridge_runs import run_trainer
@@ -38,7 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan")
     make_tiny_wan(folder / "model")
     make_tiny_wan(folder / "unipc", unipc=True)
-    clips = make_clips(folder / "clips", count=4, frames=5, size=SIZE)
+    make_tiny_ltx(folder / "ltx")
+    clips = make_clips(folder / "clips", count=4, frames=9, size=SIZE)
     dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[5, SIZE, SIZE]]}
     (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
     Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
@@ -54,8 +57,9 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: An
         monkeypatch.delenv(name, raising=False)
 
     def run_command(*arguments: str, model: str = "unipc", training_type: str = "lora") -> str:
+        name = "ltx_bridge" if model == "ltx" else "wan_bridge"
         recipe = {
-            "model": {"model_name": "wan_bridge", "pretrained_model_name_or_path": str(inputs / model)},
+            "model": {"model_name": name, "pretrained_model_name_or_path": str(inputs / model)},
             "framebridge": {
                 "data": {"data_root": str(inputs / "clips"), "num_frames": 5, "height": SIZE, "width": SIZE}
             },
@@ -98,17 +102,19 @@ def test_a_lora_by_recipe_on_a_store_with_validation_and_samples(run, inputs, tm
     assert (ours.scheduler.config.target, ours.scheduler.config.alignment) == ("flow", "flow_matching")
     assert (ours.config.num_frames, ours.config.height, ours.config.width) == (5, SIZE, SIZE)
 
-    # The file in diffusers' own pipeline, into the widened network: by folder, by file and by state dict.
-    theirs = WanPipeline.from_pretrained(inputs / "unipc")
-    widen_input_channels(theirs.transformer, "patch_embedding")
-    theirs.load_lora_weights(folder / "lora")
-    for pipeline in (ours, theirs):
-        pipeline.fuse_lora(components=["transformer"])
-        pipeline.unload_lora_weights()
+    # The same in diffusers' own pipeline, into the widened network.
+    ours.fuse_lora(components=["transformer"])
+    ours.unload_lora_weights()
     expected = ours.transformer.state_dict()
     projection = expected["patch_embedding.weight"][:, LATENT_CHANNELS:].flatten(1)
     torch.testing.assert_close(projection, change[:, LATENT_CHANNELS:].flatten(1), rtol=0, atol=1e-7)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.transformer.state_dict().items())
+    for source in (folder / "lora", folder / "lora/pytorch_lora_weights.safetensors"):
+        theirs = WanPipeline.from_pretrained(inputs / "unipc")
+        widen_input_channels(theirs.transformer, "patch_embedding")
+        theirs.load_lora_weights(source)
+        theirs.fuse_lora(components=["transformer"])
+        theirs.unload_lora_weights()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.transformer.state_dict().items())
     sample(run, inputs, folder, tmp_path / "video.mp4")
 
 
@@ -121,6 +127,26 @@ def test_a_full_baseline_by_recipe_opens_and_samples(run, inputs, tmp_path):
     assert pipeline.scheduler.config.shift == 3.0
     assert pipeline.transformer.patch_embedding.weight[:, LATENT_CHANNELS:].any()
     sample(run, inputs, folder, tmp_path / "video.mp4")
+
+
+def test_an_ltx_by_recipe_is_told_the_rate_of_its_clips(run, inputs, tmp_path):
+    folder, shape = tmp_path / "run", ("framebridge.data.num_frames=9", "validation.validation_dataset_file=null")
+    run("train", f"--recipe={tmp_path / 'recipe.yaml'}", *shape, model="ltx")
+    assert FrameBridgeLTXPipeline.from_pretrained(folder).config.fps == 12  # the files'
+    sample(run, inputs, folder, tmp_path / "video.mp4")
+
+    specification = specification_of("ltx_bridge")(str(inputs / "ltx"), **PRECISION)
+    models, scales = specification.load_diffusion_models(), []
+    models["transformer"].register_forward_pre_hook(
+        lambda module, args, given: scales.append(given["rope_interpolation_scale"]), with_kwargs=True
+    )
+    z_0 = torch.zeros(1, 2, LATENT_CHANNELS, 1, 1)
+    conditions = {"encoder_hidden_states": torch.zeros(1, 8, 16), "encoder_attention_mask": torch.ones(1, 8)}
+    for rate in (12.0, None):
+        specification.clip_rate = rate
+        batch = (conditions, {"latents": z_0, "image_latents": z_0})
+        specification.loss_terms(models["transformer"], models["scheduler"], *batch, torch.tensor([500.0]))
+    assert scales == [(8 / 12, 32, 32), (8 / 25, 32, 32)]
 
 
 @pytest.mark.parametrize("model", ["model", "unipc"])
