@@ -131,6 +131,7 @@ def test_a_plain_model_becomes_a_bridge_from_the_still_clip(model, image, capfd)
     assert "target flow" in said
     assert "81 frames of 480 x 832" in said
     assert isinstance(pipeline.scheduler, FrameBridgeScheduler)
+    assert pipeline.config.fps == 16
     assert pipeline.scheduler.config.target == "flow"
     assert pipeline.scheduler.config.alignment == "flow_matching"
     # The first step goes out from the prior, the last ends at the video.

@@ -10,6 +10,7 @@ from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.recipe import find_recipe, load_recipe, recipe_summary, resolve_recipe, shipped_recipes
 from framebridge_plugin.recipe.yaml_text import read_yaml
+from framebridge_plugin.settings.finetrainers import LoraSection
 from tests.cogvideox_files import write_clips, write_model_folder, write_webvid
 from tests.recipe.helpers import write_class_folders
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte
@@ -27,7 +28,7 @@ def overrides_for_shipped(name, tmp_path) -> list[str]:
             f"framebridge.data.data_root={write_clips(tmp_path / 'clips')}",
             "validation.validation_dataset_file=null",
         ]
-    if name in ("cogvideox_bridge_lora", "wan_bridge_lora"):
+    if name in ("cogvideox_bridge_lora", "ltx_bridge_lora", "wan_bridge_lora"):
         return [f"framebridge.data.data_root={write_clips(tmp_path / 'clips')}"]
     if name.startswith(("ucf101", "motion")):
         return overrides_for_latte(name, tmp_path)
@@ -65,6 +66,7 @@ def test_the_shipped_recipes():
         "cogvideox_bridge.yaml",
         "cogvideox_bridge_lora.yaml",
         "cogvideox_diffusion_baseline.yaml",
+        "ltx_bridge_lora.yaml",
         "motion_bridge.yaml",
         "motion_bridge_neural_prior.yaml",
         "motion_neural_prior.yaml",
@@ -208,8 +210,9 @@ def test_a_baseline_differs_from_the_bridge_in_its_objective_only(name):
     assert bridge != baseline
 
 
-def test_the_recipes_of_wan_keep_to_its_clips_and_to_what_it_predicts():
-    for name, targets in (("wan_bridge", None), ("wan_bridge_lora", ["blocks.*(to_q|to_k|to_v|to_out.0)"])):
+def test_recipes_of_flow_matching_keep_to_their_clips_and_to_what_is_predicted():
+    of_wan, of_ltx = ["blocks.*(to_q|to_k|to_v|to_out.0)"], [LoraSection.model_fields["target_modules"].default[0]]
+    for name, targets in (("wan_bridge", None), ("wan_bridge_lora", of_wan), ("ltx_bridge_lora", of_ltx)):
         recipe, _ = resolve_recipe(name)
         data, ours = recipe.framebridge.data, recipe.framebridge
         assert list(recipe.backbone.clip_rule({}, {}).problems(data.num_frames, data.height, data.width)) == []
@@ -217,7 +220,8 @@ def test_the_recipes_of_wan_keep_to_its_clips_and_to_what_it_predicts():
             *("bridge", "flow", True, 0.01, 50.0),
         )
         assert targets is None or recipe.lora.target_modules == targets
-        assert "condition_embedder" in recipe.precision.layerwise_upcasting_skip_modules_pattern
+        kept = recipe.precision.layerwise_upcasting_skip_modules_pattern
+        assert ("condition_embedder" in kept) == name.startswith("wan")
 
 
 def test_the_bridges_with_and_without_neural_prior_share_their_other_values():
