@@ -107,7 +107,7 @@ class Checkpointer:
                     "samples_seen": state.samples_seen,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
                     "optimizer": packed,
-                    "settings": _as_read_back(self.settings),
+                    "settings": self.settings,
                 }
                 (partial / "trainer" / "state.json").write_text(json.dumps(content, default=float))
                 _flush_to_disk(partial)
@@ -204,13 +204,9 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 def check_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuses a run that would go on with the checkpoint in `folder` with other settings than are stored in it."""
-    difference = settings_difference(stored, _as_read_back(settings))
+    difference = settings_difference(stored, settings)
     if difference is not None:
         raise _cannot_resume(folder, difference)
-
-
-def _as_read_back(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=float))
 
 
 def _complete_checkpoints(root: Path) -> dict[int, Path]:

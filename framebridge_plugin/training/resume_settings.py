@@ -5,6 +5,7 @@ The number of processes is not among the settings: weights are stored whole, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def run_settings(
     for number, (index, clips) in enumerate(datasets):
         facts = {"rows": len(index), **clips.fingerprint()}
         settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}
-    return settings
+    return json.loads(json.dumps(settings, default=float))  # as they are read back: lists for tuples
 
 
 def settings_difference(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:

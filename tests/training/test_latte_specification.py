@@ -203,20 +203,11 @@ def test_preparing_and_training_leave_the_global_generator_alone(models, video, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((3, 64, 64), "clips: num_frames: this model was trained on 4 and takes no other, not 3"),
-        ((4, 32, 64), "clips: height: this model was trained on 64 and takes no other, not 32"),
-        ((4, 64, 128), "clips: width: this model was trained on 64 and takes no other, not 128"),
-    ],
-)
-def test_a_clip_that_the_network_is_not_for_is_refused(models, shape, message):
-    frames, height, width = shape
+def test_a_clip_that_the_network_is_not_for_is_refused(models):
     specification = make_latte_specification("bridge", models / "bridge")
     vae = specification.load_latent_models()["vae"]
-    with pytest.raises(UsageError, match=message):
-        specification.prepare_latents(vae=vae, video=torch.zeros(frames, 3, height, width), sample_seed=1)
+    with pytest.raises(UsageError, match="clips: num_frames: this model was trained on 4 and takes no other, not 3"):
+        specification.prepare_latents(vae=vae, video=torch.zeros(3, 3, SIZE, SIZE), sample_seed=1)
 
 
 def test_an_image_data_set_is_refused(models):
@@ -360,30 +351,6 @@ def test_a_batch_of_any_precision_gives_float32(models, kind, dtype):
     )
     assert prediction.dtype == target.dtype == torch.float32
     assert prediction.shape == target.shape == latents["latents"].shape
-
-
-@KINDS
-def test_the_loss_falls_on_one_batch(models, kind):
-    specification = make_latte_specification(kind, models / kind)
-    loaded = specification.load_diffusion_models()
-    network, (conditions, latents) = loaded["transformer"], make_latte_batch()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(60):
-        prediction, target, sigmas = specification.forward(
-            transformer=network,
-            scheduler=loaded["scheduler"],
-            condition_model_conditions=conditions,
-            latent_model_conditions=latents,
-            sigmas=torch.tensor([0.3, 0.9]),
-            generator=torch.Generator().manual_seed(1),
-        )
-        loss = finetrainers_loss(loaded["scheduler"], prediction, target, sigmas).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.75 * losses[0]
 
 
 # SNR alignment

@@ -21,31 +21,33 @@ from framebridge_plugin.training import CogVideoXBridgeSpecification, FrameBridg
 from tests.tiny_models import LATENT_CHANNELS
 from tests.training.bridge_runs import make_inputs, make_trainer, run_trainer
 
-RUNS = LORA_RUN, FULL_RUN = ("lora-accelerate", "full-ptd-precomputed")
+RUNS = LORA_RUN, FULL_RUN, BASELINE_RUN = ("lora-accelerate", "full-ptd-precomputed", "full-accelerate-diffusion")
 
 
 class Recorded(CogVideoXBridgeSpecification):
-    """The specification, which also remembers what its objective returned and what the network was given."""
+    """The specification, which also remembers its losses and what the network was given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
         self.keys: set[str] = set()
 
-    def forward(self, **kwargs: Any) -> Any:
-        self.keys |= set(kwargs["latent_model_conditions"])
-        prediction, target, sigmas = super().forward(**kwargs)
+    def loss_terms(self, transformer: Any, scheduler: Any, conditions: Any, latents: Any, *draws: Any) -> Any:
+        self.keys |= set(latents)
+        prediction, target = super().loss_terms(transformer, scheduler, conditions, latents, *draws)
         self.losses.append((prediction - target).square().mean().item())
-        return prediction, target, sigmas
+        return prediction, target
 
 
 def train(inputs: Path, name: str) -> Any:
     from finetrainers import SFTTrainer
 
-    kind, backend, *precomputed = name.split("-")
+    kind, backend, *features = name.split("-")
     options = [f"--parallel_backend={backend}"]
-    if precomputed:
+    if "precomputed" in features:
         options += ["--enable_precomputation", "--precomputation_items=4"]
+    if "diffusion" in features:
+        options += ["--objective=diffusion"]
     return run_trainer(SFTTrainer, inputs, inputs / name, kind, *options, specification_class=Recorded)
 
 
@@ -65,12 +67,12 @@ def base_weights(inputs: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_logged_loss_is_the_unweighted_bridge_loss(trainers, name):
+def test_the_logged_loss_is_the_mean_square_without_weights(trainers, name):
     specification = trainers[name].model_specification
     logged = trainers[name].state.train_state.global_avg_losses
     assert len(logged) == 2
     assert logged == pytest.approx(specification.losses, rel=1e-5)
-    assert specification.keys == {"latents", "image_latents", "prior_latents"}
+    assert specification.keys == {"latents", "image_latents"} | ({"prior_latents"} if name != BASELINE_RUN else set())
 
 
 def test_a_full_fine_tune_saves_a_folder_that_the_pipeline_opens(trainers, inputs, base_weights):

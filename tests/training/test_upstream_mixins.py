@@ -30,8 +30,7 @@ ACCELERATE, PTD = ({"parallel_backend": name} for name in ("accelerate", "ptd"))
 # Those that differ by more than the precision from the conformance suite's runs.
 ALONE: dict[str, dict[str, Any]] = {
     "accelerate-lora-layerwise-upcasting": {**ACCELERATE, **LORA, **UPCAST},
-    "ptd-lora-layerwise-upcasting": {**PTD, **LORA, **UPCAST},
-    "ptd-lora-batch-2": {**PTD, **LORA, "batch_size": 2},
+    "ptd-lora-layerwise-upcasting-batch-2": {**PTD, **LORA, **UPCAST, "batch_size": 2},
     "ptd-full-batch-2-precomputed": {**PTD, **FULL, **PRECOMPUTED, "batch_size": 2},
 }
 # Without layerwise upcasting: gloo, which stands in for NCCL on CPUs, cannot send float8.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -69,7 +68,7 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
             job.manifest.write(store)
             remove_partial_files(store)
             missing = job.manifest.missing(store)
-        # All go by what was missing when the first one looked.
+        # Every process uses the list that the first one made.
         missing = processes.from_first(missing)
         if missing[0]:
             job.write_captions(missing[0])
@@ -92,30 +91,26 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     specification.clip_shape = common_clip_shape(datasets)
     specification.check_datasets(datasets)
     captions = Captions(datasets)
-    quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
-    clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))
-    rate = functools.partial(median_clip_rate, clips, args)
-    manifest = _plan(store, captions, run_fingerprint(args, specification, datasets), variants, shard_size, rate)
+    fingerprint = run_fingerprint(args, specification, datasets)
+    manifest = read_manifest(store)
+    if manifest is None:
+        quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
+        clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))
+        manifest = Manifest(
+            rows=len(clips.rows),
+            variants=variants or 1,
+            captions=len(captions),
+            empty_caption=captions.number(""),
+            shard_size=shard_size or SHARD_SIZE,
+            fingerprint=fingerprint,
+            clip_rate=median_clip_rate(clips, args),
+        )
+    else:
+        check_fingerprint(store, manifest, fingerprint)
+        if shard_size not in (None, manifest.shard_size):
+            raise UsageError(f"--shard-size {shard_size}: {store} has files of {manifest.shard_size}; leave it out")
+        manifest = dataclasses.replace(manifest, variants=variants or manifest.variants)
     return _Job(args, specification, datasets, captions, store, manifest, processes)
-
-
-def _plan(
-    store: Path,
-    captions: Captions,
-    fingerprint: Mapping[str, Any],
-    variants: int | None,
-    shard_size: int | None,
-    rate: Callable[[], float | None],
-) -> Manifest:
-    found = read_manifest(store)
-    if found is None:
-        size = shard_size or SHARD_SIZE
-        number = captions.number("")
-        return Manifest(captions.rows, variants or 1, len(captions), number, size, fingerprint, rate())
-    check_fingerprint(store, found, fingerprint)
-    if shard_size not in (None, found.shard_size):
-        raise UsageError(f"--shard-size {shard_size}: {store} has files of {found.shard_size}; leave it out")
-    return dataclasses.replace(found, variants=variants or found.variants)
 
 
 def _report(store: Path, manifest: Manifest, written: int) -> None:
@@ -140,9 +135,8 @@ class Captions:
 
     def __init__(self, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> None:
         self._rows = ClipRows(datasets)
-        self.rows = len(self._rows)
         texts = (text for index, _ in datasets for _, batch in index.batches() for text in batch)
-        hashes = np.fromiter(map(_hash, itertools.chain(texts, [""])), np.uint64, count=self.rows + 1)
+        hashes = np.fromiter(map(_hash, itertools.chain(texts, [""])), np.uint64, count=len(self._rows) + 1)
         self._hashes, self._row_of_number = np.unique(hashes, return_index=True)
 
     def __len__(self) -> int:
@@ -155,7 +149,7 @@ class Captions:
     def text(self, number: int) -> str:
         """The caption of a number."""
         row = int(self._row_of_number[number])
-        return "" if row == self.rows else self._rows[row][1]
+        return self._rows[row][1] if row < len(self._rows) else ""
 
 
 def _hash(caption: str) -> np.uint64:
@@ -218,7 +212,7 @@ class _Job:
         return shards[self.processes.rank :: self.processes.world_size]
 
     def _samples(self, shards: Sequence[Shard]) -> Iterator[tuple[dict[str, Any], list[BadFile]]]:
-        """Yields the samples of files, one after another, and what was tried in vain for each."""
+        """Yields the samples of files, one after another, and the clips that could not be read for each."""
         policy = load_bad_file_policy(self.store / "dataset_config.json")
         tracker = BadFileTracker(
             policy,
@@ -260,12 +254,10 @@ class _Job:
         return Progress(total, name + share, unit="", disable=processes.rank > 0 or not shards)
 
     def _say_how_large(self, progress: Progress, shard: Shard, clips: int) -> None:
-        if self.processes.rank == 0:
-            wanted = (self.store / shard.name).stat().st_size / shard.count * clips
-            free = shutil.disk_usage(self.store).free
-            if wanted > free:
-                message = f"warning: the clips take about {wanted / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-                progress.write(message)
+        wanted = (self.store / shard.name).stat().st_size / shard.count * clips
+        free = shutil.disk_usage(self.store).free
+        if self.processes.rank == 0 and wanted > free:
+            progress.write(f"warning: the clips take about {wanted / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
 
 def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
