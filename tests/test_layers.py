@@ -1,7 +1,12 @@
-"""The layering rule: a layer imports only from rows below it, and so works without the packages of the rows above."""
+"""The layering rule: a layer imports only from rows below it, and so works without the packages of the rows above.
+
+And one folder alone changes what finetrainers is.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +22,7 @@ UPPER = ("framebridge_plugin.training", "framebridge_plugin.testing", "framebrid
 FORBIDDEN = {
     "settings": (
         *("torch", "finetrainers", "diffusers", "transformers", "datasets", "av"),
+        *("framebridge_plugin.bridge", "framebridge_plugin.schedulers", "framebridge_plugin.models"),
         *("framebridge_plugin.data", "framebridge_plugin.backbones", *UPPER),
     ),
     "bridge": (
@@ -68,6 +74,55 @@ def test_a_layer_imports_only_from_below(layers):
         paths = [file.relative_to(PACKAGE.parent).with_suffix("") for file in files]
         modules += [".".join(path.parts).removesuffix(".__init__") for path in paths]
     run_blocked(FORBIDDEN[layers], f"{REGISTER[layers in ABOVE]}for name in {modules}: importlib.import_module(name)")
+
+
+def test_the_facts_of_backbones_need_the_standard_library_alone():
+    files = [PACKAGE / "backbones/facts.py", *(PACKAGE / "backbones").glob("*/facts.py")]
+    assert len(files) > 3
+    modules = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
+    run_blocked((*HEAVY, "yaml", "PIL"), f"import importlib\nfor name in {modules}: importlib.import_module(name)")
+
+
+def test_the_small_modules_need_no_layer():
+    modules = [
+        f"framebridge_plugin.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem not in ("__main__", "cli")
+    ]
+    layers = [f"framebridge_plugin.{file.parent.name}" for file in PACKAGE.glob("*/__init__.py")]
+    assert len(modules) > 5
+    assert "framebridge_plugin.settings" in layers
+    run_blocked(("finetrainers", *layers), f"import importlib\nfor name in {modules}: importlib.import_module(name)")
+
+
+def patched(source: str) -> list[str]:
+    """Where a program changes a module or a class of finetrainers that it has imported."""
+    nodes = list(ast.walk(ast.parse(source)))
+    theirs = set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                module = str(node.module if isinstance(node, ast.ImportFrom) else alias.name)
+                if module.partition(".")[0] == "finetrainers":
+                    theirs.add((alias.asname or alias.name).partition(".")[0])
+    changed = []
+    for node in nodes:
+        targets = [*getattr(node, "targets", ()), getattr(node, "target", None)]
+        changed += [target for target in targets if isinstance(target, ast.Attribute | ast.Subscript)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            changed.append(node.args[0])
+    return [text for node in changed if re.split(r"\W", text := ast.unparse(node))[0] in theirs]
+
+
+def test_one_folder_alone_patches_finetrainers():
+    programs = (
+        "import finetrainers\nfinetrainers.utils.f = None",
+        "from finetrainers.config import TABLE as table\ntable['x'] = 1",
+        "def f():\n    from finetrainers import SFTTrainer\n    setattr(SFTTrainer, 'run', None)",
+    )
+    assert all(len(patched(program)) == 1 for program in programs)
+    folder = PACKAGE / "training/finetrainers"
+    files = [file for file in PACKAGE.rglob("*.py") if folder not in file.parents]
+    found = {str(file.relative_to(PACKAGE)): lines for file in files if (lines := patched(file.read_text()))}
+    assert not found
 
 
 def test_the_package_and_its_help_need_no_heavy_import():
