@@ -70,6 +70,12 @@ def test_what_is_not_given(recipe_arguments, minimal):
     assert (args.attn_provider_training, args.resume_from_checkpoint, args.flow_shift) == ([], None, 1.0)
 
 
+@pytest.mark.parametrize(("scope", "expected"), [("null", "regional"), ("full", "full")])
+def test_one_scope_is_for_all_compiled_modules(recipe_arguments, minimal, scope, expected):
+    recipe = load_recipe(minimal, ["compile.compile_modules=[transformer, vae]", f"compile.compile_scopes={scope}"])
+    assert recipe_arguments(recipe, "data.json").compile_scopes == [expected] * 2
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
