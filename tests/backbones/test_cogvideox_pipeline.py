@@ -505,6 +505,15 @@ def test_weights_that_lack_a_tensor_are_refused(bridge_folder, tmp_path, part):
             open_pipeline(str(bridge_folder), transformer=str(copy / part))
 
 
+def test_a_component_that_is_given_is_not_looked_for(pipeline, bridge_folder, tmp_path):
+    copy = shutil.copytree(bridge_folder, tmp_path / "copy")
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(FrameBridgeError, match=f"no such folder: {copy / 'vae'}"):
+        open_folder(copy)
+    opened = FrameBridgeCogVideoXPipeline.from_pretrained(copy, vae=pipeline.vae)
+    assert opened.vae is pipeline.vae
+
+
 def test_a_folder_that_the_bridge_does_not_know_is_refused_from_its_configs(plain_folder, tmp_path):
     copy = shutil.copytree(plain_folder, tmp_path / "copy")
     shutil.rmtree(copy / "text_encoder")  # which a pipeline opens first

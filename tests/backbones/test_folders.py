@@ -196,6 +196,16 @@ def test_what_is_no_model(tmp_path, content, message):
         examine(tmp_path)
 
 
+@pytest.mark.parametrize("base", [None, "owner/moved"])
+def test_what_a_lora_was_trained_on_is_asked_for_at_its_revision(tmp_path, base):
+    info = {"base_model": "owner/base", "revision": "1", "replaced_components": {"vae": "owner/vae"}}
+    (tmp_path / "framebridge.json").write_text(json.dumps({**info, "replaced_revisions": {"vae": "2"}}))
+    asked = []
+    saved = examine(tmp_path, locate=lambda name, revision: asked.append((name, revision)), base=base)
+    assert asked == [("owner/base", "1") if base is None else (base, None), ("owner/vae", "2")]
+    assert (saved.on_hub, saved.folder("transformer"), saved.folder("vae")) == (True, None, None)
+
+
 def test_a_component_is_found_around_it(model, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(model, run / "model")
