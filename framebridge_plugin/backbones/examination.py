@@ -257,17 +257,17 @@ def examine(
     components: Mapping[str, Path | None] | None = None,
     read: Reader | None = None,
 ) -> SavedModel:
-    """Finds what belongs to a model's or a LoRA's folder.
+    """Finds what belongs to the folder of a model or a LoRA; what is wrong with it, the result says itself.
 
     Args:
         folder: As `find_saved_model` finds it.
         locate: What finds the models that a LoRA was trained on.
-        base: Where the model that a LoRA was trained on is now; by default where it was.
+        base: Where the LoRA's base model is now; by default where it was.
         components: The components that are taken in place of its own.
         read: What reads JSON files.
 
     Returns:
-        The model; what is wrong with it, it says itself.
+        The model.
 
     Raises:
         FrameBridgeError: If the folder does not say what it holds, or something that no backbone here is.

@@ -35,22 +35,10 @@ def find_model(
     base_model: str | os.PathLike | None = None,
     allow_other_base: bool = False,
 ) -> SavedModel:
-    """Finds what is to be opened, and examines it.
+    """Finds and examines what a `from_pretrained` is to open (a run, a checkpoint, a model, a LoRA or a hub id, or
+    what is known of it already), and refuses what is wrong with it.
 
-    Args:
-        name_or_path: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or a hub id of one; or a
-            `SavedModel` without findings.
-        kinds: Which kinds of model it may be; None for any.
-        settings: Arguments of a `from_pretrained`. Those for the hub are taken out of them; a component that is given
-            there is not looked for.
-        base_model: Where the model that a LoRA was trained on is now: as `name_or_path`, but no LoRA.
-        allow_other_base: Whether that may be another model than the one that it was trained on.
-
-    Returns:
-        The model.
-
-    Raises:
-        FrameBridgeError: If something is missing, of another kind, or a LoRA's base model is another one.
+    The settings for the hub are taken out of `settings`; a component that is given there is not looked for.
     """
     hub = {name: settings.pop(name) for name in _HUB_SETTINGS if name in settings}
     names = set().union(*({*facts.parts, *facts.optional_parts} for facts in working_backbones()))
@@ -72,10 +60,16 @@ def find_model(
         raise FrameBridgeError(f"{os.fspath(saved)} is for a {saved.facts.title}, not for this pipeline")
     if problem := next(filter(None, problems), None):
         raise FrameBridgeError(problem)
-    if saved.info is not None and not saved.info.fingerprint:
-        say(f"{saved.lora} does not say how to know the model that it was trained on: {saved.base} is taken for it")
+    if not isinstance(name_or_path, SavedModel):  # else it was said when it was found
+        say_what_is_assumed(saved)
     _check_scheduler(saved, settings)
     return saved
+
+
+def say_what_is_assumed(saved: SavedModel) -> None:
+    """Says that a LoRA cannot tell whether its base model is the one that it was trained on."""
+    if saved.info is not None and not saved.info.fingerprint:
+        say(f"{saved.lora} does not say how to know the model that it was trained on: {saved.base} is taken for it")
 
 
 def _locate(hub: Mapping[str, Any], source: str, revision: str | None) -> Path | None:
@@ -109,17 +103,7 @@ def find_folder(name_or_path: str | os.PathLike, **hub_settings: Any) -> Path:
 
 @contextlib.contextmanager
 def opening(source: str | os.PathLike) -> Iterator[None]:
-    """Turns what diffusers, transformers and safetensors raise, or only warn of, for a damaged model into one line.
-
-    Args:
-        source: What is being opened.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FrameBridgeError: In place of their errors, and for weights that lack a tensor.
-    """
+    """Turns what diffusers, transformers and safetensors raise, or only warn of, for a damaged model into one line."""
     try:
         with whole_weights():
             yield
@@ -135,15 +119,8 @@ def opening(source: str | os.PathLike) -> Iterator[None]:
 def load_components(
     saved: SavedModel, loaders: Mapping[str, Callable[..., Any]], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Loads the components that are to be taken in place of the base model's.
-
-    Args:
-        saved: What `find_model` found.
-        loaders: For each component its class, or what loads its folder.
-        settings: Arguments of a `from_pretrained`, of which each loader gets its precision.
-
-    Returns:
-        The components by name, and a LoRA's scheduler.
+    """Loads the components that are taken in place of the base model's, each in the precision that the settings of a
+    `from_pretrained` ask for, and a LoRA's scheduler.
     """
     dtypes = settings.get("dtype") or settings.get("torch_dtype")
     components = {}

@@ -12,7 +12,14 @@ import torch
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import find_part, pipeline_class, read_if_whole
-from framebridge_plugin.backbones.opening import find_folder, find_model, load_scheduler, opening, say
+from framebridge_plugin.backbones.opening import (
+    find_folder,
+    find_model,
+    load_scheduler,
+    opening,
+    say,
+    say_what_is_assumed,
+)
 from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, write_video
@@ -28,21 +35,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
-    """Samples videos and writes them, with a contact sheet of all.
-
-    Args:
-        request: What to sample, checked.
-        inputs: Its first frames with their conditions.
-
-    Returns:
-        The videos' files.
-
-    Raises:
-        UsageError: If the model came from the hub, and the options are not for it.
-        FrameBridgeError: If the model cannot be opened, or a size does not fit it.
-    """
+    """Samples videos and writes them, with a contact sheet of all; returns the videos' files."""
     folder = find_folder(request.model)
     saved = request.saved or request.check_download(folder)
+    say_what_is_assumed(saved)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_dtype = "bf16" if device.type == "cuda" else "fp32"
     dtype = _DTYPES[request.dtype or default_dtype]
@@ -95,20 +91,8 @@ def open_pipeline(
 ) -> Any:
     """Opens a model of any kind, wherever a run or a release left it, by its pipeline's `from_pretrained`.
 
-    Args:
-        model: A run's folder, one of its checkpoints, a model folder, a LoRA folder, or a hub id; or what is known of
-            it.
-        transformer: Folder or id of a fine-tuned network, or of a model or a run that holds one, to put
-            into `model`, with the bridge settings beside it if there are any, and those of the reference if not.
-        torch_dtype: Precision of the weights; float32 by default.
-        base_model: Where the model that a LoRA was trained on is now.
-        allow_other_base: Whether that may be another model.
-
-    Returns:
-        The pipeline, on the CPU.
-
-    Raises:
-        FrameBridgeError: If something is missing, damaged or of another kind.
+    `transformer` is a fine-tuned network to put into a model of text: its folder or id, or that of a model or a run
+    that holds one, with the bridge settings beside it if there are any, and those of the reference if not.
     """
     replaced: dict[str, Any] = {} if transformer is None else {"transformer": None}
     saved = find_model(model, None, replaced, base_model=base_model, allow_other_base=allow_other_base)

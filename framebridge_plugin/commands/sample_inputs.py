@@ -14,30 +14,14 @@ from framebridge_plugin.media import read_image
 
 
 class SampleInput(NamedTuple):
-    """What one image's videos are sampled from.
-
-    Attributes:
-        image: The first frame.
-        condition: A prompt, the name of a class, or its label.
-    """
+    """First frame of one image's videos, and its condition: a prompt, the name of a class, or its label."""
 
     image: Image.Image
     condition: Any
 
 
 def load_inputs(request: SampleRequest) -> list[SampleInput]:
-    """Reads the first frames, from pictures, from videos or from the run's data set.
-
-    Args:
-        request: What to sample, checked.
-
-    Returns:
-        One for each image or row.
-
-    Raises:
-        UsageError: If a file is no video, a row is not in the data set, or its caption is no class of the model.
-        FrameBridgeError: If the data set is not where it was.
-    """
+    """Reads the first frames, from pictures, from videos or from the rows of the run's data set."""
     classes, inputs = None if request.saved is None else request.saved.known_classes, []
     if not request.data_rows:
         for number, path in enumerate(request.images):

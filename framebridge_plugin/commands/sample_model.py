@@ -10,17 +10,8 @@ from framebridge_plugin.errors import FrameBridgeError
 def examine_model(
     model: str, transformer: str | None, base: str | None = None, allow_other_base: bool = False
 ) -> tuple[SavedModel | None, list[str]]:
-    """Examines the folders of a model.
-
-    Args:
-        model: A run's folder, one of its checkpoints, a model's or a LoRA's folder, or an id on the Hugging Face Hub.
-        transformer: Folder or id of a fine-tuned network to put into a model of text.
-        base: Folder or id of the model that a LoRA was trained on, if it is not where it was.
-        allow_other_base: Whether that may be another model.
-
-    Returns:
-        The model, or None for an id and for a folder that cannot be told; and a line for each error, which begins
-        with the option that it concerns.
+    """Examines the model that options name: what is known of it (nothing of a hub id), and a line for each error,
+    which begins with the option that it concerns.
     """
     path = local_path(model)
     if path is None:

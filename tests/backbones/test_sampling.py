@@ -375,6 +375,12 @@ def lora_on(inputs: Path, target: Path, **info: object) -> Path:
     return target
 
 
+def test_a_lora_that_does_not_know_its_base_model_says_so_once(sample, inputs, tmp_path):
+    result = sample(lora_on(inputs, tmp_path / "run", fingerprint={}))
+    assert result.code == 0
+    assert result.said.count("does not say how to know the model that it was trained on") == 1
+
+
 def test_a_base_model_that_was_moved_is_taken_from_where_it_is_now(sample, inputs, tmp_path):
     run = lora_on(inputs, tmp_path / "run", base_model=str(tmp_path / "gone"))
     result = sample(run)
