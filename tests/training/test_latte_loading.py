@@ -12,15 +12,19 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
-from framebridge_plugin import FrameBridgeLattePipeline
-from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin import FrameBridgeLattePipeline, register
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.training.resume_settings import run_settings
 from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
 from tests.training.latte_runs import CLIP_SHAPE, make_from_scratch, make_latte_batch, make_latte_specification
+
+register()
+
+from finetrainers import BaseArgs  # noqa: E402
 
 KINDS = pytest.mark.parametrize("kind", LATTE_KINDS)
 
@@ -228,9 +232,7 @@ def test_it_goes_on_from_a_model_with_the_objective_of_the_recipe(models, base, 
 def test_a_resumed_run_has_to_have_the_same_clips_classes_and_neural_prior(models, tmp_path):
     def settings(**changes: Any) -> dict[str, Any]:
         specification = make_from_scratch("bridge", models, latte_size="S/8", **changes)
-        frozen = specification.frozen_components("full-finetune")
-        digests = {name: component_fingerprint(folder) for name, folder in frozen.items()}
-        return specification.adapter.resume_settings() | digests
+        return run_settings(BaseArgs(), specification, [])
 
     plain, on_prior = settings(), settings(neural_prior=str(models / "neural_prior"))
     assert plain["clips"] == "4 frames of 64 x 64"
