@@ -80,17 +80,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read a command line.
-
-    Args:
-        argv: Arguments without the program's name.
-
-    Returns:
-        The values; `run` is the subcommand, such as "train" or "data check".
-
-    Raises:
-        UsageError: The command line is wrong.
-    """
+    """Reads a command line without the program's name; `run` is the subcommand, such as "train" or "data check"."""
     parser = _Parser(prog="finetrainers", description="FrameBridge image-to-video models for finetrainers.")
     parser.add_argument("--version", action="version", version=f"framebridge-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

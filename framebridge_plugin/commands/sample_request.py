@@ -22,37 +22,24 @@ DATA_FILE = "dataset_config.json"
 
 
 class SampleRequest(SampleSection):
-    """One call of `finetrainers sample`; what `SampleSection` says of its options is not repeated here.
-
-    Args:
-        **values: The attributes; None is as good as nothing.
-
-    Attributes:
-        model: A run's folder, a model's folder, or an id on the Hugging Face Hub.
-        output: The mp4 to write; several videos take its name with a number.
-        images: Files, pictures or videos (whose first frame is taken); each is the first frame of its videos.
-        data_rows: In place of `images`, rows of the run's data set, whose captions are the default conditions.
-        prompts: For CogVideoX: one for all images, or one per image.
-        class_names: For Latte: one for all images, or one per image.
-        labels: For Latte, in place of `class_names`: the classes' numbers.
-        transformer: Folder (or id) of a fine-tuned transformer, or of a model that holds one, to put into a CogVideoX
-            `model`.
-        base: Where the model that a LoRA was trained on is now, a folder or an id; None takes what the LoRA says.
-        allow_other_base: Whether that may be another model than the one it was trained on.
-
-    Raises:
-        UsageError: With every error on a line of its own.
-    """
+    """One call of `finetrainers sample`; every error is a line of one `UsageError`."""
 
     model: str
+    """A run's folder, a model's folder, or an id on the Hugging Face Hub."""
     output: Path
+    """The mp4 to write; several videos take its name with a number."""
     images: tuple[Path, ...] = ()
+    """Pictures, or videos whose first frame is taken; each is the first frame of its videos."""
     data_rows: tuple[int, ...] = ()
+    """In place of `images`, rows of the run's data set, whose captions are the default conditions."""
     prompts: tuple[str, ...] = ()
+    """For models of text, as for the others `class_names` or `labels`: one for all images, or one per image."""
     class_names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     transformer: str | None = None
+    """Folder or id of a fine-tuned network, or of a model that holds one, to put into a `model` of text."""
     base: str | None = None
+    """Where the model that a LoRA was trained on is now; None takes what the LoRA says."""
     allow_other_base: bool = False
 
     def __init__(self, **values: Any) -> None:
@@ -86,36 +73,17 @@ class SampleRequest(SampleSection):
         return self._examined[0]
 
     def condition_of(self, image: int) -> str | int | None:
-        """The prompt, the class's name or its label that belongs to an image.
-
-        Args:
-            image: Its position in `images` or `data_rows`.
-
-        Returns:
-            What was given; None leaves it to the data set.
-        """
+        """The prompt, class or label of an image, by its position; None leaves it to the data set."""
         given = self.prompts or self.class_names or self.labels or (None,)
         return given[image if len(given) > 1 else 0]
 
     def sampler_settings(self, facts: BackboneFacts) -> dict[str, Any]:
-        """The settings of the scheduler, with the defaults of a backbone.
-
-        Args:
-            facts: The backbone.
-
-        Returns:
-            The settings, by name.
-        """
+        """The settings of the scheduler, with the defaults of a backbone."""
         given = self.model_dump(include=set(SamplerSection.model_fields))
         return given if "grid" in self.model_fields_set else given | {"grid": facts.sampling.get("grid", self.grid)}
 
     def video_paths(self) -> list[Path]:
-        """Where the videos go.
-
-        Returns:
-            One path per image and video, the videos of the first image first: `output` itself if it is one video,
-            else `name-0.mp4`, `name-1.mp4` and so on beside it.
-        """
+        """Where the videos go, those of the first image first: `output`, or `name-0.mp4` and so on beside it."""
         count = self.num_images * self.num_videos
         if count == 1:
             return [self.output]
@@ -123,19 +91,11 @@ class SampleRequest(SampleSection):
         return [self.output.with_name(f"{self.output.stem}-{i:0{digits}}.mp4") for i in range(count)]
 
     def contact_sheet_path(self) -> Path:
-        """Where the contact sheet goes.
-
-        Returns:
-            `output` with the ending `.png`.
-        """
+        """Where the contact sheet goes."""
         return self.output.with_suffix(".png")
 
     def data_file(self) -> Path | None:
-        """The description of the data set that the model was trained on.
-
-        Returns:
-            The file that the run wrote in its folder; None if there is none above the model.
-        """
+        """The description of the data that a run wrote in the folder above its model; None without one."""
         path = local_path(self.model)
         if path is None:
             return None
@@ -144,17 +104,7 @@ class SampleRequest(SampleSection):
         return next((path / DATA_FILE for path in (folder, *folder.parents[:3]) if (path / DATA_FILE).is_file()), None)
 
     def check_download(self, folder: Path) -> SavedModel:
-        """Checks what could not be checked of an id on the hub.
-
-        Args:
-            folder: Where its files are.
-
-        Returns:
-            The model.
-
-        Raises:
-            UsageError: With every error on a line of its own.
-        """
+        """Checks what could not be checked of an id on the hub, given the folder of its files."""
         saved, problems = examine_model(str(folder), self.transformer, self.base, self.allow_other_base)
         problems = self._model_problems(saved, problems)
         if saved is None or problems:
