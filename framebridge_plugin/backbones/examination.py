@@ -133,11 +133,7 @@ class SavedModel(os.PathLike):
         return has_to_be_widened and channels is not None and channels == config.get("out_channels")
 
     def findings(self, scratch_config: Mapping[str, Any] | None = None) -> Iterator[Finding]:
-        """All that is wrong with its files, their configs, and with how they fit each other.
-
-        Args:
-            scratch_config: What is known of the network's config, where it is to be trained from scratch.
-        """
+        """All that is wrong with its files, their configs, and with how they fit each other."""
         yield from map(self._in_words, self._own_findings)
         if any(not finding.part for finding in self._own_findings):
             return
@@ -257,21 +253,7 @@ def examine(
     components: Mapping[str, Path | None] | None = None,
     read: Reader | None = None,
 ) -> SavedModel:
-    """Finds what belongs to the folder of a model or a LoRA; what is wrong with it, the result says itself.
-
-    Args:
-        folder: As `find_saved_model` finds it.
-        locate: What finds the models that a LoRA was trained on.
-        base: Where the LoRA's base model is now; by default where it was.
-        components: The components that are taken in place of its own.
-        read: What reads JSON files.
-
-    Returns:
-        The model.
-
-    Raises:
-        FrameBridgeError: If the folder does not say what it holds, or something that no backbone here is.
-    """
+    """Finds what belongs to the folder of a model or a LoRA; what is wrong with it, the result says itself."""
     read, given = read or read_once(), dict(components or {})
     facts, is_lora = backbone_of(folder, read), (folder / LORA_INFO_FILE).is_file()
     info = read_lora_info(folder, read) if is_lora else None

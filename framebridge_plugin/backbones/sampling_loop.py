@@ -126,28 +126,9 @@ def sample_latents(
 ) -> torch.Tensor:
     """The sampling loop: from the prior back along the bridge, or from noise for the diffusion baseline.
 
-    Args:
-        pipeline: The pipeline whose scheduler, progress bar and interrupt flag are used. Its scheduler is a
-            `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
-        network: (latents [B, T, C, H, W], time [B]) -> output [B, T, C, H, W], everything else being bound. With
-            guidance the batch is twice as large: the unconditional half comes first.
-        prior: End point z_T of the bridge, [B, T, C, H, W]; the diffusion baseline takes its shape and device alone.
-        num_inference_steps: Calls of the network.
-        timesteps: Their times, in place of their number: indices of the bridge, falling.
-        guidance_scale: Weight of `guide`; 1 or less switches guidance off.
-        use_dynamic_cfg: Whether the weight changes from step to step, see `dynamic_scale`.
-        generator: The source of every draw; a list gives one to each video.
-        latents: Where to start, in place of the scheduler's own start.
-        callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
-            returns under "latents" replaces them.
-        callback_tensors: What it can be given besides the latents, by name.
-        callback_tensor_inputs: Names of the tensors that it gets; by default the latents.
-
-    Returns:
-        Float32 latents of the videos, [B, T, C, H, W].
-
-    Raises:
-        FrameBridgeError: If the scheduler is none for this network, or takes no `timesteps`.
+    `network` gives the output [B, T, C, H, W] for (latents, time [B]), all else being bound; with guidance its batch
+    is twice as large, the unconditional half first. The result is float32 latents of the shape of `prior`. A callback
+    is called as `callback(pipeline, step, timestep, tensors)`; what it returns under "latents" replaces them.
     """
     pipeline._interrupt = False
     scheduler, device = pipeline.scheduler, prior.device

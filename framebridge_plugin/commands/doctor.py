@@ -28,11 +28,7 @@ class Problems:
 
 
 def run_doctor() -> int:
-    """Prints a report on this installation.
-
-    Returns:
-        Exit code: 1 if a problem prevents training, otherwise 0.
-    """
+    """Prints a report on this installation."""
     problems = Problems()
     _report_versions(problems)
     _report_devices(problems)

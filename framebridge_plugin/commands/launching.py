@@ -22,17 +22,8 @@ _SECONDS_TO_END = 10
 def launch(arguments: Sequence[str], count: int) -> int:
     """Run the command `finetrainers` in several processes, with the environment that torchrun gives each.
 
-    On a CPU they divide the threads: `OMP_NUM_THREADS`, or else the processors, by `count`.
-
-    Args:
-        arguments: The command's arguments.
-        count: Number of processes, at least 2.
-
-    Returns:
-        0, or the exit code of the process that failed first, which has said why; the others are ended.
-
-    Raises:
-        FrameBridgeError: If a process was killed.
+    On a CPU they divide the threads. The result is 0, or the exit code of the process that failed first, which has
+    said why; the others are ended.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or processors)

@@ -21,24 +21,7 @@ def run_precompute(
     shard_size: int | None,
     debug: bool,
 ) -> int:
-    """Runs the command in this process, or in several that it starts.
-
-    Args:
-        recipe_name: A file, or the name of a shipped recipe.
-        overrides: `dotted.path=value` each.
-        output: The store's folder; by default the one that the recipe names, or one in its output_dir.
-        processes: How many to start; 1 for this one.
-        variants: See `precompute`.
-        shard_size: See `precompute`.
-        debug: Whether an error comes with its traceback.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: If the recipe is wrong, or torchrun has started processes already.
-        FrameBridgeError: If the work fails.
-    """
+    """Runs the command in this process, or in several that it starts."""
     # The folder that the recipe reads need not be there yet.
     recipe = load_recipe(recipe_name, [*overrides, "framebridge.precomputed=null"])
     named = resolve_recipe(recipe_name, overrides)[0].framebridge.precomputed

@@ -40,11 +40,7 @@ _STAND_INS: dict[str, Any] = {
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package.
-
-    Returns:
-        Name to path, in alphabetical order.
-    """
+    """The recipes that come with the package."""
     package = Path(__file__).resolve().parents[1]
     # In the wheel they lie inside the package, in a checkout at the top of the repository.
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
@@ -52,14 +48,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_summary(path: Path) -> str:
-    """The first comment line of a recipe.
-
-    Args:
-        path: The YAML file.
-
-    Returns:
-        Its text without the hash, or an empty string.
-    """
+    """The first comment line of a recipe."""
     first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 

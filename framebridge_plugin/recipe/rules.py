@@ -24,14 +24,7 @@ _PROVIDER_PACKAGES = {
 
 
 def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Check everything that does not depend on how the command was launched.
-
-    Args:
-        recipe: A recipe whose single values are right.
-
-    Yields:
-        Each problem.
-    """
+    """Check everything that does not depend on how the command was launched."""
     problems = list(_quick_problems(recipe))
     yield from problems
     if not any(problem.where.startswith(("framebridge.data", "dataset")) for problem in problems):
@@ -57,15 +50,7 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[Problem]:
-    """Check the recipe against the number of processes that were started.
-
-    Args:
-        recipe: A recipe whose single values are right.
-        environment: Environment variables; torchrun sets WORLD_SIZE.
-
-    Yields:
-        Each problem.
-    """
+    """Check the recipe against the number of processes that were started."""
     try:
         world_size = int(environment.get("WORLD_SIZE", "1"))
     except ValueError:

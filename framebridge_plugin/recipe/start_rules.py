@@ -17,15 +17,7 @@ _WHERE = "framebridge.start_from"
 
 
 def start_problems(recipe: Recipe, folders: Mapping[str, Path | None]) -> Iterator[Problem]:
-    """Check what a run begins with against what it trains. What has an id on the hub is not looked at here.
-
-    Args:
-        recipe: A recipe whose single values are right.
-        folders: Folders of the run's components, None for those on the hub.
-
-    Yields:
-        Each problem.
-    """
+    """Check what a run begins with against what it trains. What has an id on the hub is not looked at here."""
     name = recipe.framebridge.start_from
     path = None if name is None else local_path(name)
     if path is None:
