@@ -121,6 +121,7 @@ def test_an_untrained_baseline_samples_what_diffusers_own_pipeline_does(model, i
         pipeline.set_progress_bar_config(disable=True)
     found = ours(image=image, latents=noise, **call).frames
     expected = theirs(latents=noise.transpose(1, 2), **call).frames
+    assert torch.equal(ours(image=image, generator=torch.Generator().manual_seed(3), **call).frames, found)
     assert found.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
