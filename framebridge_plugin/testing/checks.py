@@ -153,11 +153,7 @@ def _check_prepared(subject: Subject, prepare: Any, models: Mapping[str, Any], *
             results.append(prepare(**subject.samples[0], **models, **options, generator=generator))
     prepared, again = results
     require(isinstance(prepared, dict), f"{name} returns {type(prepared).__name__}, not a dictionary")
-    from finetrainers.models.modeling_utils import IGNORE_KEYS_FOR_COLLATION
-
-    for key, value in prepared.items():
-        if not isinstance(value, torch.Tensor) or key in IGNORE_KEYS_FOR_COLLATION:
-            continue
+    for key, value in _collated(prepared).items():
         shape = list(value.shape)
         require(value.ndim > 0 and shape[0] == 1, f"{name}: {key} {shape} is no batch of one")
         require(torch.isfinite(value).all(), f"{name}: {key} has values that are not finite")
@@ -173,6 +169,14 @@ def _check_prepared(subject: Subject, prepare: Any, models: Mapping[str, Any], *
     before, after = ({k: v for k, v in d.items() if isinstance(v, torch.Tensor)} for d in (prepared, stored))
     require(not (keys := differing_tensors(before, after)), f"{name}: precomputation changes {keys}")
     return prepared
+
+
+def _collated(prepared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a prepared sample of which finetrainers makes batches."""
+    from finetrainers.models.modeling_utils import IGNORE_KEYS_FOR_COLLATION
+
+    tensors = {key: value for key, value in prepared.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in tensors.items() if key not in IGNORE_KEYS_FOR_COLLATION}
 
 
 def check_collation(subject: Subject) -> None:
@@ -192,16 +196,11 @@ def check_collation(subject: Subject) -> None:
 
 
 def _check_batch(name: str, batch: Any, samples: Any) -> None:
-    from finetrainers.models.modeling_utils import IGNORE_KEYS_FOR_COLLATION
-
     require(isinstance(batch, dict), f"{name} returns {type(batch).__name__}, not a dictionary")
     missing = sorted(samples[0].keys() - batch.keys())
     require(not missing, f"{name} loses {', '.join(missing)}")
-    for key, first in samples[0].items():
-        if not isinstance(first, torch.Tensor) or key in IGNORE_KEYS_FOR_COLLATION:
-            continue
-        expected = torch.cat([sample[key] for sample in samples])
-        found = batch[key]
+    for key in _collated(samples[0]):
+        expected, found = torch.cat([sample[key] for sample in samples]), batch[key]
         # A list is fine: the trainers cast tensors to the precision of the network, whole numbers too.
         require(
             isinstance(found, torch.Tensor | list) and torch.equal(torch.as_tensor(found), expected),

@@ -26,8 +26,7 @@ _SAVED = {"lora": "lora_weights", "full": "model_weights"}
 
 def check_run(subject: Subject, kind: str, backend: str, precomputed: bool) -> None:
     """What the stock trainer saved after five steps, with gradient checkpointing, is what was trained."""
-    folder = subject.new_folder("run")
-    specification = subject.specification()
+    folder, specification = subject.new_folder("run"), subject.specification()
     args = _arguments(subject, folder, kind, backend, precomputed)
     network, scheduler, losses = _train(specification, args)
 

@@ -101,14 +101,6 @@ def test_the_recipe_of_a_backbone_of_another_package(recipe, tmp_path):
     assert any("4 k + 1 frames" in problem for problem in found)
 
 
-def test_a_backbone_that_cannot_be_imported_is_refused_by_its_name_alone(recipe):
-    load_recipe(recipe)
-    (problem,) = problems_of(recipe, "model.model_name=broken_bridge")
-    assert "model.model_name: backbone 'broken_bridge' (no_such_module:X) cannot be imported" in problem
-    (problem,) = problems_of(recipe, "model.model_name=toy_brige")
-    assert "did you mean toy_bridge?" in problem
-
-
 def test_a_run_of_a_backbone_of_another_package_starts_from_an_earlier_one(recipe, tmp_path):
     write_toy(tmp_path / "earlier/model", in_channels=8)
     start = f"framebridge.start_from={tmp_path / 'earlier'}"
