@@ -48,7 +48,7 @@ Turn images into videos with a trained model; writes the mp4 and a contact sheet
   finetrainers sample --model runs/ucf101 --image swing.png --class-name GolfSwing --output swing.mp4
   finetrainers sample --model runs/ucf101 --data-index 0 100 200 --output three.mp4
 
-A CogVideoX model takes text, a Latte model (UCF-101) classes. A neural prior alone gives its video in one call; the
+Most models take text, a Latte (UCF-101) classes. A neural prior alone gives its video in one call; the
 options of the sampler are not for it. The weights in a run's folder are the averaged ones (EMA) where it keeps any."""
 
 _CONVERT_HELP = """\
@@ -207,9 +207,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     conditions = parser.add_mutually_exclusive_group()
     for option, metavar, kind, what in (
-        ("prompt", "TEXT", str, "CogVideoX: one for all images, or one per image"),
-        ("class-name", "NAME", str, "Latte: one for all images, or one per image"),
-        ("label", "N", int, "Latte: the classes' numbers, in place of --class-name"),
+        ("prompt", "TEXT", str, "for a model of text: one for all images, or one per image"),
+        ("class-name", "NAME", str, "for a model of classes: one for all images, or one per image"),
+        ("label", "N", int, "the classes' numbers, in place of --class-name"),
     ):
         dest = f"{option.replace('-', '_')}s"
         conditions.add_argument(f"--{option}", dest=dest, nargs="+", type=kind, metavar=metavar, help=what)
@@ -217,7 +217,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add(
         "--transformer",
         metavar="FOLDER",
-        help="a fine-tuned transformer, or a model that has it, for a CogVideoX base",
+        help="a fine-tuned transformer, or a model that has it, for a base of text",
     )
     add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
     add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")

@@ -64,13 +64,13 @@ class SampleSection(SamplerSection):
     """The options of `finetrainers sample`, besides the model, its inputs and its output."""
 
     steps: Count | None = Field(
-        default=None, description="sampling steps (default: the model's, else 50; Latte: 1000)"
+        default=None, description="sampling steps (default: the model's, else its backbone's: 50, Latte 1000)"
     )
     guidance_scale: NonNegative | None = Field(
-        default=None, description="1: none (default: the model's, else 6; Latte: 7)"
+        default=None, description="1: none (default: the model's, else its backbone's: CogVideoX 6, Latte 7)"
     )
     use_dynamic_cfg: bool = Field(
-        default=False, description="CogVideoX: guidance that changes by step, as in diffusers"
+        default=False, description="for a model of text: guidance that changes by step, as in diffusers' CogVideoX"
     )
     seed: int = Field(
         default=42, ge=0, lt=2**63, description="of the first video; video i takes seed + i (default: 42)"
