@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.backbones.encoding import encode_frames
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import UsageError
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.draws import drops_caption
@@ -208,12 +208,6 @@ def test_a_clip_that_the_network_is_not_for_is_refused(models):
     vae = specification.load_latent_models()["vae"]
     with pytest.raises(UsageError, match="clips: num_frames: this model was trained on 4 and takes no other, not 3"):
         specification.prepare_latents(vae=vae, video=torch.zeros(3, 3, SIZE, SIZE), sample_seed=1)
-
-
-def test_an_image_data_set_is_refused(models):
-    specification = make_latte_specification("bridge", models / "bridge")
-    with pytest.raises(FrameBridgeError, match="needs clips, not images"):
-        specification.prepare_latents(vae=None, image=torch.zeros(1, 3, 64, 64))
 
 
 # The objective on a batch
