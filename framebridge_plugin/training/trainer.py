@@ -115,7 +115,7 @@ class FrameBridgeTrainer(SFTTrainer):
         try:
             super()._prepare_trainable_parameters()
         except ValueError as error:
-            if not self._is_lora:
+            if isinstance(error, FrameBridgeError) or not self._is_lora:
                 raise
             raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
 

@@ -148,14 +148,14 @@ def test_a_merged_lora_starts_a_full_run(inputs, tmp_path):
 
 
 def test_arguments_are_checked_as_recipes_are(inputs, tmp_path):
-    with pytest.raises(UsageError, match="start_from: .* is a LoRA, and this run trains all weights"):
+    with pytest.raises(UsageError, match="^start_from: .* is a LoRA, and this run trains all weights"):
         prepare(inputs, tmp_path, "full", f"--start_from={inputs / 'lora'}")
-    with pytest.raises(UsageError, match="start_from: the layers of .* are others"):
+    with pytest.raises(UsageError, match="^start_from: the layers of .* are others"):
         prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", "--rank=2")
-    with pytest.raises(UsageError, match="start_from: .* has the lora_alpha 8, this run 4"):
+    with pytest.raises(UsageError, match="^start_from: .* has the lora_alpha 8, this run 4"):
         prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", "--lora_alpha=4")
     other = make_tiny_cogvideox(tmp_path / "other", seed=5, sample_size=SIZE)
-    with pytest.raises(UsageError, match="start_from: .* was trained with another model: transformer"):
+    with pytest.raises(UsageError, match="^start_from: .* was trained with another model: transformer"):
         prepare(inputs, tmp_path, "lora", f"--start_from={inputs / 'lora'}", f"--transformer_id={other}/transformer")
 
 
