@@ -196,3 +196,5 @@ def test_another_wan_is_refused_in_one_line(tmp_path, part, changes, what):
     assert "\n" not in finding.message
     with pytest.raises(FrameBridgeError, match=what):
         FrameBridgeWanPipeline.from_pretrained(model)
+    with pytest.raises(FrameBridgeError, match=what):
+        WanAdapter(ModelSource(str(model)), ObjectiveSettings(target="flow"))  # as training does, of a hub id too

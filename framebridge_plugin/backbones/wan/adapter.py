@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
-from framebridge_plugin.backbones.wan.facts import WAN
+from framebridge_plugin.backbones.loading import cannot_load, loading
+from framebridge_plugin.backbones.wan.facts import WAN, config_problem
 from framebridge_plugin.models.calling import call_wan
 
 
@@ -24,6 +26,15 @@ class WanAdapter(BackboneAdapter):
     tokenizer_class = T5TokenizerFast
     text_encoder_class = UMT5EncoderModel
     text_layer = "condition_embedder.text_embedder.linear_1"
+
+    def read_network_config(self) -> FrozenDict:
+        """The network's config; refuses a Wan 2.2 as well, whose first network looks like one of 2.1."""
+        source = self.source.name_or_path
+        with loading("model", source, self.expected):
+            index = WanPipeline.load_config(source, **self.source.hub)
+        if problem := config_problem("model_index.json", index):
+            raise cannot_load("model", source, f"it {problem}", self.expected)
+        return super().read_network_config()
 
     def load_backbone(self) -> Any:
         """The scheduler that finetrainers knows, with the shift of the released UniPC."""
