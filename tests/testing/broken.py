@@ -256,6 +256,12 @@ class ClimbsTheLoss(Forward):
         return 2 * prediction.detach() - prediction, target, sigmas
 
 
+@fails("loss-falls", r"from \S+ the loss comes to \S+ in 20 updates")
+class AsksForWhatIsFarAway(Forward):
+    def change(self, prediction, target, sigmas):
+        return prediction, target + 100.0, sigmas
+
+
 # saving
 
 

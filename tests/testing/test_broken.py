@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from framebridge_plugin.testing import CHECKS, KnownFault, Subject, run_check
+from framebridge_plugin.testing import CHECKS, Check, KnownFault, Subject, run_check
 from tests.testing.broken import CASES, NoSpecification, Whole, WithoutForward
 from tests.tiny_models import make_tiny_latte
 
@@ -27,6 +29,26 @@ def test_a_broken_specification_fails(tmp_path, check, message, broken):
     assert result.message.startswith(f"{check}: {broken.__name__}: ")
     assert "\n" not in result.message
     assert re.search(message, result.message), result.message
+
+
+def test_a_check_leaves_its_process_as_it_was(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def look(subject: Subject) -> None:
+        seen.append(os.environ.get("WORLD_SIZE"))
+        print("noise")
+        torch.rand(1)
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")  # finetrainers would wait for the other process
+    state = torch.get_rng_state()
+    assert run_check(Check("look", look), Subject(Whole, tmp_path), {}).status == "ok"
+    assert seen == [None]
+    assert os.environ["WORLD_SIZE"] == "2"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.distributed.is_initialized()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_every_check_has_a_specification_that_fails_it():
