@@ -23,6 +23,10 @@ ATTENTION_PROVIDERS_INFERENCE = (
 )  # fmt: skip
 
 _ONE_TEXT_ENCODER = "no model here has more than one text encoder"
+_FLOW = (
+    "flow_weighting_scheme", "flow_logit_mean", "flow_logit_std", "flow_mode_scale", "flow_shift", "flow_base_shift",
+    "flow_max_shift", "flow_base_seq_len", "flow_max_seq_len", "flow_resolution_shifting",
+)  # fmt: skip
 WITHOUT_EFFECT = {
     "variant": "finetrainers 0.2.0 reads the plain weight files only, and precision sets the number formats",
     **dict.fromkeys(("tokenizer_2_id", "text_encoder_2_id", "text_encoder_2_dtype"), _ONE_TEXT_ENCODER),
@@ -30,7 +34,7 @@ WITHOUT_EFFECT = {
     "dataset_shuffle_buffer_size": "every epoch is a permutation of all clips, whatever the size",
     "beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
     **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), "share the work by dp_degree and dp_shards"),
-    "diffusion": "bridge and diffusion baseline draw their times uniformly",
+    **dict.fromkeys(("diffusion", *_FLOW), "bridge and baseline draw indices uniformly, at the model's own noise levels"),
 }
 """Arguments of finetrainers, and the section of others, that would do nothing here: why."""
 
