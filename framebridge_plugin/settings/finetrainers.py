@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
     "dataset_shuffle_buffer_size": "every epoch is a permutation of all clips, whatever the size",
     "beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
     **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), "share the work by dp_degree and dp_shards"),
-    **dict.fromkeys(("diffusion", *_FLOW), "bridge and baseline draw indices uniformly, at the model's own noise levels"),
+    **dict.fromkeys(("diffusion", *_FLOW), "bridge and baseline draw their times uniformly, by the model's shift"),
 }
 """Arguments of finetrainers, and the section of others, that would do nothing here: why."""
 
