@@ -142,6 +142,7 @@ def _examine(
     # A section whose keys are all commented out reads as null; one that is left out lacks its required keys.
     required = {name: None for name, field in Recipe.model_fields.items() if field.is_required()}
     data = {key: {} if value is None else value for key, value in (required | data).items()}
+    _drop_defaults_without_effect(data)
 
     recipe, problems = _validate(data)
     reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
@@ -204,6 +205,14 @@ def _apply(overrides: Sequence[str], data: dict[str, Any]) -> set[str]:
     return paths
 
 
+def _drop_defaults_without_effect(data: dict[str, Any]) -> None:
+    """Takes away what the recipe of an older run says of finetrainers, and which changes nothing."""
+    for section in (*data.values(), data):
+        for name in set(section) & set(WITHOUT_EFFECT) if isinstance(section, dict) else ():
+            if section[name] == WITHOUT_EFFECT[name][0]:
+                del section[name]
+
+
 def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """Check the single values; the recipe that comes back with problems lacks the wrong ones."""
     try:
@@ -246,8 +255,8 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 def _message(error: dict[str, Any]) -> str:
     path, kind, value = _dotted(error["loc"]), error["type"], error.get("input")
     if kind == "extra_forbidden":
-        if reason := WITHOUT_EFFECT.get(path.rpartition(".")[2]):
-            return f"finetrainers has it, and here it has no effect: {reason}; remove it"
+        if (found := WITHOUT_EFFECT.get(path.rpartition(".")[2])) is not None:
+            return f"finetrainers has it, and here it has no effect: {found[1]}; remove it"
         return f"unknown key; the nearest is {_nearest_key(path)}"
     if kind == "missing":
         return "is required"

@@ -23,20 +23,32 @@ ATTENTION_PROVIDERS_INFERENCE = (
 )  # fmt: skip
 
 _ONE_TEXT_ENCODER = "no model here has more than one text encoder"
-_FLOW = (
-    "flow_weighting_scheme", "flow_logit_mean", "flow_logit_std", "flow_mode_scale", "flow_shift", "flow_base_shift",
-    "flow_max_shift", "flow_base_seq_len", "flow_max_seq_len", "flow_resolution_shifting",
-)  # fmt: skip
-WITHOUT_EFFECT = {
-    "variant": "finetrainers 0.2.0 reads the plain weight files only, and precision sets the number formats",
-    **dict.fromkeys(("tokenizer_2_id", "text_encoder_2_id", "text_encoder_2_dtype"), _ONE_TEXT_ENCODER),
-    **dict.fromkeys(("tokenizer_3_id", "text_encoder_3_id", "text_encoder_3_dtype"), _ONE_TEXT_ENCODER),
-    "dataset_shuffle_buffer_size": "every epoch is a permutation of all clips, whatever the size",
-    "beta3": "no optimiser of finetrainers 0.2.0 has a third moment",
-    **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), "share the work by dp_degree and dp_shards"),
-    **dict.fromkeys(("diffusion", *_FLOW), "bridge and baseline draw their times uniformly, by the model's shift"),
+_TIMES = "bridge and baseline draw their times uniformly, by the model's shift"
+_FLOW = {
+    "flow_resolution_shifting": False,
+    "flow_base_seq_len": 256,
+    "flow_max_seq_len": 4096,
+    "flow_base_shift": 0.5,
+    "flow_max_shift": 1.15,
+    "flow_shift": 1.0,
+    "flow_weighting_scheme": "none",
+    "flow_logit_mean": 0.0,
+    "flow_logit_std": 1.0,
+    "flow_mode_scale": 1.29,
 }
-"""Arguments of finetrainers, and the section of others, that would do nothing here: why."""
+_IDS = ("tokenizer_2_id", "tokenizer_3_id", "text_encoder_2_id", "text_encoder_3_id")
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "variant": (None, "finetrainers 0.2.0 reads the plain weight files only, and precision sets the number formats"),
+    **dict.fromkeys(_IDS, (None, _ONE_TEXT_ENCODER)),
+    **dict.fromkeys(("text_encoder_2_dtype", "text_encoder_3_dtype"), ("bf16", _ONE_TEXT_ENCODER)),
+    "dataset_shuffle_buffer_size": (1, "every epoch is a permutation of all clips, whatever the size"),
+    "beta3": (None, "no optimiser of finetrainers 0.2.0 has a third moment"),
+    **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), (1, "share the work by dp_degree and dp_shards")),
+    **{name: (value, _TIMES) for name, value in _FLOW.items()},
+    "diffusion": ({}, _TIMES),
+}
+"""Arguments of finetrainers, and the section of others, that would do nothing here: what they are by default, as the
+recipes in the folders of older runs say it, and why another value is refused."""
 
 
 def _one_or_many(value: Any) -> Any:

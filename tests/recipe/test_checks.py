@@ -92,13 +92,25 @@ def test_quantised_optimizers_work_on_replicas(minimal, optimizer):
 
 
 @pytest.mark.parametrize(
-    "where", ["model.variant", "parallelism.pp_degree", "optimization.beta3", "diffusion.flow_shift"]
+    "where",
+    ["model.variant", "parallelism.pp_degree", "optimization.beta3", "diffusion.flow_shift", "training.flow_shift"],
 )
 def test_what_finetrainers_has_and_does_nothing_here_is_refused_with_the_reason(minimal, where):
-    (problem,) = problems_of(minimal, f"{where}=1")
+    (problem,) = problems_of(minimal, f"{where}=2")
     assert problem.startswith("command line: ")
     assert "finetrainers has it" in problem
     assert "nearest" not in problem
+
+
+def test_the_recipe_of_an_older_run_says_defaults_of_finetrainers_that_do_nothing(minimal):
+    sections = {"model.variant": None, "optimization.beta3": None, "parallelism.tp_degree": 1}
+    said = sections | {
+        "precision.text_encoder_2_dtype": "bf16",
+        "diffusion.flow_shift": 1.0,
+        "diffusion.flow_mode_scale": 1.29,
+    }
+    overrides = [f"{where}={'null' if value is None else value}" for where, value in said.items()]
+    assert load_recipe(minimal, overrides) == load_recipe(minimal)
 
 
 def test_gradient_accumulation_is_allowed(minimal):
