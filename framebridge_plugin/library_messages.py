@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 
 # Logger, beginning of its message, and what it means. No version of torchao goes without: 0.17 and later try their
 # CUDA kernels beside every torch, earlier ones say that they do not fit this torch.
@@ -41,6 +43,19 @@ def show() -> None:
     """Lets all messages through again."""
     global _show
     _show = True
+
+
+@contextlib.contextmanager
+def no_warnings(*loggers: str) -> Iterator[None]:
+    """Keeps the warnings of libraries, by the names of their loggers, from being shown."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def held_back() -> dict[str, str]:

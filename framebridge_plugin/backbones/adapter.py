@@ -24,6 +24,7 @@ from framebridge_plugin.backbones.loading import (
     load_weights,
 )
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.library_messages import no_warnings
 from framebridge_plugin.models.widening import widen_input_channels
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -154,15 +155,15 @@ class BackboneAdapter:
         parts = {part: models.get(part) for part in self.facts.parts}
         pipeline = self.text_pipeline_class(**parts)
         text_encoder = models["text_encoder"]
-        return self.text_conditions(
-            pipeline.encode_prompt(
+        with no_warnings(type(pipeline).__module__, "transformers.tokenization_utils_base"):  # of each long caption
+            encoded = pipeline.encode_prompt(
                 "" if dropped else caption,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length(self.network_config),
                 device=text_encoder.device,
                 dtype=text_encoder.dtype,
             )
-        )[0]
+        return self.text_conditions(encoded)[0]
 
     @classmethod
     def text_conditions(cls, encoded: tuple[Any, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,19 @@ def test_captions_are_dropped_at_the_given_rate_by_sample(model_folder):
     assert [torch.equal(result, caption) for result in results] == [not was for was in dropped]
     assert sum(dropped) / 300 == pytest.approx(0.3, abs=0.08)
     assert [torch.equal(embed("a red square", seed), empty) for seed in range(10)] == dropped[:10]
+
+
+def test_a_long_caption_is_cut_without_a_line_for_each_sample(model_folder, caplog, monkeypatch):
+    specification = make_specification(model_folder)
+    specification.load_diffusion_models()
+    models = specification.load_condition_models()
+    for library in map(logging.getLogger, ("diffusers", "transformers")):
+        monkeypatch.setattr(library, "handlers", [caplog.handler])
+    embeds = specification.prepare_conditions(**models, caption="a red square " * 20)["encoder_hidden_states"]
+    assert embeds.shape[1] == 16
+    assert caplog.messages == []
+    logging.getLogger("diffusers.pipelines.cogvideo.pipeline_cogvideox").warning("still heard")
+    assert caplog.messages == ["still heard"]
 
 
 def test_preparing_a_sample_leaves_the_global_generator_alone(model_folder, vae, video):
