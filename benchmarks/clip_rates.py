@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def measure_case(path: Path, settings: ClipSettings, repetitions: int) -> dict[s
     }
     refused: dict[str, str] = {}
     for name, options in READ_CLIP.items():
-        chosen = replace(settings, **options)
+        chosen = ClipSettings(**settings.model_dump() | options)
         try:
             _read(path, chosen, seeds[0])
         except (ClipError, UsageError) as error:

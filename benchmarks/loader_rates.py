@@ -7,7 +7,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def measure_loader(path: Path, settings: ClipSettings, repetitions: int, clips: 
     index = ClipIndex(datasets.Dataset.from_dict({"path": [str(path)], "caption": [""]}), "caption")
     ways: dict[str, tuple[Any, int]] = {"pyav": (ClipStream([(index, settings)], seed=0), clips)}
     try:
-        with_decord = replace(settings, decoder="decord")
+        with_decord = ClipSettings(**settings.model_dump() | {"decoder": "decord"})
         read_clip(str(path), with_decord, torch.Generator().manual_seed(0))
         ways["decord"] = (ClipStream([(index, with_decord)], seed=0), clips)
     except ClipError:

@@ -33,3 +33,12 @@ def _no_other_priority():
     before = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == before
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_of_another_test():
+    """wandb reads its environment once in a process; a test may set another mode."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if type(wandb) is type(sys):  # loaded, and not only found
+        wandb.teardown()

@@ -350,3 +350,19 @@ def test_repairs_are_not_needed_once_upstream_is_healthy():
     # After the repairs the faults are gone, so the conditions must say so.
     repaired = {"counters", "checkpointed LoRA layers", "resume with accelerate"}
     assert [repair.name for repair in saving.REPAIRS if repair.name in repaired and repair.needed()] == []
+
+
+def test_decord_does_not_take_the_place_of_pyavs_codecs(tmp_path):
+    """decord brings a libvpx of its own, which is found first where it is loaded first."""
+    program = f"""
+import framebridge_plugin
+framebridge_plugin.register()
+import av, decord
+container = av.open({str(tmp_path / "clip.webm")!r}, "w")
+stream = container.add_stream("libvpx", rate=8)
+stream.width = stream.height = 64
+stream.pix_fmt = "yuv420p"
+container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

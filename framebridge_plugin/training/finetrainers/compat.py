@@ -33,6 +33,8 @@ def apply_repairs() -> None:
         for repair in REPAIRS_BEFORE_IMPORT:
             _apply_once(repair)
         try:
+            # Before decord, which finetrainers imports: its libvpx would take the place of PyAV's, and not fit.
+            importlib.import_module("av")
             importlib.import_module("finetrainers")
         except Exception as error:
             raise FrameBridgeError(
