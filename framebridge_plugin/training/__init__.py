@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from framebridge_plugin.training.specifications import (
         CogVideoXBridgeSpecification,
         LatteBridgeSpecification,
+        LTXBridgeSpecification,
         NeuralPriorSpecification,
         WanBridgeSpecification,
     )
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _MODULE_OF_ATTRIBUTE = {
     "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications",
     "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
+    "LTXBridgeSpecification": "framebridge_plugin.training.specifications",
     "LatteBridgeSpecification": "framebridge_plugin.training.specifications",
     "NeuralPriorSpecification": "framebridge_plugin.training.specifications",
     "WanBridgeSpecification": "framebridge_plugin.training.specifications",
@@ -28,6 +30,7 @@ _MODULE_OF_ATTRIBUTE = {
 __all__ = [
     "CogVideoXBridgeSpecification",
     "FrameBridgeTrainer",
+    "LTXBridgeSpecification",
     "LatteBridgeSpecification",
     "NeuralPriorSpecification",
     "WanBridgeSpecification",

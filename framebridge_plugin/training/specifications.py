@@ -45,4 +45,19 @@ class WanBridgeSpecification(BridgeSpecification):
         super().__init__(pretrained_model_name_or_path, **kwargs)
 
 
-_OWN = (CogVideoXBridgeSpecification, WanBridgeSpecification, LatteBridgeSpecification, NeuralPriorSpecification)
+class LTXBridgeSpecification(BridgeSpecification):
+    """LTX-Video 0.9 text-to-video as a bridge or its flow-matching baseline."""
+
+    model_name = "ltx_bridge"
+
+    def __init__(self, pretrained_model_name_or_path: str = "Lightricks/LTX-Video", **kwargs: Any) -> None:
+        super().__init__(pretrained_model_name_or_path, **kwargs)
+
+
+_OWN = (
+    CogVideoXBridgeSpecification,
+    WanBridgeSpecification,
+    LTXBridgeSpecification,
+    LatteBridgeSpecification,
+    NeuralPriorSpecification,
+)
