@@ -19,9 +19,9 @@ import torch
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip
 from framebridge_plugin.media import contact_sheet
-from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.training.objective import bridge_prediction
 
 WINDOW_FRAMES = 22  # as in the recipes

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.bridge import BridgeSchedule, dbim_step, sde_step, timestep_grid
-from framebridge_plugin.models.calling import call_latte
 from tests.backbones.test_latte_vectors import NO_CLASS, VECTORS, make_pipeline
 from tests.latte_stand_in import StandInLatte, make_scheduler
 from tests.reference_vectors import relative_error

@@ -12,7 +12,7 @@ from PIL import Image
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.encoding import encode_frames
-from framebridge_plugin.models.calling import call_latte
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.backbones.latte_calls import latents_of, open_folder, picture, seeded
 from tests.tiny_models import LATTE_KINDS, make_latte_backbone, make_tiny_latte

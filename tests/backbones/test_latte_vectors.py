@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
-from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.objective import bridge_prediction
 from tests.latte_stand_in import StandInLatte, make_scheduler

@@ -13,8 +13,11 @@ from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, W
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
+from framebridge_plugin.backbones.latte.networks import call_latte
+from framebridge_plugin.backbones.ltx.adapter import call_ltx
+from framebridge_plugin.backbones.wan.adapter import call_wan
 from framebridge_plugin.models import LatteTransformer
-from framebridge_plugin.models.calling import call_latte, call_ltx, call_transformer, call_wan
 from tests.reference_vectors import load_vectors
 from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_wan import make_tiny_wan_network

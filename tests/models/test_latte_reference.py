@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.sampling_loop import guide
-from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
 from tests.latte_reference import STAGES, reference_network
 from tests.reference_vectors import DATA, load_vectors, relative_error

@@ -11,8 +11,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
 from peft import LoraConfig
 
+from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.calling import call_transformer
 from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
 from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
 from tests.tiny_ltx import make_tiny_ltx_network

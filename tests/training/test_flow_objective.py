@@ -16,8 +16,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from framebridge_plugin.backbones.ltx.adapter import call_ltx
+from framebridge_plugin.backbones.wan.adapter import call_wan
 from framebridge_plugin.bridge import FlowMatchingAlignment, NoAlignment
-from framebridge_plugin.models.calling import call_ltx, call_wan
 from framebridge_plugin.models.widening import widen_input_channels
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction, build_scheduler

@@ -359,7 +359,7 @@ def test_the_bridge_loss_of_a_diffusion_model_is_its_own_diffusion_loss(models, 
 
     Compared at the real-valued bridge indices whose signal-to-noise ratio is that of whole diffusion steps.
     """
-    from framebridge_plugin.models.calling import call_latte
+    from framebridge_plugin.backbones.latte.networks import call_latte
     from framebridge_plugin.training.objective import bridge_prediction
 
     specification = make_latte_specification("bridge", models / "diffusion", target="noise", snr_aligned=True)

@@ -13,7 +13,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
-from framebridge_plugin.models.calling import call_transformer
+from framebridge_plugin.models.calling import unrounded_time
 
 
 class CogVideoXAdapter(BackboneAdapter):
@@ -63,3 +63,23 @@ def _rotary_embedding(config: Any, latents_BTCHW: torch.Tensor) -> tuple[torch.T
         temporal_size=num_frames,
         device=latents_BTCHW.device,
     )
+
+
+def call_transformer(
+    transformer: CogVideoXTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
+    with unrounded_time(transformer, transformer.time_proj, timestep):
+        return transformer(
+            hidden_states=hidden_states.to(encoder_hidden_states.dtype),
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            image_rotary_emb=image_rotary_emb,
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0].float()

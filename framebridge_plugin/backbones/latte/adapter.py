@@ -22,6 +22,7 @@ from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_
 from framebridge_plugin.backbones.latte.networks import (
     EXPECTED,
     blank_network,
+    call_latte,
     find_neural_prior_network,
     latte_backbone,
     load_network,
@@ -29,7 +30,6 @@ from framebridge_plugin.backbones.latte.networks import (
 )
 from framebridge_plugin.backbones.loading import load_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer, parse_latte_size
 
 logger = logging.getLogger(__name__)

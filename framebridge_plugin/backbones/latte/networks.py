@@ -14,6 +14,7 @@ from framebridge_plugin.backbones.folders import file_problem, find_part, local_
 from framebridge_plugin.backbones.latte.rules import config_problem
 from framebridge_plugin.backbones.loading import cannot_load, load_config, loading
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.calling import unrounded_time
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.whole_weights import missing_tensors
 
@@ -95,3 +96,27 @@ def latte_backbone() -> CogVideoXDDIMScheduler:
         set_alpha_to_one=True,
         timestep_spacing="trailing",
     )
+
+
+def call_latte(
+    transformer: LatteTransformer,
+    latents_BFCHW: torch.Tensor,
+    timestep_B: torch.Tensor | None,
+    class_labels_B: torch.Tensor,
+    image_latents_B1CHW: torch.Tensor | None = None,
+    neural_prior_BFCHW: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Runs a Latte network in its own precision, with the time in float32; the output is float32 [B, F, C, h, w].
+
+    The image's latent is put in front of the noisy ones, and its output dropped; the neural prior's video, for a
+    network that takes it, are further input channels, in which the frame in front has the image once more. A neural
+    prior is given the repeated image as `latents_BFCHW`, and neither time nor image.
+    """
+    inputs = latents_BFCHW
+    if image_latents_B1CHW is not None:
+        inputs = torch.cat([image_latents_B1CHW, inputs], dim=1)
+        if neural_prior_BFCHW is not None:
+            inputs = torch.cat([inputs, torch.cat([image_latents_B1CHW, neural_prior_BFCHW], dim=1)], dim=2)
+    with unrounded_time(transformer, transformer.time_proj, timestep_B):
+        output = transformer(inputs.to(transformer.dtype), timestep_B, class_labels_B, return_dict=False)[0].float()
+    return output[:, -latents_BFCHW.shape[1] :]

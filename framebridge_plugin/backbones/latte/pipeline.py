@@ -26,6 +26,7 @@ from framebridge_plugin.backbones.facts import KnownClasses
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.latte.adapter import LatteAdapter
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
+from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
     call_defaults,
@@ -37,7 +38,6 @@ from framebridge_plugin.backbones.sampling_loop import (
 )
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import DEFAULT_FPS
-from framebridge_plugin.models.calling import call_latte
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 

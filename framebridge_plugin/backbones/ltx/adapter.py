@@ -13,7 +13,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
 from framebridge_plugin.backbones.ltx.facts import FRAME_RATE, FRAMES_PER_LATENT, LTX, PIXELS_PER_LATENT
-from framebridge_plugin.models.calling import call_ltx
+from framebridge_plugin.models.calling import unrounded_time
 
 
 class LTXAdapter(BackboneAdapter):
@@ -64,3 +64,30 @@ class LTXAdapter(BackboneAdapter):
             return call_ltx(network, torch.cat([latents, image], dim=2), timestep, text, mask, **call)
 
         return bound
+
+
+def call_ltx(
+    transformer: LTXVideoTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor,
+    rope_interpolation_scale: tuple[float, float, float],
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs an LTX network on [B, T, C, h, w], a token for each latent pixel, in the precision of its text."""
+    num_frames, _, height, width = hidden_states.shape[1:]
+    with unrounded_time(transformer, transformer.time_embed.emb.time_proj, timestep):
+        output = transformer(
+            hidden_states=hidden_states.to(encoder_hidden_states.dtype).movedim(2, -1).flatten(1, 3),
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            encoder_attention_mask=encoder_attention_mask,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=rope_interpolation_scale,
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+    return output.unflatten(1, (num_frames, height, width)).movedim(-1, 2).float()

@@ -13,7 +13,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
 from framebridge_plugin.backbones.loading import cannot_load, loading
 from framebridge_plugin.backbones.wan.facts import WAN, config_problem
-from framebridge_plugin.models.calling import call_wan
+from framebridge_plugin.models.calling import unrounded_time
 
 
 class WanAdapter(BackboneAdapter):
@@ -60,3 +60,25 @@ class WanAdapter(BackboneAdapter):
             return call_wan(network, torch.cat([latents, image], dim=2), timestep, text, **call)
 
         return bound
+
+
+def call_wan(
+    transformer: WanTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs a Wan network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
+    with unrounded_time(transformer, transformer.condition_embedder.timesteps_proj, timestep):
+        return (
+            transformer(
+                hidden_states=hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2),
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+            .transpose(1, 2)
+            .float()
+        )
