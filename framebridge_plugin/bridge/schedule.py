@@ -13,8 +13,10 @@ time is a real-valued index.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 
@@ -76,15 +78,13 @@ class BridgeSchedule:
     num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if not (self.beta_min >= 0 and self.beta_max >= 0 and 0 < self.beta_min + self.beta_max < float("inf")):
-            raise FrameBridgeError(
-                f"bridge schedule: beta_min={self.beta_min} and beta_max={self.beta_max} must be finite, at least 0 "
-                "and not both 0 (the reference uses 0.01 and 50)"
-            )
-        if self.num_train_timesteps < 2:
-            raise FrameBridgeError(
-                f"bridge schedule: num_train_timesteps={self.num_train_timesteps} must be at least 2 (usually 1000)"
-            )
+        for name, kind, least in (("beta_min", Real, 0), ("beta_max", Real, 0), ("num_train_timesteps", Integral, 2)):
+            value = getattr(self, name)
+            if not (isinstance(value, kind) and least <= float(value) < math.inf):
+                what = "whole number" if kind is Integral else "finite number"
+                raise FrameBridgeError(f"bridge schedule: {name} is {value!r}; it should be a {what}, {least} or more")
+        if self.beta_min == self.beta_max == 0:
+            raise FrameBridgeError("bridge schedule: beta_max: should be above 0 when beta_min is 0")
 
     @property
     def last_index(self) -> int:

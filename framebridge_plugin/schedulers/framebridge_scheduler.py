@@ -23,6 +23,7 @@ Every draw comes from the caller's generator; without one, a step that draws is 
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +43,30 @@ from framebridge_plugin.bridge.samplers import (
 )
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
 from framebridge_plugin.bridge.targets import predict_z_0
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone, default_alignment
 from framebridge_plugin.schedulers.process import BridgeProcess
-from framebridge_plugin.settings.sampling import SchedulerSettings
+from framebridge_plugin.settings.choices import (
+    AlignmentEdge,
+    AlignmentName,
+    Grid,
+    Order,
+    Sampler,
+    Start,
+    Target,
+    noise_share,
+    sampler_conflicts,
+)
+
+_CHOICES = {
+    "target": Target,
+    "alignment": AlignmentName,
+    "alignment_edge": AlignmentEdge,
+    "sampler": Sampler,
+    "order": Order,
+    "grid": Grid,
+    "start": Start,
+}
 
 
 @dataclass
@@ -113,11 +134,16 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
         if alignment is None:
             alignment = default_alignment(backbone_scheduler)
             self.register_to_config(alignment=alignment)
-        try:
-            settings = SchedulerSettings(**{name: self.config[name] for name in SchedulerSettings.model_fields})
-        except UsageError as error:
-            raise FrameBridgeError(str(error)) from error  # of a saved model, or of a program
-        self.eta = settings.noise_share
+        for name, choices in _CHOICES.items():
+            if (value := self.config[name]) not in typing.get_args(choices):
+                *first, last = map(repr, typing.get_args(choices))
+                wrong = f"{name} is {value!r}; it should be {', '.join(first)} or {last}"
+                raise FrameBridgeError(f"FrameBridgeScheduler: {wrong}")
+        if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
+            raise FrameBridgeError(f"FrameBridgeScheduler: eta is {eta!r}; it should be a number from 0 to 1")
+        for name, message in sampler_conflicts(sampler, order, eta, start):
+            raise FrameBridgeError(f"FrameBridgeScheduler: {name}: {message}")
+        self.eta = noise_share(sampler, eta)
         self.schedule = BridgeSchedule(beta_min, beta_max, num_train_timesteps)
         self.alignment = build_alignment(alignment, alignment_edge, self.schedule, backbone_scheduler)
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from framebridge_plugin.settings.base import BelowOne, CheckedSettings, Count, NonNegative, PathText, Section
+from framebridge_plugin.settings.choices import AlignmentEdge, Target
 
 Updates = Annotated[int, Field(ge=0)]
 LatteSize = Literal[
@@ -18,10 +19,8 @@ LatteSize = Literal[
 class ProcessSection(Section):
     """The bridge and what its network predicts, as training chooses them and a saved scheduler keeps them."""
 
-    target: Literal["v", "eps_psi", "noise", "data", "flow"] = Field(
-        default="v", description="what the network predicts in a bridge; Latte: eps_psi"
-    )
-    alignment_edge: Literal["exact", "reference"] = Field(
+    target: Target = Field(default="v", description="what the network predicts in a bridge; Latte: eps_psi")
+    alignment_edge: AlignmentEdge = Field(
         default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
     )
     beta_min: NonNegative = Field(default=0.01, description="bridge schedule: g^2 at t = 0")

@@ -8,56 +8,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framebridge_plugin.settings.base import CheckedSettings, Count, NonNegative, Section
-from framebridge_plugin.settings.bridge import ProcessSection
+from framebridge_plugin.settings.base import Count, NonNegative, Section
+from framebridge_plugin.settings.choices import Grid, Order, Sampler, Start, sampler_conflicts
 
 
 class SamplerSection(Section):
     """How the scheduler steps from the image's latents to the video's."""
 
-    sampler: Literal["sde", "dbim"] = Field(default="sde", description="sde: as the reference (default: sde)")
-    order: Literal[1, 2] = Field(default=1, description="2: multistep, dbim only (default: 1)")
+    sampler: Sampler = Field(default="sde", description="sde: as the reference (default: sde)")
+    order: Order = Field(default=1, description="2: multistep, dbim only (default: 1)")
     eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="share of fresh noise in a step of dbim, 0 to 1 (default: 0)"
     )
-    grid: Literal["trailing", "linspace", "lambda"] = Field(
-        default="trailing", description="times (default: trailing; Latte: linspace)"
-    )
-    start: Literal["booted", "clean_prior"] = Field(
+    grid: Grid = Field(default="trailing", description="times (default: trailing; Latte: linspace)")
+    start: Start = Field(
         default="booted",
         description="first latent: the prior with its noise, or bare as the reference's (default: booted)",
     )
 
-    @property
-    def noise_share(self) -> float:
-        """Share of fresh noise in a step: 0 is deterministic, 1 the SDE."""
-        return {"sde": 1.0, "dbim": 0.0}[self.sampler] if self.eta is None else self.eta
-
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yields each setting that does not go with the others, and what is wrong with it."""
         yield from super().conflicts()
-        if self.sampler == "sde" and self.noise_share != 1:
-            yield "eta", f"the sampler sde has eta 1, not {self.eta:g}; for less noise take the sampler dbim"
-        if self.sampler == "sde" and self.order != 1:
-            yield "order", f"the sampler sde has order 1, not {self.order}; take the sampler dbim"
-        if self.start == "clean_prior" and self.noise_share < 1:
-            what = "from one noise-free point the videos would be (nearly) all the same"
-            yield "start", f"clean_prior needs eta 1, not {self.noise_share:g}: {what}; take booted"
-
-
-class SchedulerSettings(CheckedSettings, SamplerSection, ProcessSection):
-    """What a `FrameBridgeScheduler` is made of, besides the backbone's own scheduler.
-
-    Raises:
-        UsageError: If a value is out of range, or does not go with another.
-    """
-
-    called = "FrameBridgeScheduler"
-
-    num_train_timesteps: Annotated[int, Field(ge=2)] = Field(default=1000, description="number of bridge indices")
-    alignment: Literal["variance_preserving", "flow_matching", "none"] | None = Field(
-        default=None, description="what the network is shown (default: the kind of the backbone)"
-    )
+        yield from sampler_conflicts(self.sampler, self.order, self.eta, self.start)
 
 
 class SampleSection(SamplerSection):

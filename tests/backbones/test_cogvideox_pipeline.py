@@ -552,7 +552,7 @@ frames = pipeline(
     torch.zeros(3, 64, 64), "a red square", num_inference_steps=1, generator=torch.Generator(), output_type="pt"
 ).frames
 print(*frames.shape)
-print(*sorted({{"av", "datasets", "decord", "wandb"}} & set(sys.modules)))
+print(*sorted({{"av", "datasets", "decord", "pydantic", "wandb"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -97,7 +97,7 @@ from framebridge_plugin import FrameBridgeLattePipeline
 pipeline = FrameBridgeLattePipeline.from_pretrained({str(latte_folders["bridge_neural_prior"])!r})
 frames = pipeline(torch.zeros(3, 64, 64), "left", num_inference_steps=1, output_type="pt").frames
 print(*frames.shape)
-print(*sorted({{"av", "datasets", "decord", "wandb"}} & set(sys.modules)))
+print(*sorted({{"av", "datasets", "decord", "pydantic", "wandb"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -17,7 +17,8 @@ from framebridge_plugin.bridge import (
     VariancePreservingAlignment,
 )
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.settings.sampling import SchedulerSettings
+from framebridge_plugin.settings.bridge import ProcessSection
+from framebridge_plugin.settings.sampling import SamplerSection
 from tests.reference_vectors import load_vectors, relative_error
 
 VECTORS, DESCRIPTION = load_vectors("cogvideox_scheduler")
@@ -518,9 +519,10 @@ def test_sampling_follows_the_device(settings):
 
 
 def test_the_settings_are_those_of_the_scheduler_and_of_the_maths():
-    fields = SchedulerSettings.model_fields
+    fields = ProcessSection.model_fields | SamplerSection.model_fields
     parameters = dict(inspect.signature(FrameBridgeScheduler).parameters)
-    assert parameters.pop("backbone").default is None
+    own = {name: parameters.pop(name).default for name in ("backbone", "alignment", "num_train_timesteps")}
+    assert own == {"backbone": None, "alignment": None, "num_train_timesteps": 1000}
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         name: field.default for name, field in fields.items()
     }
