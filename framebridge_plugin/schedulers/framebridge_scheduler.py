@@ -26,6 +26,7 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
                 *first, last = map(repr, typing.get_args(choices))
                 wrong = f"{name} is {value!r}; it should be {', '.join(first)} or {last}"
                 raise FrameBridgeError(f"FrameBridgeScheduler: {wrong}")
-        if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
+        if eta is not None and not (isinstance(eta, Real) and 0 <= float(eta) <= 1):
             raise FrameBridgeError(f"FrameBridgeScheduler: eta is {eta!r}; it should be a number from 0 to 1")
         for name, message in sampler_conflicts(sampler, order, eta, start):
             raise FrameBridgeError(f"FrameBridgeScheduler: {name}: {message}")
