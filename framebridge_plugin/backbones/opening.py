@@ -60,16 +60,10 @@ def find_model(
         raise FrameBridgeError(f"{os.fspath(saved)} is for a {saved.facts.title}, not for this pipeline")
     if problem := next(filter(None, problems), None):
         raise FrameBridgeError(problem)
-    if not isinstance(name_or_path, SavedModel):  # else it was said when it was found
-        say_what_is_assumed(saved)
+    if saved.info is not None and not saved.info.fingerprint and not isinstance(name_or_path, SavedModel):
+        say(f"{saved.lora} does not say how to know the model that it was trained on: {saved.base} is taken for it")
     _check_scheduler(saved, settings)
     return saved
-
-
-def say_what_is_assumed(saved: SavedModel) -> None:
-    """Says that a LoRA cannot tell whether its base model is the one that it was trained on."""
-    if saved.info is not None and not saved.info.fingerprint:
-        say(f"{saved.lora} does not say how to know the model that it was trained on: {saved.base} is taken for it")
 
 
 def _locate(hub: Mapping[str, Any], source: str, revision: str | None) -> Path | None:
@@ -125,7 +119,9 @@ def load_components(
     dtypes = settings.get("dtype") or settings.get("torch_dtype")
     components = {}
     for name, folder in saved.components.items():
-        if folder is None:  # given
+        if folder is None:
+            if name not in settings:
+                raise FrameBridgeError(f"{os.fspath(saved)}: its {name} is not on this machine; give its folder or id")
             continue
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         precision = {} if name == "tokenizer" else {"dtype": dtype or torch.float32}

@@ -18,7 +18,6 @@ from framebridge_plugin.backbones.opening import (
     load_scheduler,
     opening,
     say,
-    say_what_is_assumed,
 )
 from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError
@@ -38,11 +37,16 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     """Samples videos and writes them, with a contact sheet of all; returns the videos' files."""
     folder = find_folder(request.model)
     saved = request.saved or request.check_download(folder)
-    say_what_is_assumed(saved)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_dtype = "bf16" if device.type == "cuda" else "fp32"
     dtype = _DTYPES[request.dtype or default_dtype]
-    pipeline = open_pipeline(saved, transformer=request.transformer, torch_dtype=dtype)
+    pipeline = open_pipeline(
+        saved if saved.lora is None else folder,  # what a LoRA was trained on may have to be fetched from the hub
+        transformer=request.transformer,
+        torch_dtype=dtype,
+        base_model=request.base,
+        allow_other_base=request.allow_other_base,
+    )
     call = _prepare_call(pipeline, saved, request)
     pipeline.to(device)
 
@@ -82,7 +86,7 @@ def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> d
 
 
 def open_pipeline(
-    model: str | SavedModel,
+    model: str | Path | SavedModel,
     *,
     transformer: str | None = None,
     torch_dtype: torch.dtype | None = None,

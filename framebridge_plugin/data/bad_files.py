@@ -65,12 +65,16 @@ def load_bad_file_policy(path: str | os.PathLike[str]) -> BadFilePolicy:
         UsageError: A key or value is wrong.
         FrameBridgeError: The file cannot be read.
     """
-    content = parse_json(read_text(Path(path)), str(path))
-    values = content.get("bad_files", {}) if isinstance(content, dict) else {}
+    return bad_file_policy(parse_json(read_text(Path(path)), str(path)), str(path))
+
+
+def bad_file_policy(content: Any, where: str) -> BadFilePolicy:
+    """The policy in a dataset file's content; the default one if it has none."""
+    values = content.get("bad_files") if isinstance(content, dict) else None
     try:
-        return BadFilePolicy(**values)
+        return BadFilePolicy(**(values or {}))
     except (TypeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{where}: {error}") from error
 
 
 def read_bad_files(path: str | os.PathLike[str] | None) -> list[dict[str, Any]]:

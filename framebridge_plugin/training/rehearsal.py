@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from framebridge_plugin.data import ClipStream
-from framebridge_plugin.data.bad_files import BadFilePolicy, describe, files_to_skip
+from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import Recipe
@@ -45,7 +45,7 @@ def rehearse(recipe: Recipe) -> None:
     specification.load_scheduler()
     if args.precomputed is not None:
         LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
-    _check_first_clip(args, datasets, BadFilePolicy(**content["bad_files"]))
+    _check_first_clip(args, datasets, bad_file_policy(content, "the recipe's data"))
     _check_lora(args, specification)
     check_samples(args, specification, datasets)
     if args.resume_from_checkpoint is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.training.specification import BridgeSpecification
 
 
+@functools.cache
 def specification_of(model_name: str) -> type[BridgeSpecification]:
     """The specification of a backbone."""
     own = {cls.model_name: cls for cls in _OWN}

@@ -80,5 +80,8 @@ def use(folder: Path) -> None:
         pipeline = FrameBridgeMiniPipeline.from_pretrained(folder / training_type)
         video = pipeline(folder / "red.png", CAPTIONS[0], output_type="latent").frames
         torch.save(video, folder / f"{training_type}.pt")
+    from framebridge_plugin.training.specifications import specification_of
+
+    assert specification_of("mini_bridge") is specification_of("mini_bridge")
     checks = ("interface", "models", "forward", "lora-export", "run-full-ptd-precomputed")
     command("conformance", "--model-name=mini_bridge", f"--model={folder / 'model'}", "--only", *checks)

@@ -418,7 +418,7 @@ def test_another_base_model_is_refused_unless_asked_for(sample, inputs, tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.vae.state_dict().items())
 
 
-def test_a_base_model_on_the_hub_is_remembered_by_its_commit(inputs, tmp_path):
+def test_a_base_model_on_the_hub_is_remembered_by_its_commit(inputs, sample, tmp_path, monkeypatch):
     """`main` moves on; the LoRA opens with what it was trained on, whichever cache that is in."""
     repository, cache = tmp_path / "hub/models--owner--tiny", str(tmp_path / "hub")
     commits = ["1" * 40, "2" * 40]
@@ -436,6 +436,8 @@ def test_a_base_model_on_the_hub_is_remembered_by_its_commit(inputs, tmp_path):
     pipeline = FrameBridgeCogVideoXPipeline.from_pretrained(tmp_path / "lora", cache_dir=cache)
     expected = load_file(inputs / "model/vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.vae.state_dict().items())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+    assert len(sample(tmp_path / "lora").videos()) == 1
     plain = FrameBridgeCogVideoXPipeline.from_pretrained("owner/tiny", cache_dir=cache, revision=commits[0])
     assert plain.transformer.config.in_channels == 8
 

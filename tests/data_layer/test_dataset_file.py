@@ -90,6 +90,7 @@ def test_the_policy_for_bad_files_stands_beside_the_entries(write):
     assert load_bad_file_policy(write()) == BadFilePolicy("skip", None, 0.5, 16)
     given = {"policy": "raise", "max_share": 1, "max_in_a_row": 3}
     assert load_bad_file_policy(write(bad_files=given)) == BadFilePolicy("raise", None, 1, 3)
+    assert load_bad_file_policy(write(bad_files=None)) == BadFilePolicy()
     for wrong in ({"max_shares": 1}, [1]):
         with pytest.raises(UsageError, match="config.json: "):
             load_bad_file_policy(write(bad_files=wrong))

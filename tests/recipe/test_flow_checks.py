@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,12 @@ def test_a_model_of_another_backbone_is_refused_by_its_name(recipes, name):
     (line,) = problems_of(recipes["wan"], *changes)
     assert "model.pretrained_model_name_or_path" in line
     assert ("LTXPipeline" if name == "wan" else "WanPipeline") in line
+
+
+def test_an_ltx_is_known_by_the_scheduler_that_its_baseline_is_sampled_with(recipes, tmp_path):
+    model = make_tiny_ltx(tmp_path / "ltx")
+    file = model / "scheduler/scheduler_config.json"
+    config = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    file.write_text(json.dumps(config))
+    (problem,) = problems_of(recipes["ltx"], f"model.pretrained_model_name_or_path={model}")
+    assert "is for a UniPCMultistepScheduler; the bridge knows" in problem

@@ -23,7 +23,9 @@ from finetrainers.config import SUPPORTED_MODEL_CONFIGS, TrainingType, _get_mode
 from framebridge_plugin.training import (  # noqa: E402
     CogVideoXBridgeSpecification,
     LatteBridgeSpecification,
+    LTXBridgeSpecification,
     NeuralPriorSpecification,
+    WanBridgeSpecification,
 )
 from framebridge_plugin.training.objective import ObjectiveSettings  # noqa: E402
 from tests.training.bridge_runs import parse  # noqa: E402
@@ -47,6 +49,8 @@ def command_line(tmp_path: Path) -> list[str]:
         ("cogvideox_bridge", CogVideoXBridgeSpecification),
         ("latte_bridge", LatteBridgeSpecification),
         ("latte_neural_prior", NeuralPriorSpecification),
+        ("wan_bridge", WanBridgeSpecification),
+        ("ltx_bridge", LTXBridgeSpecification),
     ],
 )
 def test_our_model_names_lead_to_our_specifications(model_name, specification, training_type):

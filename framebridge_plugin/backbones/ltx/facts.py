@@ -35,6 +35,7 @@ LTX = BackboneFacts(
     },
     clip_rule=lambda vae, transformer: ClipShapeRule(FRAMES_PER_LATENT, PIXELS_PER_LATENT),
     process="flow_matching",
+    schedulers=("FlowMatchEulerDiscreteScheduler",),  # whose shift by resolution its baseline needs
     predictions=("flow_prediction",),
     input_projection="proj_in",
     defaults={"target": "flow"},

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
-from framebridge_plugin.data.bad_files import BadFile, files_to_skip
+from framebridge_plugin.data.bad_files import BadFile, bad_file_policy, files_to_skip
 from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
@@ -86,7 +86,9 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     # Captions are dropped when they are read, anew in every epoch.
     args.framebridge_objective = args.framebridge_objective.model_copy(update={"caption_dropout": 0.0})
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
-    datasets = index_datasets(recipe.dataset_config(), "the recipe's data")
+    content = recipe.dataset_config()
+    datasets = index_datasets(content, "the recipe's data")
+    policy = bad_file_policy(content, "the recipe's data")
     specification = build_specification(recipe, args)
     specification.clip_shape = common_clip_shape(datasets)
     specification.check_datasets(datasets)
@@ -94,8 +96,7 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     fingerprint = run_fingerprint(args, specification, datasets)
     manifest = read_manifest(store)
     if manifest is None:
-        quarantine = (recipe.dataset_config().get("bad_files") or {}).get("quarantine_file")
-        clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(quarantine))
+        clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(policy.quarantine_file))
         manifest = Manifest(
             rows=len(clips.rows),
             variants=variants or 1,
