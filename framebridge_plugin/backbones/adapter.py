@@ -13,7 +13,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_still, encode_video
-from framebridge_plugin.backbones.facts import BackboneFacts, call_settings
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import (
     ModelSource,
@@ -290,7 +290,7 @@ class BackboneAdapter:
     def pipeline_settings(self) -> dict[str, Any]:
         """What a saved model says of a call, besides the rate of its videos."""
         sizes = dict(zip(("num_frames", "height", "width"), self.clip_shape or (None, None, None), strict=True))
-        return sizes | call_settings(self.facts)
+        return sizes | self.facts.default_call
 
     def validation_condition(self, prompt: str) -> dict[str, Any]:
         """The arguments of a pipeline's call for a validation row's caption."""

@@ -17,14 +17,15 @@ from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
 from framebridge_plugin.backbones.opening import find_model, load_components, opening
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
-from framebridge_plugin.backbones.saving import SavingWithoutLora
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 
-class BridgePipeline(SavingWithoutLora):
+class BridgePipeline:
     """The part of a pipeline that does not depend on its backbone; diffusers' own class comes behind it."""
 
     adapter: ClassVar[type[BackboneAdapter]]
+    components: Any
     config: Any
     register_to_config: Any
     load_lora_weights: Any
@@ -89,6 +90,17 @@ class BridgePipeline(SavingWithoutLora):
             return cls(**{name: value for name, value in components.items() if name in expected})
         parent: Any = super()
         return parent.from_pretrained(saved.base, **components)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the pipeline as diffusers does; refuses LoRA layers, which nothing would open."""
+        for name, component in self.components.items():
+            if getattr(component, "peft_config", None):
+                raise FrameBridgeError(
+                    f"the {name} has LoRA layers, which a saved model cannot have; merge them first, by "
+                    f'fuse_lora(components=["{name}"]) and then unload_lora_weights(), or unload them alone'
+                )
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _loaders(cls) -> dict[str, Callable[..., Any]]:

@@ -193,6 +193,11 @@ class BackboneFacts:
         ]
         yield from others or self.parts_problems(configs)
 
+    @property
+    def default_call(self) -> dict[str, Any]:
+        """`num_inference_steps` and `guidance_scale` with which its models are sampled where nobody says others."""
+        return {name: self.sampling[name] for name in ("num_inference_steps", "guidance_scale")}
+
     def load_adapter(self) -> Any:
         """The adapter's class; imports torch and diffusers."""
         return _load(self.adapter)
@@ -200,11 +205,6 @@ class BackboneFacts:
     def load_pipeline(self) -> Any:
         """The pipeline's class; imports torch and diffusers."""
         return _load(self.pipeline)
-
-
-def call_settings(facts: BackboneFacts) -> dict[str, Any]:
-    """`num_inference_steps` and `guidance_scale` with which its models are sampled where nobody says others."""
-    return {name: facts.sampling[name] for name in ("num_inference_steps", "guidance_scale")}
 
 
 def backbone_names() -> list[str]:

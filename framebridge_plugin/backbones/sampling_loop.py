@@ -17,7 +17,7 @@ from diffusers import CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from framebridge_plugin.backbones.facts import BackboneFacts, call_settings
+from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import config_problem
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import pictures_levels
@@ -77,7 +77,7 @@ def call_defaults(pipeline: Any, num_inference_steps: int | None, guidance_scale
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     found = {
         name: next(value for value in (given[name], pipeline.config[name], default) if value is not None)
-        for name, default in call_settings(pipeline.adapter.facts).items()
+        for name, default in pipeline.adapter.facts.default_call.items()
     }
     return int(found["num_inference_steps"]), float(found["guidance_scale"])
 

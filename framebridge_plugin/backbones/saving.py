@@ -107,23 +107,6 @@ def save_lora_file(
     save_file(tensors, file, metadata=header)
 
 
-class SavingWithoutLora:
-    """A pipeline that refuses to save networks with LoRA layers: nothing opens what diffusers would write."""
-
-    components: Any
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves the pipeline as diffusers does."""
-        for name, component in self.components.items():
-            if getattr(component, "peft_config", None):
-                raise FrameBridgeError(
-                    f"the {name} has LoRA layers, which a saved model cannot have; merge them first, by "
-                    f'fuse_lora(components=["{name}"]) and then unload_lora_weights(), or unload them alone'
-                )
-        parent: Any = super()
-        parent.save_pretrained(save_directory, *args, **kwargs)
-
-
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
     """What a LoRA remembers of the model that it is trained on."""
     commits = {name: _commit(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}

@@ -1,4 +1,4 @@
-"""The command line of `finetrainers`: subcommands, their options and help. It needs the standard library alone."""
+"""The command line of `finetrainers`: subcommands, options, help. Only `sample` needs more than the standard library."""
 
 from __future__ import annotations
 

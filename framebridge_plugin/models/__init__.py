@@ -1,4 +1,4 @@
-"""Networks: Latte, widening of a pretrained CogVideoX's input channels, and the time of a network that is called."""
+"""Networks: Latte, widening of a pretrained network's input channels, and the time of a network that is called."""
 
 from framebridge_plugin.models.latte import LatteTransformer
 

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from framebridge_plugin.backbones.facts import ClipRule
 from framebridge_plugin.backbones.folders import local_path, read_json, writing_problem
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.layouts import find_clips
@@ -23,14 +24,6 @@ from framebridge_plugin.settings.data import BadFilesSection, DataSection, Sourc
 from framebridge_plugin.settings.sampling import most_steps
 
 _SIZES = ("num_frames", "height", "width")
-
-
-class ClipRule(Protocol):
-    """Which clips a model takes: `framebridge_plugin.backbones.folders.ClipShapeRule`, or a Latte's."""
-
-    def problems(self, num_frames: int | None, height: int | None, width: int | None) -> Iterator[tuple[str, str]]:
-        """Yield the name of each argument that does not fit, and what is wrong with it; None is not checked."""
-        ...
 
 
 def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:

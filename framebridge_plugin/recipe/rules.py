@@ -79,7 +79,14 @@ _ACCELERATE = (
 
 
 def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
-    for where, reason in recipe.backbone.without_effect.items():
+    facts, derived = recipe.backbone, {}
+    if facts.scratch_config is None:
+        derived["framebridge.latte_size"] = "it is for Latte"
+    if "neural_prior" not in facts.optional_parts:
+        derived["framebridge.neural_prior"] = "it is for Latte"
+    if facts.process == "flow_matching":
+        derived["framebridge.alignment_edge"] = "flow matching knows every noise level of the bridge, there is no edge"
+    for where, reason in (derived | dict(facts.without_effect)).items():
         *parents, name = where.split(".")
         section = recipe
         for parent in parents:

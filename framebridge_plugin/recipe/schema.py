@@ -17,7 +17,7 @@ from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
-from framebridge_plugin.settings.bridge import BeginningSection, ObjectiveSection, TrainerSection
+from framebridge_plugin.settings.bridge import DEFAULT_LATTE_SIZE, BeginningSection, ObjectiveSection, TrainerSection
 from framebridge_plugin.settings.data import BadFilesSection, ClipSection, DataSection
 
 
@@ -78,7 +78,7 @@ class Recipe(Section):
             defaults.setdefault(section or "framebridge", {})[name] = value
         trained = model.get("pretrained_model_name_or_path"), model.get("transformer_id"), ours.get("start_from")
         if facts.scratch_config is not None and all(name is None for name in trained):
-            defaults["framebridge"]["latte_size"] = "S/2"
+            defaults["framebridge"]["latte_size"] = DEFAULT_LATTE_SIZE
         if not isinstance(training := data.get("training"), dict) or training.get("training_type") != "lora":
             defaults.pop("lora", None)
         for section, values in defaults.items():

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from framebridge_plugin.backbones.facts import Config
-from framebridge_plugin.backbones.folders import read_json
 from framebridge_plugin.data.ucf101_classes import ucf101_class_names
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
+from framebridge_plugin.settings.data import DatasetEntry, dataset_entries
 
 _PRETRAINED = "model.pretrained_model_name_or_path"
 
@@ -50,10 +48,10 @@ def data_class_names(recipe: Recipe) -> list[str] | None:
     data is not in class folders, or not to be seen.
     """
     roots = _class_roots(recipe)
-    if not roots or not all(isinstance(root, str) for root in roots):
+    if not roots or None in roots:
         return None
     try:
-        return sorted({name for root in roots for name in ucf101_class_names(root)})
+        return sorted({name for root in roots for name in ucf101_class_names(str(root))})
     except FrameBridgeError:
         return None  # reported with the data
 
@@ -62,27 +60,17 @@ def data_clip_shape(recipe: Recipe) -> tuple[int, int, int] | None:
     """Frames, height and width of the clips, which a network from scratch is built for; None if they are not to be
     seen.
     """
-    data = recipe.framebridge.data
-    if data is not None:
-        return data.num_frames, data.height, data.width
-    try:
-        entry = _dataset_entries(str(recipe.dataset.dataset_config))[0]
-        num_frames, height, width = entry["video_resolution_buckets"][0]
-        return int(num_frames), int(height), int(width)
-    except (LookupError, TypeError, ValueError):
-        return None  # reported with the data
+    entries = _entries(recipe)
+    return (entries[0].num_frames, entries[0].height, entries[0].width) if entries else None
 
 
-def _class_roots(recipe: Recipe) -> list[Any]:
+def _class_roots(recipe: Recipe) -> list[str | None]:
     """The folder of the class folders of every data set, None for one that is named in another way."""
-    if recipe.framebridge.data is not None:
-        return [recipe.framebridge.data.class_root]
-    return [entry.get("class_root") for entry in _dataset_entries(str(recipe.dataset.dataset_config))]
+    return [entry.class_root for entry in _entries(recipe)]
 
 
-def _dataset_entries(path: str) -> list[dict[str, Any]]:
+def _entries(recipe: Recipe) -> list[DatasetEntry]:
     try:
-        entries = read_json(Path(path)).get("datasets")
-    except ValueError:
+        return dataset_entries(recipe.dataset_config(), "the recipe's data")
+    except (ValueError, UsageError):
         return []  # reported with the data
-    return entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []

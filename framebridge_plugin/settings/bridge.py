@@ -11,6 +11,7 @@ from framebridge_plugin.settings.base import BelowOne, CheckedSettings, Count, N
 from framebridge_plugin.settings.choices import AlignmentEdge, Target
 
 Updates = Annotated[int, Field(ge=0)]
+DEFAULT_LATTE_SIZE = "S/2"
 LatteSize = Literal[
     "Ti/2", "Ti/4", "Ti/8", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
 ]  # fmt: skip
@@ -19,7 +20,9 @@ LatteSize = Literal[
 class ProcessSection(Section):
     """The bridge and what its network predicts, as training chooses them and a saved scheduler keeps them."""
 
-    target: Target = Field(default="v", description="what the network predicts in a bridge; Latte: eps_psi")
+    target: Target = Field(
+        default="v", description="what the network predicts in a bridge (Latte: eps_psi; Wan, LTX: flow)"
+    )
     alignment_edge: AlignmentEdge = Field(
         default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"
     )
@@ -41,9 +44,11 @@ class ObjectiveSection(ProcessSection):
         description="diffusion: the matched baseline, the backbone's own loss with the same network, data and image",
     )
     snr_aligned: bool = Field(default=True, description="SNR-aligned fine-tuning (SAF); Latte: off")
-    image_noise: bool = Field(default=True, description="noise on the pixels of the condition image; CogVideoX only")
+    image_noise: bool = Field(
+        default=True, description="noise on the pixels of the condition image; models of text only"
+    )
     prior_noise: bool = Field(
-        default=True, description="noise on the pixels of the prior, drawn per frame; CogVideoX only"
+        default=True, description="noise on the pixels of the prior, drawn per frame; models of text only"
     )
     noise_log_mean: float = Field(
         default=-3.0, ge=-20, le=3, description="the noise's std is exp(N(mean, std^2)), pixels in [-1, 1]"
@@ -81,7 +86,7 @@ class BeginningSection(Section):
     """What a run begins with, besides the pretrained model."""
 
     latte_size: LatteSize | None = Field(
-        default=None, description="size and patch of a Latte from scratch, S/2 if nothing is said"
+        default=None, description=f"size and patch of a Latte from scratch, {DEFAULT_LATTE_SIZE} if nothing is said"
     )
     neural_prior: PathText | None = Field(
         default=None,

@@ -42,7 +42,7 @@ class SourceSection(Section):
     refresh_index: bool = Field(
         default=False, description="look for the videos of the csv again; else only if table or video_root changed"
     )
-    id_token: str | None = Field(default=None, description="put in front of every caption; CogVideoX only")
+    id_token: str | None = Field(default=None, description="put in front of every caption; models of text only")
 
     @property
     def source(self) -> tuple[str, ...]:
@@ -68,9 +68,9 @@ class SourceSection(Section):
 class ClipSection(Section):
     """How a clip is cut out of a video."""
 
-    num_frames: Count = Field(description="frames per clip, 8 k + 1 for CogVideoX")
-    height: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
-    width: Count = Field(description="pixels, a multiple of 16 for CogVideoX and Latte of patch 2")
+    num_frames: Count = Field(description="frames per clip: 8 k + 1 for CogVideoX and LTX, 4 k + 1 for Wan")
+    height: Count = Field(description="pixels, a multiple of 16 (LTX: 32; Latte: 8 patches)")
+    width: Count = Field(description="pixels, a multiple of 16 (LTX: 32; Latte: 8 patches)")
     frame_sampling: Literal["stride", "linspace"] = Field(
         default="stride",
         description="stride: every frame_stride-th frame (WebVid); linspace: spread over window_frames (UCF-101)",

@@ -179,7 +179,7 @@ class PrecisionSection(Section):
         "finetrainers then casts them to this as well",
     )
     vae_dtype: Dtype = Field(default="bf16", description="the VAE")
-    text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder; CogVideoX only")
+    text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder; models of text only")
     allow_tf32: bool = Field(default=False, description="float32 products in TF32 on GPUs that have it")
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         default="highest", description="float32 matrix products; high: TF32"

@@ -39,7 +39,8 @@ class SampleSection(SamplerSection):
         default=None, description="sampling steps (default: the model's, else its backbone's: 50, Latte 1000)"
     )
     guidance_scale: NonNegative | None = Field(
-        default=None, description="1: none (default: the model's, else its backbone's: CogVideoX 6, Latte 7)"
+        default=None,
+        description="1: none (default: the model's, else its backbone's: CogVideoX 6, Wan 5, LTX 3, Latte 7)",
     )
     use_dynamic_cfg: bool = Field(
         default=False, description="for a model of text: guidance that changes by step, as in diffusers' CogVideoX"

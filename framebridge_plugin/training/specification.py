@@ -306,9 +306,9 @@ class BridgeSpecification(ModelSpecification):
         **kwargs: Any,
     ) -> list[VideoArtifact]:
         """Samples one video from an image, or from the first frame of a video, with a validation row's columns."""
-        neural_prior = getattr(pipeline, "neural_prior", None)
-        if neural_prior is not None and pipeline.transformer is not None and not hasattr(neural_prior, "_hf_hook"):
-            neural_prior.to(pipeline.transformer.device)  # no trainer knows it; offloading moves it itself
+        for component in self.adapter.own_components().values():
+            if component is not None and not hasattr(component, "_hf_hook"):  # offloading moves it itself
+                component.to(pipeline.transformer.device)
         call = inspect.signature(type(pipeline).__call__).parameters
         # A column with an empty cell arrives as floats.
         types = {"height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float}

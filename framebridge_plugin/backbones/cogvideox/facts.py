@@ -47,6 +47,5 @@ COGVIDEOX = BackboneFacts(
     input_projection=INPUT_PROJECTION,
     sampling={"num_inference_steps": 50, "guidance_scale": 6.0, "grid": "trailing"},
     plain={"target": "v", "alignment_edge": "reference", "num_frames": 17, "height": 256, "width": 256},
-    without_effect=dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
     config_problem=config_problem,
 )

@@ -16,7 +16,6 @@ from diffusers.configuration_utils import FrozenDict
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Draw, Network
 from framebridge_plugin.backbones.encoding import encode_frames
-from framebridge_plugin.backbones.facts import call_settings
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.networks import (
@@ -292,7 +291,7 @@ class LatteAdapter(BackboneAdapter):
 
     def pipeline_settings(self) -> dict[str, Any]:
         """What a saved model says of a call, besides the rate of its videos."""
-        return call_settings(self.facts)
+        return self.facts.default_call
 
     def validation_condition(self, prompt: str) -> dict[str, Any]:
         """The class of a validation row."""

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
 from framebridge_plugin.backbones.examination import SavedModel
-from framebridge_plugin.backbones.facts import call_settings
 from framebridge_plugin.backbones.folders import (
     EXTRA_WEIGHTS_FILE,
     LORA_FILE,
@@ -81,7 +80,7 @@ def convert_reference_checkpoint(
             network_state_dict=main.state_dict,
             scheduler=FrameBridgeScheduler(target="eps_psi", grid="linspace") if main_name == "transformer" else None,
             linked_components=linked,
-            settings=call_settings(LATTE_BRIDGE) if main_name == "transformer" else None,
+            settings=LATTE_BRIDGE.default_call if main_name == "transformer" else None,
         )
     return reference
 

@@ -69,7 +69,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         transformer: The network of stage "bridge".
         scheduler: `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
         neural_prior: The network of stage "neural_prior"; for a transformer that takes its video, or alone.
-        num_inference_steps: Steps with which it is sampled by default; None, here and below, takes `default_call`.
+        num_inference_steps: Steps with which it is sampled by default; None, here and below, takes Latte's.
         guidance_scale: Weight of the guidance with which it is sampled by default.
         fps: Frames per second at which its videos are to be shown: the rate of its training clips.
 

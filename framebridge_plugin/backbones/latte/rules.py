@@ -99,7 +99,7 @@ def _other_vae_problem(there: Config, here: Config) -> str | None:
 
 def clip_rule(vae: Config, network: Config) -> ClipRule:
     """The shape that a network was trained on; for one without a shape, sides that are multiples of its patches."""
-    compression = _compression(vae)
+    compression = compression_of(vae)
     if "num_frames" not in network:
         return ClipShapeRule(frames_step=1, size_step=int(network.get("patch_size", 1)) * (compression or 1))
     scale = compression or _HUB_COMPRESSION
@@ -131,7 +131,7 @@ def scratch_config(
     }
     if clip_shape is not None:
         config["num_frames"] = clip_shape[0]
-        if compression := _compression(vae):
+        if compression := compression_of(vae):
             config |= {"sample_height": clip_shape[1] // compression, "sample_width": clip_shape[2] // compression}
     if class_names is not None:
         config |= {"num_classes": len(class_names), "class_names": class_names}
@@ -145,7 +145,7 @@ def _whole_vae_config(vae: Config) -> dict[str, Any]:
     return VAE_DEFAULTS | dict(vae) if vae else {}
 
 
-def _compression(vae: Config) -> int | None:
+def compression_of(vae: Config) -> int | None:
     """Pixels per row of the latents; None if the autoencoder is not to be seen."""
     levels = _whole_vae_config(vae).get("block_out_channels")
     return 2 ** (len(levels) - 1) if isinstance(levels, list | tuple) and levels else None

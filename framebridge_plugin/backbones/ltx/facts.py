@@ -41,9 +41,5 @@ LTX = BackboneFacts(
     defaults={"target": "flow"},
     sampling={"num_inference_steps": 50, "guidance_scale": 3.0, "grid": "trailing"},
     plain={"target": "flow", "num_frames": 161, "height": 512, "width": 704, "fps": FRAME_RATE},
-    without_effect={
-        **dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
-        "framebridge.alignment_edge": "flow matching knows every noise level of the bridge, there is no edge",
-    },
     config_problem=config_problem,
 )

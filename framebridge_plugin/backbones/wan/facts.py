@@ -51,9 +51,5 @@ WAN = BackboneFacts(
     },
     sampling={"num_inference_steps": 50, "guidance_scale": 5.0, "grid": "trailing"},
     plain={"target": "flow", "num_frames": 81, "height": 480, "width": 832, "fps": 16.0},
-    without_effect={
-        **dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
-        "framebridge.alignment_edge": "flow matching knows every noise level of the bridge, there is no edge",
-    },
     config_problem=config_problem,
 )

@@ -12,7 +12,7 @@ from framebridge_plugin.backbones.facts import backbone_names, find_backbone
 from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.settings.base import CheckedSettings
-from framebridge_plugin.settings.bridge import BeginningSection, ObjectiveSettings, TrainerSettings
+from framebridge_plugin.settings.bridge import DEFAULT_LATTE_SIZE, BeginningSection, ObjectiveSettings, TrainerSettings
 from framebridge_plugin.settings.options import add_options
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class FrameBridgeArgs:
         to.framebridge_trainer = self.over(TrainerSettings, defaults)
         for name in BeginningSection.model_fields:
             setattr(to, name, self.given.get(name))
-        to.latte_size = to.latte_size or "S/2"
+        to.latte_size = to.latte_size or DEFAULT_LATTE_SIZE
 
     def over(self, settings: type[Settings], defaults: Mapping[str, Any]) -> Settings:
         """Settings of a kind: what is given, else the defaults, else their own."""

@@ -35,9 +35,9 @@ _framebridge_args: FrameBridgeArgs | None = None
 def register() -> None:
     """Makes `import finetrainers` work in this process and registers what this package adds to it.
 
-    After it, finetrainers' tables and its argument parser know the model names `cogvideox_bridge`, `latte_bridge` and
-    `latte_neural_prior`, our arguments and the optimiser `adamw-torchao-8bit`, and its training loop knows
-    `FrameBridgeScheduler`. Programs that use finetrainers alone work as well. Calling it again does nothing.
+    After it, finetrainers' tables and its argument parser know the names of all backbones (`cogvideox_bridge`, ...),
+    our arguments and the optimiser `adamw-torchao-8bit`, and its training loop knows `FrameBridgeScheduler`. Programs
+    that use finetrainers alone work as well. Calling it again does nothing.
 
     Raises:
         FrameBridgeError: If finetrainers cannot be imported.

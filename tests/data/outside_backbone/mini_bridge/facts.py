@@ -32,5 +32,4 @@ MINI = BackboneFacts(
     defaults={"target": "flow", "lora.target_modules": ["to_q"]},
     sampling={"num_inference_steps": 4, "guidance_scale": 2.0, "grid": "trailing"},
     plain={"target": "flow", "num_frames": 9, "height": 32, "width": 32},
-    without_effect=dict.fromkeys(("framebridge.latte_size", "framebridge.neural_prior"), "it is for Latte"),
 )
