@@ -1,4 +1,4 @@
-"""The command line of `finetrainers`: subcommands, options, help. Only `sample` needs more than the standard library."""
+"""The command line of `finetrainers`: subcommands, options, help; beyond the standard library for `sample` alone."""
 
 from __future__ import annotations
 
