@@ -8,7 +8,6 @@ checkpoints are whole or not there. It averages the weights too, if asked to.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 from finetrainers import logging
 from finetrainers.config import TrainingType
 from finetrainers.optimizer import get_lr_scheduler
@@ -31,7 +29,6 @@ from framebridge_plugin.backbones.saving import link_or_copy_tree
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
@@ -44,7 +41,7 @@ from framebridge_plugin.training.precomputation.fingerprint import run_fingerpri
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.specification import BridgeSpecification
-from framebridge_plugin.training.validation import check_samples, sample_validation_videos
+from framebridge_plugin.training.validation import check_samples, validate
 
 logger = logging.get_logger()
 
@@ -318,50 +315,8 @@ class FrameBridgeTrainer(SFTTrainer):
     # Validation
 
     def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> None:
-        if not self._validation_samples:
-            return
-        args, backend = self.args, self.state.parallel_backend
-        self.transformer.eval()
-        components = {name: getattr(self, name) for name in ("tokenizer", "text_encoder", "vae")}
-        weights = self.average.in_place_of_weights() if self.average is not None else contextlib.nullcontext()
-        with weights, torch.no_grad(), self.attention_provider_ctx(training=False):
-            pipeline = self.model_specification.load_pipeline(
-                transformer=self.transformer,
-                scheduler=type(self.scheduler).from_config(self.scheduler.config),
-                enable_slicing=args.enable_slicing,
-                enable_tiling=args.enable_tiling,
-                enable_model_cpu_offload=args.enable_model_cpu_offload,
-                **components,
-            )
-            if not args.enable_model_cpu_offload:
-                self._move_components_to_device(
-                    [part for part in pipeline.components.values() if part is not self.transformer]
-                )
-            pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
-            written = sample_validation_videos(
-                self._validation_samples,
-                pipeline,
-                self.model_specification.validation,
-                Path(args.output_dir) / "validation",
-                fps=self.model_specification.clip_rate or DEFAULT_FPS,
-                label="final" if final_validation else f"step{step:06d}",
-                seed=args.seed,
-                rank=self._data_rank,
-                world_size=self._data_world_size,
-            )
-            pipeline.remove_all_hooks()
-        if self._data_world_size > 1:
-            shares: list[Any] = [None] * self._data_world_size
-            torch.distributed.all_gather_object(shares, written)
-            written = [item for share in shares for item in share]
-        metrics.log_validation(step, written)
-        if args.report_to == "wandb" and backend.is_main_process:
-            videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
-            backend.log({"final" if final_validation else "validation": videos}, step=step)
-        backend.wait_for_everyone()
-        if args.enable_model_cpu_offload:
-            self._move_components_to_device()
-        self.transformer.train()
+        if self._validation_samples:
+            validate(self, self._validation_samples, step, metrics, final=final_validation)
 
     # Who reads which data
 

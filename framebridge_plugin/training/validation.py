@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import wandb
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
 from PIL import Image
@@ -14,8 +16,12 @@ from PIL import Image
 from framebridge_plugin.data.decoding.exact import read_pictures
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.media import contact_sheet, read_image, write_video
+from framebridge_plugin.media import DEFAULT_FPS, contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from framebridge_plugin.training.metrics import MetricsLogger
+    from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
 
 class ValidationVideo(NamedTuple):
@@ -27,6 +33,55 @@ class ValidationVideo(NamedTuple):
     video: Path
     sheet: Path
     """The contact sheet, a PNG that begins with the input image."""
+
+
+def validate(
+    trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], step: int, metrics: MetricsLogger, *, final: bool
+) -> None:
+    """Samples the validation set with the weights in training, or their average; every rank takes part."""
+    args, backend, specification = trainer.args, trainer.state.parallel_backend, trainer.model_specification
+    transformer, average, world_size = trainer.transformer, trainer.average, trainer._data_world_size
+    transformer.eval()
+    components = {name: getattr(trainer, name) for name in ("tokenizer", "text_encoder", "vae")}
+    weights = average.in_place_of_weights() if average is not None else contextlib.nullcontext()
+    with weights, torch.no_grad(), trainer.attention_provider_ctx(training=False):
+        pipeline = specification.load_pipeline(
+            transformer=transformer,
+            scheduler=type(trainer.scheduler).from_config(trainer.scheduler.config),
+            enable_slicing=args.enable_slicing,
+            enable_tiling=args.enable_tiling,
+            enable_model_cpu_offload=args.enable_model_cpu_offload,
+            **components,
+        )
+        if not args.enable_model_cpu_offload:
+            trainer._move_components_to_device(
+                [part for part in pipeline.components.values() if part is not transformer]
+            )
+        pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
+        written = sample_validation_videos(
+            samples,
+            pipeline,
+            specification.validation,
+            Path(args.output_dir) / "validation",
+            fps=specification.clip_rate or DEFAULT_FPS,
+            label="final" if final else f"step{step:06d}",
+            seed=args.seed,
+            rank=trainer._data_rank,
+            world_size=world_size,
+        )
+        pipeline.remove_all_hooks()
+    if world_size > 1:
+        shares: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(shares, written)
+        written = [item for share in shares for item in share]
+    metrics.log_validation(step, written)
+    if args.report_to == "wandb" and backend.is_main_process:
+        videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
+        backend.log({"final" if final else "validation": videos}, step=step)
+    backend.wait_for_everyone()
+    if args.enable_model_cpu_offload:
+        trainer._move_components_to_device()
+    transformer.train()
 
 
 def sample_validation_videos(
