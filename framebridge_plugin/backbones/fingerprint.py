@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from framebridge_plugin.backbones.files import component_files
 from framebridge_plugin.errors import FrameBridgeError
 
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
@@ -28,13 +29,11 @@ def component_fingerprint(folder: Path) -> dict[str, str]:
         with the file's header: a network that was trained on is another one, without gigabytes to be read.
 
     Raises:
-        FrameBridgeError: If a file cannot be read.
+        FrameBridgeError: If a file cannot be read, or leads out of the folder.
     """
+    files = component_files(folder)
     try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in _DIGEST_OF_SUFFIX)
-        if any(path.suffix == ".safetensors" for path in files):
-            files = [path for path in files if path.suffix != ".bin"]  # nobody reads them beside the others
-        return {path.name: _DIGEST_OF_SUFFIX[path.suffix](path) for path in files}
+        return {name: (_settings_digest if name.endswith(".json") else _weights_digest)(path) for name, path in files}
     except (OSError, ValueError) as error:
         raise FrameBridgeError(f"cannot read {folder}: {error}; check that it is a whole model") from error
 
@@ -90,9 +89,6 @@ def _weights_digest(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
-
-
-_DIGEST_OF_SUFFIX = {".json": _settings_digest} | dict.fromkeys((".model", ".safetensors", ".bin"), _weights_digest)
 
 
 def digest_of(data: bytes) -> str:
