@@ -16,7 +16,7 @@ from pathlib import Path
 from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.progress import alone
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrameBridgeError as error:
         if debug:
             traceback.print_exc()
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows the traceback)"
         notes = " ".join(getattr(error, "__notes__", ()))
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}{notes or hint}", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {escaped(' '.join(str(error).split()))}{notes or hint}", file=sys.stderr
+        )
         return EXIT_FAILED
 
 
@@ -66,7 +68,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(recipe.to_yaml(), end="", flush=True)
         if missing:
-            raise UsageError("\n".join(missing))
+            raise UsageError(*missing)
 
         from framebridge_plugin.training.rehearsal import rehearse
 
@@ -115,7 +117,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     # The model need not be there yet.
     recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides)
     if problems := [line for line in missing if ": framebridge.data" in line or ": dataset.dataset_config" in line]:
-        raise UsageError("\n".join(problems))
+        raise UsageError(*problems)
 
     from framebridge_plugin.commands.data_check import check_data
 

@@ -1,15 +1,26 @@
-"""The two kinds of errors that a user sees: one line each, with an exit code of its own."""
+"""The two kinds of errors that a user sees, with an exit code each, and how names that others chose are shown."""
 
 from __future__ import annotations
+
+import logging
+import re
+
+# Control characters, which a terminal obeys; line ends, which forge lines; what turns the direction of writing; and
+# bytes of file names that are no text.
+_NOT_SHOWN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class FrameBridgeError(ValueError):
     """Something that a run needs is missing or broken; the command ends with exit code 1.
 
-    The message is one line: what is wrong, where, and the remedy.
+    The message is one line: what is wrong, where, and the remedy. Of several, each is an argument of its own; what
+    they hold is shown as `escaped` has it.
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(escaped(line) for line in self.args)
 
 
 class UsageError(FrameBridgeError):
@@ -18,6 +29,30 @@ class UsageError(FrameBridgeError):
     exit_code = 2
 
 
+def escaped(text: object) -> str:
+    r"""One line that a terminal only shows: control characters as `\x1b`, line ends as `\n`, bytes as `\xe9`."""
+    return _NOT_SHOWN.sub(_escape, str(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte of a name
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode()
+
+
 def first_line(error: object) -> str:
     """The first line of what an error says, for a message of one line; its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, whose messages are one line each, `escaped`."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_escape_message)
+    return logger
+
+
+def _escape_message(record: logging.LogRecord) -> bool:
+    record.msg, record.args = escaped(record.getMessage()), ()
+    return True

@@ -19,7 +19,7 @@ from framebridge_plugin.data.clips import clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipRows, index_datasets
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, escaped
 from framebridge_plugin.progress import Progress
 
 CLIPS_AT_A_TIME = 8
@@ -57,8 +57,8 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
     bad_files = read_bad_files(output)
     for index, _ in rows.datasets:
         for note in filter(None, index.description.split("\n")):
-            print(f"{index.common_folder()}: {note}")
-    print("\n".join(_table(bad_files, len(rows), output)))
+            print(escaped(f"{index.common_folder()}: {note}"))
+    print("\n".join(map(escaped, _table(bad_files, len(rows), output))))
     return 1 if bad_files else 0
 
 

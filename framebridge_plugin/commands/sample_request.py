@@ -56,7 +56,7 @@ class SampleRequest(SampleSection):
         problems += [f"{_option(name)}: {message}" for name, message in self.conflicts()]
         problems += [*self._input_problems(), *self._file_problems(), *self._model_problems(*self._examined)]
         if problems:
-            raise UsageError("\n".join(problems))
+            raise UsageError(*problems)
 
     @functools.cached_property
     def _examined(self) -> tuple[SavedModel | None, list[str]]:
@@ -108,7 +108,7 @@ class SampleRequest(SampleSection):
         saved, problems = examine_model(str(folder), self.transformer, self.base, self.allow_other_base)
         problems = self._model_problems(saved, problems)
         if saved is None or problems:
-            raise UsageError("\n".join(problems))
+            raise UsageError(*problems)
         return saved
 
     def _model_problems(self, saved: SavedModel | None, problems: list[str]) -> list[str]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from framebridge_plugin.data.tables import parse_json, read_text
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import BadFilesSection
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SHARE_COUNTS_FROM = 64
 """Attempts before the share of bad ones means anything."""
@@ -248,7 +247,7 @@ class BadFileTracker:
         if report:
             report.append(f"all of them, {len(self._written)} so far: {self.path}")
         remedy = f"`finetrainers data check` reads all of the data; or {remedy}"
-        raise TooManyBadFilesError("\n".join([problem, *report, remedy]))
+        raise TooManyBadFilesError(problem, *report, remedy)
 
 
 _FATE = {"raise": "", "skip": "; another one takes its place", "quarantine": "; it is in quarantine now"}

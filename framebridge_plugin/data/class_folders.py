@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 
-from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video, printable
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video
 from framebridge_plugin.errors import FrameBridgeError
 
 # What file systems, archives and storage appliances put beside the user's folders.
@@ -30,11 +30,11 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
             for entry in entries:
                 if not entry.is_dir():
                     if is_video(entry.name):
-                        left_out.add("videos in no folder of a class", printable(entry.name))
+                        left_out.add("videos in no folder of a class", entry.name)
                 elif entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
-                    left_out.add("folders that are hidden or a system's", printable(entry.name))
+                    left_out.add("folders that are hidden or a system's", entry.name)
                 elif not is_utf8(entry.name):
-                    left_out.add("names not in UTF-8", printable(entry.name))
+                    left_out.add("names not in UTF-8", entry.name)
                 else:
                     folders.append(entry.name)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from framebridge_plugin.data.layouts import find_clips, local_data_root
 from framebridge_plugin.data.tables import parse_json, read_text
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import UsageError, escaped, get_logger
 from framebridge_plugin.settings.data import DatasetSource, dataset_entries
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The phrases that finetrainers removes under the same option: language models like to begin captions so.
 _SUBJECTS = ("video", "clip", "image", "picture")
@@ -212,6 +211,6 @@ def _index(source: DatasetSource, base_dir: Path) -> ClipIndex:
         logger.warning("%s: %s", root, note)
     rows = datasets.Dataset.from_dict(
         {"path": [os.path.join(root, name) for name in names], "caption": captions},
-        info=datasets.DatasetInfo(description="\n".join(notes)),
+        info=datasets.DatasetInfo(description="\n".join(map(escaped, notes))),
     )
     return ClipIndex(rows, "caption", **options)

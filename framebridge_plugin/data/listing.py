@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, escaped
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 VIDEO_EXTENSIONS = ("mp4", "mov", "m4v", "mkv", "webm", "avi")
 
@@ -30,14 +33,9 @@ def name_key(name: str) -> str:
     return key if key.isascii() else unicodedata.normalize("NFC", key)
 
 
-def printable(name: str) -> str:
-    """A name as it can be shown, with bytes that are not UTF-8 as `\\xe9`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def is_utf8(name: str) -> bool:
     """Whether a file's name is text; Python puts surrogates in the place of bytes that are none."""
-    return name == printable(name)
+    return _SURROGATE.search(name) is None
 
 
 class LeftOut:
@@ -58,17 +56,16 @@ class LeftOut:
         for name in names:
             if name.startswith("."):
                 if extension(name) in (*VIDEO_EXTENSIONS, "txt"):
-                    self.add("hidden files", printable(os.path.join(folder, name)))
+                    self.add("hidden files", os.path.join(folder, name))
             elif name.isascii() or is_utf8(name):
                 usable.append(name)
             else:
-                self.add("names not in UTF-8", printable(os.path.join(folder, name)))
+                self.add("names not in UTF-8", os.path.join(folder, name))
         return sorted(usable)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{count} {reason} (such as {self._examples[reason]})" for reason, count in sorted(self.counts.items())
-        )
+        counted = ((count, reason, escaped(self._examples[reason])) for reason, count in sorted(self.counts.items()))
+        return ", ".join(f"{count} {reason} (such as {example})" for count, reason, example in counted)
 
 
 class FileFinder:

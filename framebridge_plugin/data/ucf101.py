@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import unicodedata
@@ -13,10 +12,10 @@ import datasets
 
 from framebridge_plugin.data.class_folders import class_folders, no_videos
 from framebridge_plugin.data.ucf101_classes import foreign_classes, label_names, read_split, split_list
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, get_logger
 from framebridge_plugin.settings.data import Fold, Split
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _GROUP = re.compile(r"_g(\d+)_c\d+\.\w+$")
 
@@ -91,7 +90,7 @@ def load_ucf101(
     features = datasets.Features(
         path=datasets.Value("string"), label=datasets.ClassLabel(names=classes), group=datasets.Value("int32")
     )
-    info = datasets.DatasetInfo(description="\n".join(notes), features=features)
+    info = datasets.DatasetInfo(description="\n".join(map(escaped, notes)), features=features)
     return datasets.Dataset.from_dict(columns, info=info)
 
 

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -17,11 +16,11 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, extension, is_utf8, printable
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, extension, is_utf8
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, csv_files, read_table
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SUFFIX = ".mp4"
 _FEATURES = datasets.Features({name: datasets.Value("string") for name in (*WEBVID_COLUMNS, "path")})
@@ -167,7 +166,7 @@ def _list_videos(root: Path) -> tuple[dict[str, set[str]], dict[str, str], LeftO
             return os.listdir(root / folder)
         except OSError as error:
             if error.errno in _UNLISTABLE:
-                unlistable.append(f"{printable(folder)}: {error.strerror}")
+                unlistable.append(f"{folder}: {error.strerror}")
             elif error.errno != errno.ENOTDIR:
                 raise
             return []
@@ -179,7 +178,7 @@ def _list_videos(root: Path) -> tuple[dict[str, set[str]], dict[str, str], LeftO
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         for folder, found in zip(["", *names], (listed, *threads.map(list_folder, names)), strict=True):
             if not is_utf8(folder):
-                left_out.add("names not in UTF-8", printable(folder))
+                left_out.add("names not in UTF-8", folder)
                 continue
             usable = left_out.usable(filter(_has_video_extension, found), folder)
             folders[folder] = {name for name in usable if name.endswith(_SUFFIX)}

@@ -100,7 +100,7 @@ def load_recipe(
     """
     recipe, missing = resolve_recipe(name_or_path, overrides, environment)
     if missing:
-        raise UsageError("\n".join(missing))
+        raise UsageError(*missing)
     return recipe
 
 
@@ -125,7 +125,7 @@ def resolve_recipe(
     """
     recipe, problems = _examine(name_or_path, overrides, environment)
     if recipe is None or not all(on_disk for _, on_disk in problems):
-        raise UsageError("\n".join(text for text, _ in problems))
+        raise UsageError(*(text for text, _ in problems))
     return recipe, [text for text, _ in problems]
 
 

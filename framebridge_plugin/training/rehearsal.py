@@ -62,7 +62,7 @@ def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:
     sample = stream.sample(0)
     if not len(sample["video"]):
         bad_files = [f"  {describe(entry)}" for entry in sample["skipped"][:5]]
-        raise FrameBridgeError("\n".join(["no clip can be read where the run would begin", *bad_files]))
+        raise FrameBridgeError("no clip can be read where the run would begin", *bad_files)
 
 
 def _check_lora(args: Any, specification: Any) -> None:

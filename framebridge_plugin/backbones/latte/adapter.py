@@ -5,7 +5,6 @@ Layouts: B batch, F video frames, C channels, h and w rows and columns of the la
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from framebridge_plugin.backbones.latte.networks import (
     read_network,
 )
 from framebridge_plugin.backbones.loading import load_config
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.models.latte import LatteTransformer, parse_latte_size
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEFAULT_CLIP_SHAPE = (16, 256, 256)
 _AUTOENCODER = "an AutoencoderKL in diffusers format (config.json, diffusion_pytorch_model.safetensors)"

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import Literal
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, escaped
 
 ClipErrorKind = Literal[
     "missing", "unreadable", "not_regular", "empty", "not_video", "no_video_stream", "codec", "no_frames", "too_short",
@@ -36,7 +36,7 @@ class ClipError(FrameBridgeError):
         self.kind: ClipErrorKind = kind
 
     def __str__(self) -> str:
-        return f"cannot read the clip {self.path}: {self.reason}"
+        return escaped(f"cannot read the clip {self.path}: {self.reason}")
 
 
 def check_regular_file(path: str) -> None:
