@@ -51,8 +51,10 @@ def explained_reading_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # While it waits for a sample, torch puts the death of a worker behind an error that says less.
-        text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        # While it waits for a sample, torch puts the death of a worker behind an error that says less, or one of an
+        # empty queue behind the death.
+        texts = [" ".join(str(e).split()).rstrip(".") for e in (error.__cause__, error)]
+        text = next((text for text in texts if text.startswith((_TIMED_OUT, _DIED))), "")
         if text.startswith(_TIMED_OUT):
             raise FrameBridgeError(
                 f"no clip came from the reading processes ({text}): a decoder or the storage hangs; set "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import shutil
 import signal
 import time
@@ -67,7 +68,8 @@ def test_a_file_that_hangs_ends_the_run_with_a_remedy(tmp_path):
 def assert_explains_a_death(error: FrameBridgeError) -> None:
     message = str(error)
     assert message.startswith("a reading process died (DataLoader worker (pid")
-    assert "killed by signal: Killed" in message
+    # torch's two ways to notice: the signal of the death, or a look at its workers while it waits.
+    assert "killed by signal: Killed" in message or "exited unexpectedly" in message
     assert message.count("a reading process died") == 1
     assert "\n" not in message
     for remedy in ("framebridge.data.isolated=true", "dataloader.dataloader_num_workers", "`finetrainers data check`"):
@@ -88,6 +90,12 @@ def test_a_death_while_the_run_trains_has_a_remedy():
     assert next(samples) == 1
     with pytest.raises(FrameBridgeError) as caught, explained_reading_errors():
         time.sleep(30)
+    assert_explains_a_death(caught.value)
+
+
+def test_a_death_that_torch_finds_by_an_empty_queue_has_a_remedy():
+    with pytest.raises(FrameBridgeError) as caught, explained_reading_errors():
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from queue.Empty()
     assert_explains_a_death(caught.value)
 
 
