@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 
 from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, subtract_prior
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.choices import AlignmentEdge
 
-EDGES = ("exact", "reference")
+EDGES = get_args(AlignmentEdge)
 
 
 class Alignment(Protocol):

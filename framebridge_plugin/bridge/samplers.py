@@ -6,12 +6,16 @@ the letter of their time. The last step of every sampler has no t: it returns th
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, broadcast, widen
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.checking import check_values
+from framebridge_plugin.settings.choices import Count, Grid
 
-GRIDS = ("trailing", "linspace", "lambda")
+GRIDS = get_args(Grid)
 
 
 def timestep_grid(name: str, steps: int, schedule: BridgeSchedule) -> torch.Tensor:
@@ -30,10 +34,7 @@ def timestep_grid(name: str, steps: int, schedule: BridgeSchedule) -> torch.Tens
     Raises:
         FrameBridgeError: The grid's name is unknown, or it cannot have that many steps.
     """
-    if name not in GRIDS:
-        raise FrameBridgeError(f"unknown grid {name!r}: choose one of {', '.join(GRIDS)}")
-    if steps < 1:
-        raise FrameBridgeError(f"number of sampling steps is {steps}: at least 1 is needed")
+    steps = check_values("timestep_grid", {"name": Grid, "steps": Count}, {"name": name, "steps": steps})["steps"]
     if name != "lambda" and steps > schedule.num_train_timesteps:
         raise FrameBridgeError(
             f"number of sampling steps is {steps}: the {name} grid has at most {schedule.num_train_timesteps}, "

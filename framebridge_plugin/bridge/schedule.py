@@ -13,14 +13,15 @@ time is a real-valued index.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral, Real
+from typing import get_type_hints
 
 import torch
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.checking import check_values
+from framebridge_plugin.settings.choices import Indices, NonNegative
 
 Index = int | float | torch.Tensor
 """A time: one real-valued index, or one per sample as a [B] tensor."""
@@ -73,16 +74,14 @@ class BridgeSchedule:
         num_train_timesteps: Number of indices N of the training grid, at least 2.
     """
 
-    beta_min: float = 0.01
-    beta_max: float = 50.0
-    num_train_timesteps: int = 1000
+    beta_min: NonNegative = 0.01
+    beta_max: NonNegative = 50.0
+    num_train_timesteps: Indices = 1000
 
     def __post_init__(self) -> None:
-        for name, kind, least in (("beta_min", Real, 0), ("beta_max", Real, 0), ("num_train_timesteps", Integral, 2)):
-            value = getattr(self, name)
-            if not (isinstance(value, kind) and least <= float(value) < math.inf):
-                what = "whole number" if kind is Integral else "finite number"
-                raise FrameBridgeError(f"bridge schedule: {name} is {value!r}; it should be a {what}, {least} or more")
+        kinds = get_type_hints(BridgeSchedule, include_extras=True)
+        for name, value in check_values("bridge schedule", kinds, vars(self)).items():
+            object.__setattr__(self, name, value)
         if self.beta_min == self.beta_max == 0:
             raise FrameBridgeError("bridge schedule: beta_max: should be above 0 when beta_min is 0")
 

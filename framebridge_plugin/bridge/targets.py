@@ -15,12 +15,15 @@ dtype of the inputs.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, broadcast, subtract_prior, widen
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.choices import Target
 
-TARGETS = ("v", "eps_psi", "noise", "data", "flow")
+TARGETS = get_args(Target)
 
 
 def sample_bridge(

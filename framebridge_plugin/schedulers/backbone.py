@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from framebridge_plugin.bridge.alignment import (
 )
 from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, widen
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.choices import AlignmentName
 
 
 def build_backbone(config: Mapping[str, Any] | None) -> Any:
@@ -29,13 +31,23 @@ def build_backbone(config: Mapping[str, Any] | None) -> Any:
             f"backbone config: _class_name={name!r} is not a scheduler of diffusers {diffusers.__version__}; "
             "give the content of the model's scheduler/scheduler_config.json"
         )
+    for name, setting in inspect.signature(scheduler_class.__init__).parameters.items():
+        if isinstance(setting.default, int | float) and isinstance(config.get(name), str):
+            raise FrameBridgeError(f"backbone config: {name} is {config[name]!r}; it should be a number")
     try:
         return scheduler_class.from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise FrameBridgeError(f"backbone config: {error}; give the model's own scheduler_config.json") from error
 
 
-def default_alignment(backbone: Any) -> str:
+def as_json(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Turn the numbers and arrays of a config into what JSON has."""
+    if config is None:
+        return None
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in config.items()}
+
+
+def default_alignment(backbone: Any) -> AlignmentName:
     """Name the alignment to a backbone's scheduler; "none" for no backbone."""
     if backbone is None:
         return "none"

@@ -23,12 +23,11 @@ Every draw comes from the caller's generator; without one, a step that draws is 
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -45,29 +44,24 @@ from framebridge_plugin.bridge.samplers import (
 from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
 from framebridge_plugin.bridge.targets import predict_z_0
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.schedulers.backbone import build_alignment, build_backbone, default_alignment
+from framebridge_plugin.schedulers.backbone import as_json, build_alignment, build_backbone, default_alignment
 from framebridge_plugin.schedulers.process import BridgeProcess
+from framebridge_plugin.settings.checking import checked
 from framebridge_plugin.settings.choices import (
     AlignmentEdge,
     AlignmentName,
+    Count,
     Grid,
+    Indices,
+    NonNegative,
     Order,
     Sampler,
+    Share,
     Start,
     Target,
     noise_share,
     sampler_conflicts,
 )
-
-_CHOICES = {
-    "target": Target,
-    "alignment": AlignmentName,
-    "alignment_edge": AlignmentEdge,
-    "sampler": Sampler,
-    "order": Order,
-    "grid": Grid,
-    "start": Start,
-}
 
 
 @dataclass
@@ -115,33 +109,27 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
 
     order = 1
 
+    @checked
     @register_to_config
     def __init__(
         self,
-        beta_min: float = 0.01,
-        beta_max: float = 50.0,
-        num_train_timesteps: int = 1000,
-        target: str = "v",
-        alignment: str | None = None,
-        alignment_edge: str = "exact",
+        beta_min: NonNegative = 0.01,
+        beta_max: NonNegative = 50.0,
+        num_train_timesteps: Indices = 1000,
+        target: Target = "v",
+        alignment: AlignmentName | None = None,
+        alignment_edge: AlignmentEdge = "exact",
         backbone: dict[str, Any] | None = None,
-        sampler: str = "sde",
-        order: int = 1,
-        eta: float | None = None,
-        grid: str = "trailing",
-        start: str = "booted",
+        sampler: Sampler = "sde",
+        order: Order = 1,
+        eta: Share | None = None,
+        grid: Grid = "trailing",
+        start: Start = "booted",
     ) -> None:
         backbone_scheduler = None if alignment == "none" else build_backbone(backbone)
         if alignment is None:
             alignment = default_alignment(backbone_scheduler)
-            self.register_to_config(alignment=alignment)
-        for name, choices in _CHOICES.items():
-            if (value := self.config[name]) not in typing.get_args(choices):
-                *first, last = map(repr, typing.get_args(choices))
-                wrong = f"{name} is {value!r}; it should be {', '.join(first)} or {last}"
-                raise FrameBridgeError(f"FrameBridgeScheduler: {wrong}")
-        if eta is not None and not (isinstance(eta, Real) and 0 <= float(eta) <= 1):
-            raise FrameBridgeError(f"FrameBridgeScheduler: eta is {eta!r}; it should be a number from 0 to 1")
+        self.register_to_config(alignment=alignment, backbone=as_json(backbone))
         for name, message in sampler_conflicts(sampler, order, eta, start):
             raise FrameBridgeError(f"FrameBridgeScheduler: {name}: {message}")
         self.eta = noise_share(sampler, eta)
@@ -173,6 +161,8 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
             output is target="flow".
         """
         config: Any = getattr(scheduler_or_config, "config", scheduler_or_config)
+        if not isinstance(config, Mapping):
+            raise FrameBridgeError(f"{cls.__name__}.from_backbone: give a scheduler or its config, not {config!r}")
         class_name = config.get("_class_name", type(scheduler_or_config).__name__)
         backbone = {key: value for key, value in config.items() if not key.startswith("_")}
         return cls(backbone={"_class_name": class_name, **backbone}, **settings)
@@ -220,11 +210,12 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
 
     # Sampling
 
+    @checked
     def set_timesteps(
         self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
+        num_inference_steps: Count | None = None,
+        device: str | int | torch.device | None = None,
+        timesteps: Sequence[float] | torch.Tensor | np.ndarray | None = None,
     ) -> None:
         """Choose the times of the network calls and forget the run before.
 

@@ -10,10 +10,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.settings.checking import plain
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 
 
@@ -34,9 +32,14 @@ class CheckedSettings(Section):
     """What an error calls them."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        where = f"{self.called}: " if self.called else ""
+        where, known = f"{self.called}: " if self.called else "", list(type(self).model_fields)
+        in_order = dict(zip(known, values, strict=False))
+        if len(values) > len(known):
+            raise UsageError(f"{where}{len(values)} values for {len(known)} settings; name them")
+        if twice := in_order.keys() & named.keys():
+            raise UsageError(f"{where}{min(twice)} is given twice, in its place and by its name; give it once")
         try:
-            super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **named)
+            super().__init__(**{name: plain(value) for name, value in (in_order | named).items()})
         except ValidationError as failure:
             raise UsageError(where + self._problem(dict(failure.errors(include_url=False)[0]))) from failure
         for name, message in self.conflicts():

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framebridge_plugin.settings.base import BelowOne, CheckedSettings, Count, NonNegative, PathText, Section
-from framebridge_plugin.settings.choices import AlignmentEdge, Target
+from framebridge_plugin.settings.base import CheckedSettings, PathText, Section
+from framebridge_plugin.settings.choices import AlignmentEdge, BelowOne, Count, NonNegative, Target
 
 Updates = Annotated[int, Field(ge=0)]
 DEFAULT_LATTE_SIZE = "S/2"

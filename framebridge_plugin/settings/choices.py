@@ -1,10 +1,46 @@
-"""The names that settings choose among, and the sampler's rules: what a scheduler asks too; no pydantic."""
+"""The types of settings, and the sampler's rules: what networks, schedulers and pipelines ask too; no pydantic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: in `Annotated`, it is read by pydantic and by `settings.checking`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        limits = {"ge": self.least, "le": self.most, "gt": self.above, "lt": self.below}
+        return {**handler(source), **{name: limit for name, limit in limits.items() if limit is not None}}
+
+
+Count = Annotated[int, Range(1)]
+NonNegative = Annotated[float, Range(0)]
+BelowOne = Annotated[float, Range(0, below=1)]
+Share = Annotated[float, Range(0, 1)]
+Indices = Annotated[int, Range(2)]
+FrameRate = Annotated[float, Range(above=0, most=1000)]
 Target = Literal["v", "eps_psi", "noise", "data", "flow"]
 AlignmentName = Literal["variance_preserving", "flow_matching", "none"]
 AlignmentEdge = Literal["exact", "reference"]
@@ -12,6 +48,7 @@ Sampler = Literal["sde", "dbim"]
 Order = Literal[1, 2]
 Grid = Literal["trailing", "linspace", "lambda"]
 Start = Literal["booted", "clean_prior"]
+OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 def noise_share(sampler: str, eta: float | None) -> float:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.settings.base import CheckedSettings, Count, PathText, Section
+from framebridge_plugin.settings.base import CheckedSettings, PathText, Section
+from framebridge_plugin.settings.choices import Count
 
 Split = Literal["all", "train", "test"]
 Fold = Literal[1, 2, 3]

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from framebridge_plugin.settings.base import BelowOne, Count, NonNegative, PathText, Section
+from framebridge_plugin.settings.base import PathText, Section
+from framebridge_plugin.settings.choices import BelowOne, Count, NonNegative
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]

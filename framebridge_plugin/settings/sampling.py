@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from framebridge_plugin.settings.base import Count, NonNegative, Section
-from framebridge_plugin.settings.choices import Grid, Order, Sampler, Start, sampler_conflicts
+from framebridge_plugin.settings.base import Section
+from framebridge_plugin.settings.choices import (
+    Count,
+    FrameRate,
+    Grid,
+    NonNegative,
+    Order,
+    Sampler,
+    Share,
+    Start,
+    sampler_conflicts,
+)
 
 
 class SamplerSection(Section):
@@ -17,9 +27,7 @@ class SamplerSection(Section):
 
     sampler: Sampler = Field(default="sde", description="sde: as the reference (default: sde)")
     order: Order = Field(default=1, description="2: multistep, dbim only (default: 1)")
-    eta: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="share of fresh noise in a step of dbim, 0 to 1 (default: 0)"
-    )
+    eta: Share | None = Field(default=None, description="share of fresh noise in a step of dbim, 0 to 1 (default: 0)")
     grid: Grid = Field(default="trailing", description="times (default: trailing; Latte: linspace)")
     start: Start = Field(
         default="booted",
@@ -51,7 +59,7 @@ class SampleSection(SamplerSection):
     num_frames: Count | None = Field(default=None, description="default: the model's")
     height: Count | None = Field(default=None, description="pixels (default: the model's)")
     width: Count | None = Field(default=None, description="pixels (default: the model's)")
-    fps: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+    fps: FrameRate | None = Field(
         default=None, description="frames per second (default: those of the model's training clips)"
     )
     num_videos: Count = Field(default=1, description="videos per image (default: 1)")

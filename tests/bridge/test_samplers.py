@@ -78,11 +78,12 @@ def test_grids_descend_strictly_with_the_asked_length(name):
 
 
 def test_impossible_grids_are_refused():
-    with pytest.raises(FrameBridgeError, match="unknown grid 'leading': choose one of trailing, linspace, lambda"):
+    with pytest.raises(FrameBridgeError, match="name is 'leading'; it should be 'trailing', 'linspace' or 'lambda'"):
         timestep_grid("leading", 10, SCHEDULE)
     for name in GRIDS:
-        with pytest.raises(FrameBridgeError, match="steps is 0: at least 1"):
-            timestep_grid(name, 0, SCHEDULE)
+        for steps in (0, 2.5, True):
+            with pytest.raises(FrameBridgeError, match=f"steps is {steps}; it should be a whole number, at least 1"):
+                timestep_grid(name, steps, SCHEDULE)
     for name in ("trailing", "linspace"):
         with pytest.raises(FrameBridgeError, match=f"steps is 1001: the {name} grid has at most 1000"):
             timestep_grid(name, 1001, SCHEDULE)

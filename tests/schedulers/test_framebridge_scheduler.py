@@ -1,15 +1,15 @@
+import functools
 import inspect
 import json
-import typing
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from framebridge_plugin import FrameBridgeScheduler
 from framebridge_plugin.bridge import (
-    EDGES,
     GRIDS,
     TARGETS,
     BridgeSchedule,
@@ -162,6 +162,31 @@ def test_save_and_load(settings, tmp_path):
     assert torch.equal(run(copied, prior, seeded(1)), expected)
 
 
+def test_numbers_of_numpy_and_torch_are_saved_as_pythons_own(tmp_path):
+    numbers = {"beta_max": 50.0, "num_train_timesteps": 1000, "eta": 0.5, "order": 2, "sampler": "dbim"}
+    betas = np.linspace(1e-4, 0.02, 1000)
+    given = {
+        "beta_max": np.float32(50),
+        "num_train_timesteps": torch.tensor(1000),
+        "eta": np.float32(0.5),
+        "order": np.int64(2),
+        "sampler": np.str_("dbim"),
+        "backbone": {"_class_name": "DDIMScheduler", "trained_betas": betas, "steps_offset": np.int64(1)},
+    }
+    scheduler = FrameBridgeScheduler(**given)
+    scheduler.save_pretrained(tmp_path)
+    for config in (scheduler.config, FrameBridgeScheduler.from_pretrained(tmp_path).config):
+        assert {name: config[name] for name in numbers} == numbers
+        assert [type(config[name]) for name in numbers] == [type(value) for value in numbers.values()]
+        assert config.backbone == given["backbone"] | {"trained_betas": betas.tolist()}
+    assert "FrameBridgeScheduler" in repr(scheduler)
+
+
+def test_settings_by_their_place_are_kept():
+    scheduler = FrameBridgeScheduler(0.1, 10.0)
+    assert FrameBridgeScheduler.from_config(scheduler.config).config.beta_max == 10.0
+
+
 def test_the_sampler_of_a_loaded_model_can_be_changed(tmp_path):
     FrameBridgeScheduler.from_backbone(BACKBONE, target="data").save_pretrained(tmp_path)
     for scheduler in (
@@ -175,8 +200,9 @@ def test_the_sampler_of_a_loaded_model_can_be_changed(tmp_path):
 
 
 def test_unknown_keys_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="samplr"):
-        FrameBridgeScheduler(samplr="sde")
+    for make in (FrameBridgeScheduler, functools.partial(FrameBridgeScheduler.from_backbone, BACKBONE)):
+        with pytest.raises(FrameBridgeError, match="unknown argument 'samplr'; did you mean 'sampler'?"):
+            make(samplr="sde")
     FrameBridgeScheduler().save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "alignmnt_edge": "exact"}))
@@ -190,6 +216,8 @@ def test_unknown_keys_are_refused(tmp_path):
 
 
 def test_the_config_of_another_scheduler_is_refused(tmp_path):
+    with pytest.raises(FrameBridgeError, match="give a scheduler or its config, not None"):
+        FrameBridgeScheduler.from_backbone(None)
     CogVideoXDDIMScheduler().save_pretrained(tmp_path)
     with pytest.raises(FrameBridgeError, match="config of a CogVideoXDDIMScheduler.*from_backbone"):
         FrameBridgeScheduler.from_pretrained(tmp_path)
@@ -212,7 +240,16 @@ def test_the_config_of_another_scheduler_is_refused(tmp_path):
         ({"beta_max": float("inf")}, "beta_max is inf"),
         ({"beta_min": -1.0}, "beta_min is -1.0"),
         ({"beta_min": 0.0, "beta_max": 0.0}, "beta_max: "),
-        ({"num_train_timesteps": 1}, "num_train_timesteps is 1"),
+        ({"beta_max": True}, "beta_max is True; it should be a number, at least 0"),
+        ({"order": True}, "order is True; it should be 1 or 2"),
+        ({"order": 2.0, "sampler": "dbim"}, "order is 2.0; it should be 1 or 2"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps is 1; it should be a whole number, at least 2"),
+        ({"num_train_timesteps": 1000.0}, "num_train_timesteps is 1000.0; it should be a whole number, at least 2"),
+        ({"backbone": "x"}, "backbone is 'x'; it should be a dictionary"),
+        (
+            {"backbone": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "3"}},
+            "backbone config: shift is '3'; it should be a number",
+        ),
         ({"sampler": "sde", "eta": 0.5}, "eta: the sampler sde has eta 1, not 0.5"),
         ({"sampler": "sde", "order": 2}, "order: the sampler sde has order 1"),
         ({"sampler": "dbim", "start": "clean_prior"}, "start: clean_prior needs eta 1, not 0"),
@@ -290,9 +327,19 @@ def test_times_may_be_given():
     scheduler.set_timesteps(timesteps=[998.5, 0])
     assert scheduler.timesteps.tolist() == [998.5, 0]
     assert not torch.equal(expected, prior)
-    for wrong in ([], [[999, 3]], [1000, 3], [3, 999], [5, 5], [5, -1], [float("nan"), 3]):
+    scheduler.set_timesteps(timesteps=np.array([998.5, 0]))
+    assert scheduler.timesteps.tolist() == [998.5, 0]
+    for wrong in ([], torch.tensor([[999, 3]]), [1000, 3], [3, 999], [5, 5], [5, -1], torch.tensor([torch.nan, 3])):
         with pytest.raises(FrameBridgeError, match="timesteps: should be bridge indices that fall, from at most 999"):
             scheduler.set_timesteps(timesteps=wrong)
+    for wrong in ("10", ["a"], [[999, 3]], [float("nan"), 3]):
+        with pytest.raises(FrameBridgeError, match="timesteps is .*; it should be a list of numbers"):
+            scheduler.set_timesteps(timesteps=wrong)
+    for wrong in (0, 2.5, True, "10"):
+        with pytest.raises(
+            FrameBridgeError, match="num_inference_steps is .*; it should be a whole number, at"
+        ):
+            scheduler.set_timesteps(wrong)
     for call in ({}, {"num_inference_steps": 2, "timesteps": [999, 3]}):
         with pytest.raises(FrameBridgeError, match="give either num_inference_steps or timesteps"):
             scheduler.set_timesteps(**call)
@@ -518,7 +565,7 @@ def test_sampling_follows_the_device(settings):
     torch.testing.assert_close(z.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_settings_are_those_of_the_scheduler_and_of_the_maths():
+def test_the_settings_are_those_of_the_scheduler():
     fields = ProcessSection.model_fields | SamplerSection.model_fields
     parameters = dict(inspect.signature(FrameBridgeScheduler).parameters)
     own = {name: parameters.pop(name).default for name in ("backbone", "alignment", "num_train_timesteps")}
@@ -526,5 +573,3 @@ def test_the_settings_are_those_of_the_scheduler_and_of_the_maths():
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         name: field.default for name, field in fields.items()
     }
-    known = {"target": TARGETS, "alignment_edge": EDGES, "grid": GRIDS}
-    assert {name: typing.get_args(fields[name].annotation) for name in known} == known
