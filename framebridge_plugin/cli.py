@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         from framebridge_plugin.training.rehearsal import rehearse
 
-        rehearse(recipe)
+        rehearse(recipe, arguments.allow)
         print("dry run: nothing found that a start would refuse; no weights were loaded", file=sys.stderr)
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, os.environ)
@@ -80,7 +80,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.training.run import train
 
     try:
-        train(recipe)
+        train(recipe, arguments.allow)
     except FrameBridgeError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from framebridge_plugin import __version__
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.settings.choices import ALLOWABLE
 
 _TRAIN_HELP = """\
 Train from a recipe: a YAML file that is a whole run.
@@ -146,6 +147,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved recipe, say what a start would refuse, and stop before weights are loaded; the exit "
         "code is that of the start",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=list(ALLOWABLE),
+        metavar="NAME",
+        help=f"resume with other settings than the checkpoint's, of {', '.join(ALLOWABLE)}; may be repeated",
     )
 
 

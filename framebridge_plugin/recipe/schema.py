@@ -6,6 +6,8 @@ module imports neither torch nor finetrainers.
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,17 @@ class Recipe(Section):
         """The whole recipe, defaults included, by section; `hub_token` is left out."""
         left_out: Any = {"hub": {"hub_token": True}}
         return self.model_dump(exclude=left_out | ({} if self.training.training_type == "lora" else {"lora": True}))
+
+
+def recipe_settings(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
+    """Yields every setting of a recipe: its path, the section that has it, and its name there."""
+    for name, field in section.model_fields.items():
+        types = (field.annotation, *typing.get_args(field.annotation))
+        inner = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if inner is None:
+            yield prefix + name, section, name
+        else:
+            yield from recipe_settings(inner, f"{prefix}{name}.")
 
 
 def _absolute(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os.path import expanduser
 from typing import Annotated, Any, ClassVar
 
@@ -19,10 +19,23 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, types are strict, values are fixed once checked."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    on_resume: ClassVar[tuple[str, Mapping[str, str]]]
+    """The `resume_kind` of the settings that a section adds, and of those among them that have another."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yields each setting that does not go with the others ("" for the section), and what is wrong with it."""
         yield from ()
+
+    @classmethod
+    def resume_kind(cls, name: str) -> str:
+        """What a resumed run does with another value of a setting than its checkpoint has.
+
+        Returns:
+            ANEW if it takes it, REFUSED if it never does, or the name in ALLOWABLE with which the user asks for it.
+        """
+        sections = [part for part in cls.__mro__ if issubclass(part, Section)]
+        others, own = next(part for part in sections if name in part.__dict__.get("__annotations__", ())).on_resume
+        return own.get(name, others)
 
 
 class CheckedSettings(Section):

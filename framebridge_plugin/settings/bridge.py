@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from framebridge_plugin.settings.base import CheckedSettings, PathText, Section
-from framebridge_plugin.settings.choices import AlignmentEdge, BelowOne, Count, NonNegative, Target
+from framebridge_plugin.settings.choices import ANEW, REFUSED, AlignmentEdge, BelowOne, Count, NonNegative, Target
 
 Updates = Annotated[int, Field(ge=0)]
 DEFAULT_LATTE_SIZE = "S/2"
@@ -19,6 +19,8 @@ LatteSize = Literal[
 
 class ProcessSection(Section):
     """The bridge and what its network predicts, as training chooses them and a saved scheduler keeps them."""
+
+    on_resume = "objective", {"target": REFUSED}
 
     target: Target = Field(
         default="v", description="what the network predicts in a bridge (Latte: eps_psi; Wan, LTX: flow)"
@@ -38,6 +40,8 @@ class ProcessSection(Section):
 
 class ObjectiveSection(ProcessSection):
     """What is trained; the facts of a backbone hold the defaults that are its own."""
+
+    on_resume = "objective", {"objective": REFUSED}
 
     objective: Literal["bridge", "diffusion"] = Field(
         default="bridge",
@@ -62,6 +66,8 @@ class ObjectiveSection(ProcessSection):
 class TrainerSection(Section):
     """What our trainer does and finetrainers' has no argument for."""
 
+    on_resume = ANEW, {"ema_decay": REFUSED, "ema_start_step": REFUSED}
+
     ema_decay: BelowOne = Field(
         default=0.0,
         description="average of the weights over the updates, which becomes the model; 0: off; Latte: .9999",
@@ -84,6 +90,8 @@ class TrainerSection(Section):
 
 class BeginningSection(Section):
     """What a run begins with, besides the pretrained model."""
+
+    on_resume = "base", {"latte_size": REFUSED, "start_from": ANEW, "precomputed": "data"}
 
     latte_size: LatteSize | None = Field(
         default=None, description=f"size and patch of a Latte from scratch, {DEFAULT_LATTE_SIZE} if nothing is said"

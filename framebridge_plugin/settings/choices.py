@@ -1,4 +1,6 @@
-"""The types of settings, and the sampler's rules: what networks, schedulers and pipelines ask too; no pydantic."""
+"""The types of settings and what a resume does with them, and the sampler's rules: what networks, schedulers and
+pipelines ask too; no pydantic.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +51,17 @@ Order = Literal[1, 2]
 Grid = Literal["trailing", "linspace", "lambda"]
 Start = Literal["booted", "clean_prior"]
 OutputType = Literal["pil", "np", "pt", "latent"]
+
+ANEW, REFUSED = "anew", "refused"
+ALLOWABLE = {
+    "base": "the pretrained model: what training leaves as it is, with LoRA the network too; by its files, not places",
+    "data": "clips, captions and their order, how they are cut and encoded; by content, not places",
+    "batch": "clips of an update: batch size x accumulation x processes, whatever the factors",
+    "seed": "the seed",
+    "precision": "number formats",
+    "objective": "bridge, alignment, noise and dropout",
+}
+"""What `--allow` takes: names of groups of settings in which a resumed run differs from its checkpoint on demand."""
 
 
 def noise_share(sampler: str, eta: float | None) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.settings.base import CheckedSettings, PathText, Section
-from framebridge_plugin.settings.choices import Count
+from framebridge_plugin.settings.choices import ANEW, Count
 
 Split = Literal["all", "train", "test"]
 Fold = Literal[1, 2, 3]
@@ -20,6 +20,8 @@ SOURCES = (("data_root",), ("class_root",), ("csv", "video_root"))
 
 class SourceSection(Section):
     """Where the clips and captions of a data set are."""
+
+    on_resume = "data", {"refresh_index": ANEW}
 
     data_root: PathText | None = Field(
         default=None,
@@ -68,6 +70,8 @@ class SourceSection(Section):
 
 class ClipSection(Section):
     """How a clip is cut out of a video."""
+
+    on_resume = "data", {"isolated": ANEW}
 
     num_frames: Count = Field(description="frames per clip: 8 k + 1 for CogVideoX and LTX, 4 k + 1 for Wan")
     height: Count = Field(description="pixels, a multiple of 16 (LTX: 32; Latte: 8 patches)")
@@ -119,6 +123,8 @@ class DataSection(ClipSection, SourceSection):
 
 class BadFilesSection(Section):
     """What happens when a clip cannot be read."""
+
+    on_resume = ANEW, {}
 
     policy: Literal["raise", "skip", "quarantine"] = Field(
         default="skip",

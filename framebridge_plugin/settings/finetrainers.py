@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from framebridge_plugin.settings.base import PathText, Section
-from framebridge_plugin.settings.choices import BelowOne, Count, NonNegative
+from framebridge_plugin.settings.choices import ANEW, REFUSED, BelowOne, Count, NonNegative
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]
@@ -78,6 +78,8 @@ def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
 class ModelSection(Section):
     """Which pretrained model to start from."""
 
+    on_resume = "base", {"model_name": REFUSED, "cache_dir": ANEW}
+
     model_name: str = Field(default="cogvideox_bridge", description="which backbone; the error of another lists them")
     pretrained_model_name_or_path: PathText | None = Field(
         default=None, description="diffusers folder, or id on the Hugging Face Hub; none: from scratch, Latte only"
@@ -97,6 +99,8 @@ class ModelSection(Section):
 class DatasetSection(Section):
     """finetrainers' way to name the data, and its precomputation; `framebridge.data` is the short way."""
 
+    on_resume = "data", {"precomputation_dir": ANEW}
+
     dataset_config: PathText | None = Field(
         default=None, description="JSON file that lists data sets, in finetrainers' format"
     )
@@ -113,12 +117,25 @@ class DatasetSection(Section):
 class DataloaderSection(Section):
     """How clips are read."""
 
+    on_resume = ANEW, {}
+
     dataloader_num_workers: int = Field(default=0, ge=0, description="reading processes per training process; 0: none")
     pin_memory: bool = Field(default=False, description="page-locked host memory: faster copies to a GPU")
 
 
 class TrainingSection(Section):
     """What is trained, and on how much at a time."""
+
+    on_resume = (
+        ANEW,
+        {
+            "training_type": REFUSED,
+            "seed": "seed",
+            "batch_size": "batch",
+            "gradient_accumulation_steps": "batch",
+            "enable_tiling": "data",
+        },
+    )
 
     training_type: Literal["full-finetune", "lora"] = Field(description="all weights, or low-rank adapters")
     seed: int = Field(default=42, ge=0, description="seeds every random draw of the run")
@@ -134,6 +151,8 @@ class TrainingSection(Section):
 
 class OptimizationSection(Section):
     """The optimiser, its learning rate, and for how long."""
+
+    on_resume = ANEW, {"optimizer": REFUSED}
 
     train_steps: Count = Field(default=1000, description="updates (not micro-steps)")
     optimizer: Literal[
@@ -160,6 +179,8 @@ class OptimizationSection(Section):
 class ParallelismSection(Section):
     """How the processes share the work; their product is the number of processes."""
 
+    on_resume = ANEW, {"dp_degree": "batch", "dp_shards": "batch"}
+
     parallel_backend: Literal["ptd", "accelerate"] = Field(
         default="ptd", description="ptd: torch's own (DDP, FSDP2); accelerate: one process only"
     )
@@ -173,6 +194,8 @@ class ParallelismSection(Section):
 
 class PrecisionSection(Section):
     """Number formats."""
+
+    on_resume = "precision", {}
 
     transformer_dtype: Dtype = Field(
         default="bf16",
@@ -200,6 +223,8 @@ class PrecisionSection(Section):
 class CheckpointsSection(Section):
     """Where the run writes, and how often."""
 
+    on_resume = ANEW, {}
+
     output_dir: PathText = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
     checkpointing_steps: Count = Field(default=500, description="updates between checkpoints")
     checkpointing_limit: Count | None = Field(default=None, description="checkpoints to keep; none: all")
@@ -210,6 +235,8 @@ class CheckpointsSection(Section):
 
 class ValidationSection(Section):
     """Sampling during training."""
+
+    on_resume = ANEW, {}
 
     validation_dataset_file: PathText | None = Field(
         default=None,
@@ -223,6 +250,8 @@ class ValidationSection(Section):
 
 class TrackingSection(Section):
     """What is logged; JSON lines and TensorBoard are always written."""
+
+    on_resume = ANEW, {}
 
     report_to: Literal["none", "wandb"] = Field(default="none", description="further tracker")
     tracker_name: Text = Field(default="finetrainers", description="project name at the tracker")
@@ -240,6 +269,8 @@ class TrackingSection(Section):
 class HubSection(Section):
     """Upload of the result to the Hugging Face Hub."""
 
+    on_resume = ANEW, {}
+
     push_to_hub: bool = Field(default=False, description="upload at the end")
     hub_token: str | None = Field(
         default=None, repr=False, description="better: `hf auth login`; never written to output_dir"
@@ -249,6 +280,8 @@ class HubSection(Section):
 
 class CompileSection(Section):
     """torch.compile."""
+
+    on_resume = ANEW, {}
 
     compile_modules: list[Literal["transformer", "vae", "text_encoder"]] = Field(
         default=[], description="components to compile"
@@ -261,6 +294,8 @@ class CompileSection(Section):
 class AttentionSection(Section):
     """Attention implementations, as <component>:<provider>."""
 
+    on_resume = ANEW, {}
+
     attn_provider_training: list[Annotated[str, _check_providers(ATTENTION_PROVIDERS_TRAINING)]] | None = Field(
         default=None, description="such as transformer:flash; none: torch's own"
     )
@@ -271,6 +306,8 @@ class AttentionSection(Section):
 
 class LoraSection(Section):
     """Low-rank adapters; only with training_type: lora."""
+
+    on_resume = REFUSED, {}
 
     rank: Count = Field(default=64, description="rank of the adapters")
     lora_alpha: Count = Field(default=64, description="the adapters are scaled by lora_alpha / rank")

@@ -5,7 +5,7 @@
         trainer/weights.safetensors the weights in training (LoRA or EMA only: else they are the network's in model/)
         trainer/ema.safetensors     their average in float32 (EMA only)
         trainer/optimizer.safetensors
-        trainer/state.json          step, samples seen, learning-rate schedule, numbers of the optimizer
+        trainer/state.json          step, samples seen, numbers of the optimizer, the settings that a resume compares
 
 A checkpoint is written beside its final name and renamed when everything is on disk. Weights are gathered whole, so
 that a run can be resumed with another number of processes.
@@ -13,11 +13,12 @@ that a run can be resumed with another number of processes.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,19 @@ from torch.distributed.checkpoint.state_dict import (
 from framebridge_plugin.backbones.folders import two_file_problem
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.training.ema import WeightAverage
-from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
+from framebridge_plugin.training.resume_settings import (
+    Groups,
+    setting_differences,
+    settings_refusal,
+    tensors_difference,
+)
 
 _FOLDER = re.compile(r"step_(\d{6,})")
 
 
 @dataclass
 class TrainingState:
-    """The progress of a run: all that is not in the weights, the optimizer and the learning-rate schedule."""
+    """The progress of a run: all that is not in the weights and the optimizer."""
 
     step: int = 0
     samples_seen: int = 0
@@ -61,15 +67,16 @@ class Checkpointer:
     model: torch.nn.Module
     """The network, sharded or not."""
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     export: Callable[[Path, Mapping[str, torch.Tensor]], None]
     """Writes into a folder, out of the whole weights, what sampling opens; called on rank 0."""
     trainable_only: bool
     """Whether a checkpoint holds the trained parameters alone (LoRA)."""
     limit: int | None
     """How many checkpoints to keep; None for all."""
-    settings: Mapping[str, Any]
-    """What a resumed run must have in common with the stored one: see `run_settings`."""
+    settings: Groups
+    """What a resumed run has in common with the stored one: see `run_settings`."""
+    allowed: Collection[str] = ()
+    """The groups of settings in which it may differ."""
     average: WeightAverage | None
     """The average of the weights, if the run has one; it is exported in their place."""
     network_name: str
@@ -77,6 +84,10 @@ class Checkpointer:
     is_main_process: bool
     barrier: Callable[[], None]
     """Waits for all ranks."""
+
+    def __post_init__(self) -> None:
+        self.changes: dict[str, str] = {}
+        """The groups in which the run does differ from the checkpoint that it goes on from, and what that has."""
 
     def save(self, state: TrainingState) -> Path:
         """Writes the checkpoint of a step and returns its folder; then removes the oldest beyond the limit."""
@@ -105,7 +116,6 @@ class Checkpointer:
                 content = {
                     "step": state.step,
                     "samples_seen": state.samples_seen,
-                    "lr_scheduler": self.lr_scheduler.state_dict(),
                     "optimizer": packed,
                     "settings": self.settings,
                 }
@@ -124,8 +134,11 @@ class Checkpointer:
         return folder
 
     def load(self, folder: Path) -> TrainingState:
-        """Restores weights, their average, optimizer and learning-rate schedule; returns the progress."""
-        check_settings(folder, stored_settings(folder), self.settings)
+        """Restores weights, their average and the optimizer's moments; returns the progress.
+
+        Learning rate, weight decay, betas and whatever else a parameter group says stay those of the run that resumes.
+        """
+        self.changes = check_settings(folder, stored_settings(folder), self.settings, self.allowed)
         try:
             content = json.loads((folder / "trainer" / "state.json").read_text())
             stored = self._read_weights(folder)
@@ -141,6 +154,10 @@ class Checkpointer:
             )
             if self.average is not None:
                 self.average.load(load_file(folder / "trainer" / "ema.safetensors"))
+            own = [
+                copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+                for group in self.optimizer.param_groups
+            ]
             # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
             live = get_optimizer_state_dict(self.model, self.optimizer)
             tensors = load_file(folder / "trainer" / "optimizer.safetensors")
@@ -150,7 +167,8 @@ class Checkpointer:
                 _unpack(content["optimizer"], "optimizer", tensors, live),
                 options=StateDictOptions(full_state_dict=True),
             )
-            self.lr_scheduler.load_state_dict(content["lr_scheduler"])
+            for group, values in zip(self.optimizer.param_groups, own, strict=True):  # other objects than before
+                group.update(values)
             return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise _cannot_resume(folder, error) from error
@@ -189,7 +207,7 @@ def find_checkpoint(root: Path, which: int | str) -> Path:
     )
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
+def stored_settings(folder: Path) -> Groups:
     """The `run_settings` that a checkpoint was trained with."""
     if (problem := two_file_problem(folder / "lora")) is not None:
         raise FrameBridgeError(
@@ -202,11 +220,15 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         raise _cannot_resume(folder, error) from error
 
 
-def check_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuses a run that would go on with the checkpoint in `folder` with other settings than are stored in it."""
-    difference = settings_difference(stored, settings)
-    if difference is not None:
-        raise _cannot_resume(folder, difference)
+def check_settings(folder: Path, stored: Groups, settings: Groups, allowed: Collection[str] = ()) -> dict[str, str]:
+    """Refuses a run that would go on with the checkpoint in `folder` with other settings than are stored in it.
+
+    What it differs in, of the groups that are allowed, is returned: the group, and what is stored.
+    """
+    changes = setting_differences(stored, settings)
+    if (refusal := settings_refusal(changes, allowed)) is not None:
+        raise FrameBridgeError(f"cannot resume from {folder}: {refusal}")
+    return changes
 
 
 def _complete_checkpoints(root: Path) -> dict[int, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from framebridge_plugin.training.starting import start_layers
 from framebridge_plugin.training.validation import check_samples
 
 
-def rehearse(recipe: Recipe) -> None:
+def rehearse(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     """Goes through a start of the recipe up to where weights would be loaded; writes nothing in the run's folder.
 
     Args:
         recipe: A checked recipe.
+        allowed: Groups of settings in which it may differ from the checkpoint that it would go on from.
 
     Raises:
         FrameBridgeError: What the start would raise.
@@ -50,7 +52,7 @@ def rehearse(recipe: Recipe) -> None:
     check_samples(args, specification, datasets)
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
-        check_settings(checkpoint, stored_settings(checkpoint), run_settings(args, specification, datasets))
+        check_settings(checkpoint, stored_settings(checkpoint), run_settings(args, specification, datasets), allowed)
 
 
 def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:

@@ -1,21 +1,32 @@
 """What a run and the checkpoint that it goes on from have in common: the settings, and the weights' names and shapes.
 
-The number of processes is not among the settings: weights are stored whole, and progress in clips of all processes.
+The sections of settings say of each what becomes of another value (`Section.resume_kind`). What is not applied anew is
+compared, in groups: by value; the base model, the data and the clips of an update by what they come to, so that files
+may move and another number of processes may share the same update.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
+from framebridge_plugin.recipe.schema import recipe_settings
+from framebridge_plugin.settings.bridge import ObjectiveSection, TrainerSection
+from framebridge_plugin.settings.choices import ALLOWABLE, REFUSED
+from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
+from framebridge_plugin.training.precomputation.store import read_manifest
 
 if TYPE_CHECKING:
     from framebridge_plugin.training.specification import BridgeSpecification
+
+Groups = Mapping[str, Mapping[str, Any]]
+"""Values by name, in groups: `REFUSED`, and those of `ALLOWABLE`."""
 
 _SHOWN = 4
 """Differences that fit into an error's line."""
@@ -23,49 +34,86 @@ _SHOWN = 4
 
 def run_settings(
     args: Any, specification: BridgeSpecification, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
-) -> dict[str, Any]:
-    """The settings of a run that a resume may not change, by name, as JSON can say them."""
-    settings = {
-        "model_name": args.model_name,
-        "training_type": args.training_type,
-        "optimizer": args.optimizer,
-        "seed": args.seed,
-        **args.framebridge_objective.model_dump(),
-    }
-    if args.training_type == "lora":
-        settings |= {name: getattr(args, name) for name in ("rank", "lora_alpha", "target_modules")}
-    ours = args.framebridge_trainer
-    if ours.ema_decay > 0.0:
-        settings |= {"ema_decay": ours.ema_decay, "ema_start_step": ours.ema_start_step}
-    settings |= specification.adapter.resume_settings()
+) -> dict[str, dict[str, Any]]:
+    """The settings of a run that are not applied anew when it is resumed, as JSON can say them.
+
+    Those of the group `REFUSED` are the run's identity: no resume changes them.
+    """
+    groups: dict[str, dict[str, Any]] = {name: {} for name in (REFUSED, *ALLOWABLE)}
+    is_lora = args.training_type == "lora"
+    for path, section, name in recipe_settings():
+        kind = section.resume_kind(name)
+        if kind in (REFUSED, "seed", "precision", "objective") and (is_lora or not path.startswith("lora.")):
+            groups[kind][name] = _value(args, name)
+    groups[REFUSED] |= specification.adapter.resume_settings()
+    groups["base"] = _base(args, specification)
+    groups["data"] = _data(args, datasets)
+    clips = args.batch_size * args.gradient_accumulation_steps * args.dp_degree * args.dp_shards
+    groups["batch"] = {"clips per update": clips}
+    return json.loads(json.dumps(groups, default=str))  # as they are read back: lists for tuples
+
+
+def _value(args: Any, name: str) -> Any:
+    for section, holder in ((ObjectiveSection, "framebridge_objective"), (TrainerSection, "framebridge_trainer")):
+        if name in section.model_fields:
+            return getattr(getattr(args, holder), name)
+    return getattr(args, name)
+
+
+def _base(args: Any, specification: BridgeSpecification) -> dict[str, Any]:
     folders = specification.frozen_components(args.training_type)
-    settings |= {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
+    values = {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
     config = specification.load_scheduler().config
     backbone = {
         name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
     }
     if backbone:
-        settings["noise schedule"] = f"of digest {short_digest(backbone)}"
+        values["noise schedule"] = f"of digest {short_digest(backbone)}"
+    return values
+
+
+def _data(args: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> dict[str, Any]:
+    values: dict[str, Any] = {"enable_tiling": args.enable_tiling}
+    if args.enable_precomputation and args.precomputation_once:  # then no other clips are trained on
+        values["precomputation_items"] = args.precomputation_items
+    if args.precomputed is not None and (manifest := read_manifest(Path(args.precomputed))) is not None:
+        values["stored epochs"] = manifest.variants
     for number, (index, clips) in enumerate(datasets):
-        facts = {"rows": len(index), **clips.fingerprint()}
-        settings |= {f"datasets[{number}] {name}": value for name, value in facts.items()}
-    return json.loads(json.dumps(settings, default=float))  # as they are read back: lists for tuples
+        facts = data_fingerprint(index, clips)
+        facts |= {name: f"of digest {facts[name][:16]}" for name in ("files", "captions", "file_sizes")}
+        facts |= facts.pop("clip")
+        values |= {f"datasets[{number}] {name}": value for name, value in facts.items()}
+    return values
 
 
-def settings_difference(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """What the settings of a checkpoint say and those of a run do not, and the other way, in a few words; None if
-    equal.
+def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
+    """What the settings of a checkpoint say and those of a run do not, and the other way: for each group that differs,
+    in a few words.
     """
-    names = dict.fromkeys([*stored, *settings])
-    changed = [n for n in names if n not in stored or n not in settings or stored[n] != settings[n]]
-    if not changed:
+    found = {}
+    for group in (REFUSED, *ALLOWABLE):
+        theirs, ours = stored.get(group) or {}, settings.get(group) or {}
+        names = dict.fromkeys([*theirs, *ours])
+        changed = [n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n]]
+        if changed:
+            shown = changed[:_SHOWN]
+            present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)
+            absent = ", ".join(name for name in shown if name not in theirs)
+            parts = [f"{word} {part}" for word, part in (("with", present), ("without", absent)) if part]
+            more = f" ({len(changed) - _SHOWN} more settings differ)" if len(changed) > _SHOWN else ""
+            found[group] = f"{' and '.join(parts)}{more}"
+    return found
+
+
+def settings_refusal(differences: Mapping[str, str], allowed: Collection[str]) -> str | None:
+    """Why a run with such differences does not go on, and what to do about it; None if it does."""
+    refused = {group: text for group, text in differences.items() if group not in allowed}
+    if not refused:
         return None
-    shown = changed[:_SHOWN]
-    present = ", ".join(f"{name} {stored[name]!r}" for name in shown if name in stored)
-    absent = ", ".join(name for name in shown if name not in stored)
-    parts = [f"{word} {part}" for word, part in (("with", present), ("without", absent)) if part]
-    more = f" ({len(changed) - _SHOWN} more settings differ)" if len(changed) > _SHOWN else ""
-    return f"it was trained {' and '.join(parts)}{more}"
+    remedy = "resume with the settings of the run's recipe.yaml"
+    if REFUSED not in refused:
+        remedy += f", or take the change by {' '.join(f'--allow {group}' for group in refused)}"
+    return f"it was trained {' and '.join(refused.values())}; {remedy}"
 
 
 def tensors_difference(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:

@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ _VERSIONS_OF = (
 )
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     """Trains what the recipe says, in this process and the others that torchrun started beside it.
 
     The run's folder gets the resolved recipe (`recipe.yaml`; a resumed run writes `recipe-resumed.yaml`), the
@@ -52,6 +53,7 @@ def train(recipe: Recipe) -> None:
 
     Args:
         recipe: A checked recipe.
+        allowed: Groups of settings (`settings.choices.ALLOWABLE`) in which a resume may differ from its checkpoint.
 
     Raises:
         UsageError: If the folder holds another run, or the arguments exclude each other.
@@ -60,11 +62,11 @@ def train(recipe: Recipe) -> None:
     output_dir = Path(recipe.checkpoints.output_dir)
     refuse_start(recipe)
     if recipe.checkpoints.resume_from_checkpoint is None:
-        _train(recipe, output_dir, output_dir)
+        _train(recipe, output_dir, output_dir, allowed)
     else:
         staging = output_dir / f".resuming.{_rank()}"
         try:
-            _train(recipe, output_dir, staging)
+            _train(recipe, output_dir, staging, allowed)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if _is_main_process():
@@ -75,7 +77,7 @@ def train(recipe: Recipe) -> None:
         print(f"sample from it: {sample_line(recipe)}", file=sys.stderr)
 
 
-def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
+def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[str]) -> None:
     """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
     dataset_config = write_run_files(recipe, staging)
 
@@ -99,8 +101,14 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path) -> None:
         staging.rmdir()
         args.dataset_config = str(output_dir / dataset_config.name)
 
-    settings = recipe.without_secrets()
-    FrameBridgeTrainer(args, build_specification(recipe, args), on_prepared=publish, settings=settings).run()
+    trainer = FrameBridgeTrainer(
+        args,
+        build_specification(recipe, args),
+        on_prepared=publish,
+        settings=recipe.without_secrets(),
+        allowed=allowed,
+    )
+    trainer.run()
 
 
 def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:

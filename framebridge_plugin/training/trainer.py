@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class FrameBridgeTrainer(SFTTrainer):
         model_specification: The model; `clip_shape` and `clip_rate` are set to those of the clips.
         on_prepared: Called once nothing more can refuse the run, before its first update.
         settings: What trackers show as the run's settings; by default finetrainers' arguments.
+        allowed: Groups of settings (`settings.choices.ALLOWABLE`) in which a resume may differ from its checkpoint.
 
     Raises:
         UsageError: If the arguments ask for what does not work, or the specification is finetrainers' own.
@@ -72,6 +73,7 @@ class FrameBridgeTrainer(SFTTrainer):
         model_specification: BridgeSpecification,
         on_prepared: Callable[[], None] = lambda: None,
         settings: Mapping[str, Any] | None = None,
+        allowed: Collection[str] = (),
     ) -> None:
         if not isinstance(model_specification, BridgeSpecification):
             raise UsageError(
@@ -84,7 +86,7 @@ class FrameBridgeTrainer(SFTTrainer):
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
         self._on_prepared = on_prepared
-        self._settings = settings
+        self._settings, self._allowed = settings, allowed
         self.average: WeightAverage | None = None
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
@@ -118,10 +120,13 @@ class FrameBridgeTrainer(SFTTrainer):
 
     def _prepare_for_training(self) -> None:
         super()._prepare_for_training()
-        args = self.args
         # The torch optimizer without finetrainers' or accelerate's wrapper: the loop below needs neither.
         wrapper = self.optimizer
         self.optimizer = wrapper.optimizers[-1] if hasattr(wrapper, "optimizers") else wrapper.optimizer
+
+    def _schedule_rates(self) -> None:
+        """Makes the course of the learning rate, a function of recipe and update alone, as of the run's progress."""
+        args = self.args
         # Anew, because finetrainers does not hand lr_num_cycles, lr_power and (for "polynomial") lr over.
         self.lr_scheduler = get_lr_scheduler(
             ParallelBackendEnum.ACCELERATE,  # a plain LambdaLR
@@ -133,6 +138,7 @@ class FrameBridgeTrainer(SFTTrainer):
             num_cycles=args.lr_num_cycles / 2 if args.lr_scheduler == "cosine" else args.lr_num_cycles,
             power=args.lr_power,
             lr_init=args.lr,
+            last_epoch=self.progress.step - 1,  # it makes a first step itself
         )
 
     def _prepare_dataset(self) -> None:
@@ -146,11 +152,11 @@ class FrameBridgeTrainer(SFTTrainer):
             root=Path(self.args.output_dir) / "checkpoints",
             model=self.transformer,
             optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
             export=self._export,
             trainable_only=self._is_lora,
             limit=self.args.checkpointing_limit,
             settings=run_settings(self.args, self.model_specification, self._datasets),
+            allowed=self._allowed,
             average=self.average,
             network_name=self.model_specification.network_name,
             is_main_process=self.state.parallel_backend.is_main_process,
@@ -160,6 +166,12 @@ class FrameBridgeTrainer(SFTTrainer):
             folder = find_checkpoint(self.checkpointer.root, self.args.resume_from_checkpoint)
             self.progress = self.checkpointer.load(folder)
             logger.info(f"Resumed from {folder}")
+            for group, text in self.checkpointer.changes.items():
+                logger.warning(f"--allow {group}: up to update {self.progress.step} it was trained {text}")
+            if self.checkpointer.changes and self.state.parallel_backend.is_main_process:
+                with (Path(self.args.output_dir) / "allowed.jsonl").open("a") as file:
+                    file.write(json.dumps(vars(self.progress) | self.checkpointer.changes) + "\n")
+        self._schedule_rates()
         self._on_prepared()
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,22 +11,42 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framebridge_plugin.training.resume_settings import settings_difference, tensors_difference
-from tests.training.run_results import LORA, succeeded
+from framebridge_plugin.training.resume_settings import (
+    setting_differences,
+    settings_refusal,
+    tensors_difference,
+)
+from tests.training.run_results import LORA, metrics, succeeded
+
+WEIGHTS = "model/transformer/diffusion_pytorch_model.safetensors"
+
+
+def refusal(stored: dict, settings: dict, *allowed: str) -> str | None:
+    return settings_refusal(setting_differences(stored, settings), allowed)
 
 
 def test_settings_of_either_side_alone_are_differences():
-    assert settings_difference({"seed": 7, "target": None}, {"target": None, "seed": 7}) is None
-    assert settings_difference({"seed": 7, "rank": 4}, {"seed": 8}) == "it was trained with seed 7, rank 4"
-    assert settings_difference({}, {"neural_prior": None}) == "it was trained without neural_prior"
-    stored, ours = {"objective": "bridge", "seed": 7}, {"objective": "diffusion", "seed": 7, "rank": 4}
-    assert settings_difference(stored, ours) == "it was trained with objective 'bridge' and without rank"
+    def difference(stored: dict, settings: dict) -> str | None:
+        return setting_differences({"refused": stored}, {"refused": settings}).get("refused")
+
+    assert difference({"rank": 7, "target": None}, {"target": None, "rank": 7}) is None
+    assert difference({"alpha": 7, "rank": 4}, {"alpha": 8}) == "with alpha 7, rank 4"
+    assert difference({}, {"neural_prior": None}) == "without neural_prior"
+    stored, ours = {"objective": "bridge", "alpha": 7}, {"objective": "diffusion", "alpha": 7, "rank": 4}
+    assert difference(stored, ours) == "with objective 'bridge' and without rank"
+    many = "with setting0 0, setting1 1, setting2 2, setting3 3 (2 more settings differ)"
+    assert difference({f"setting{number}": number for number in range(6)}, {}) == many
 
 
-def test_many_differences_are_counted():
-    message = settings_difference({f"setting{number}": number for number in range(6)}, {})
-    shown = "setting0 0, setting1 1, setting2 2, setting3 3"
-    assert message == f"it was trained with {shown} (2 more settings differ)"
+def test_what_is_allowed_is_no_reason_to_refuse_and_what_never_is_has_no_such_remedy():
+    stored, ours = {"seed": {"seed": 7}, "batch": {"clips": 2}}, {"seed": {"seed": 8}, "batch": {"clips": 4}}
+    back = "resume with the settings of the run's recipe.yaml"
+    both = "with clips 2 and with seed 7"
+    assert refusal(stored, ours) == f"it was trained {both}; {back}, or take the change by --allow batch --allow seed"
+    assert refusal(stored, ours, "seed") == f"it was trained with clips 2; {back}, or take the change by --allow batch"
+    assert refusal(stored, ours, "seed", "batch") is None
+    network = {"refused": {"rank": 4}}
+    assert refusal(stored | network, ours, "seed") == f"it was trained with rank 4 and with clips 2; {back}"
 
 
 def test_the_first_tensor_that_differs_is_named():
@@ -39,13 +61,76 @@ def test_the_first_tensor_that_differs_is_named():
 # In a run
 
 
+def test_what_the_optimizer_is_told_is_applied_anew(train, tmp_path):
+    """Another rate, schedule, decay, betas, epsilon and limit of the gradient than the checkpoint was trained with."""
+    assert succeeded(train("optimization.train_steps=2"))
+    anew = ("lr=1e-2", "lr_warmup_steps=0", "train_steps=4", "weight_decay=0.5", "beta1=0", "beta2=0", "epsilon=0.5")
+    options = [f"optimization.{option}" for option in (*anew, "max_grad_norm=1e-3")]
+    limit = ("training.max_data_samples=6", "checkpoints.resume_from_checkpoint=2")
+    assert succeeded(train(*options, *limit))
+    (last,) = metrics(tmp_path / "run")[2:]
+    # The cosine of four updates at its third, not that of two updates with a warm-up.
+    assert last["step"] == 3
+    assert last["lr"] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 2 / 4)) / 2)
+    assert last["grad_norm"] > 1e-3
+
+    before, after = (load_file(tmp_path / f"run/checkpoints/step_00000{step}/{WEIGHTS}") for step in (2, 3))
+    state = load_file(tmp_path / "run/checkpoints/step_000003/trainer/optimizer.safetensors")
+    gradient = {name: state[f"optimizer/state/{name}/exp_avg"].double() for name in after}
+    assert sum(g.square().sum() for g in gradient.values()).sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+    for name, g in gradient.items():
+        torch.testing.assert_close(state[f"optimizer/state/{name}/exp_avg_sq"].double(), g**2)
+        # Adam's step without moments of before; its correction of their beginning is 1 where beta is 0.
+        expected = before[name].double() * (1 - last["lr"] * 0.5) - last["lr"] * g / (g.abs() + 0.5)
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+CHANGES = {
+    "batch": ("training.gradient_accumulation_steps=2", "with clips per update 2;"),
+    "precision": ("precision.text_encoder_dtype=bf16", "with text_encoder_dtype 'torch.float32';"),
+    "objective": ("framebridge.caption_dropout=0.3", "with caption_dropout 0.1;"),
+    "data": ("framebridge.data.frame_stride=2", "with datasets[0] frame_stride 1;"),
+    "seed": ("training.seed=8", "with seed 7;"),
+}
+
+
+def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, tmp_path):
+    assert succeeded(train("optimization.train_steps=1"))
+    resume = "checkpoints.resume_from_checkpoint=latest"
+    for group, (option, message) in CHANGES.items():
+        refused = train("--dry-run", option, resume)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert f"or take the change by --allow {group}" in refused.stderr
+    options, allowed = [option for option, _ in CHANGES.values()], [f"--allow={group}" for group in CHANGES]
+    network = train("--dry-run", "framebridge.target=noise", resume, *options, *allowed)
+    assert network.returncode == 1
+    assert "it was trained with target 'v'; resume with the settings of the run's recipe.yaml\n" in network.stderr
+    unknown = train("--allow=target", resume)
+    assert unknown.returncode == 2
+    assert "'base', 'data', 'batch'" in unknown.stderr
+
+    assert succeeded(train(*options, *allowed, resume, "optimization.train_steps=2"))
+    # It goes on after the clips that were seen, with updates of the new size.
+    assert [entry["samples_seen"] for entry in metrics(tmp_path / "run")] == [2, 6]
+    (noted,) = (tmp_path / "run/allowed.jsonl").read_text().splitlines()
+    assert json.loads(noted).items() >= {"step": 1, "samples_seen": 2, "seed": "with seed 7"}.items()
+    assert json.loads(noted).keys() == {"step", "samples_seen", *CHANGES}
+    # What has been taken is the run's own from now on.
+    assert succeeded(train(*options, "--dry-run", resume))
+    assert train("--dry-run", resume).returncode == 1
+
+
 def test_a_resume_with_other_data_is_refused_and_changes_no_file(train, clips_folder, tmp_path):
     one_update, resume = "optimization.train_steps=1", "checkpoints.resume_from_checkpoint=latest"
-    fewer, moved = (shutil.copytree(clips_folder, tmp_path / name) for name in ("fewer", "moved"))
+    fewer, renamed, moved = (shutil.copytree(clips_folder, tmp_path / name) for name in ("fewer", "renamed", "moved"))
     next(fewer.glob("*.mp4")).unlink()
     table = (fewer / "metadata.csv").read_text().splitlines()
     kept = [line for line in table[1:] if (fewer / line.split(",")[0]).is_file()]
     (fewer / "metadata.csv").write_text("\n".join([table[0], *kept]) + "\n")
+    old = table[1].split(",")[0]
+    (renamed / old).rename(renamed / "another.mp4")
+    (renamed / "metadata.csv").write_text((renamed / "metadata.csv").read_text().replace(old, "another.mp4"))
     assert succeeded(train(one_update))
 
     def files() -> dict[str, bytes]:
@@ -53,7 +138,8 @@ def test_a_resume_with_other_data_is_refused_and_changes_no_file(train, clips_fo
 
     before, entries = files(), {path.name for path in (tmp_path / "run").iterdir()}
     for option, message in (
-        (f"framebridge.data.data_root={fewer}", "it was trained with datasets[0] rows 5;"),
+        (f"framebridge.data.data_root={fewer}", "it was trained with datasets[0] rows 5,"),
+        (f"framebridge.data.data_root={renamed}", "it was trained with datasets[0] files 'of digest "),
         ("framebridge.data.frame_stride=2", "it was trained with datasets[0] frame_stride 1;"),
         ("training.seed=8", "it was trained with seed 7;"),
     ):
@@ -80,7 +166,7 @@ def changed(model: Path, folder: Path, file: str) -> str:
 
 
 def test_a_resume_on_another_model_is_refused_where_the_checkpoint_does_not_hold_it(train, model_folder, tmp_path):
-    weights = "diffusion_pytorch_model.safetensors"
+    weights = Path(WEIGHTS).name
     network = changed(model_folder, tmp_path / "network", f"transformer/{weights}")
     vae = changed(model_folder, tmp_path / "vae", f"vae/{weights}")
     text = changed(model_folder, tmp_path / "text", "text_encoder/model.safetensors")

@@ -248,13 +248,9 @@ class LatteAdapter(BackboneAdapter):
             )
 
     def resume_settings(self) -> dict[str, str]:
-        """Positions are computed for any size, and classes are numbers to the network."""
+        """Classes are numbers to the network."""
         config = self.network_config
-        height, width = (size * self._vae_scale for size in (config.sample_height, config.sample_width))
-        return {
-            "clips": f"{config.num_frames} frames of {height} x {width}",
-            "classes": f"{config.num_classes}, names of digest {short_digest(config.class_names)}",
-        }
+        return {"classes": f"{config.num_classes}, names of digest {short_digest(config.class_names)}"}
 
     def frozen_parts(self) -> list[str]:
         """The autoencoder, and the neural prior if the network takes one."""
