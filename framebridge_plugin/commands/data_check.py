@@ -19,6 +19,7 @@ from framebridge_plugin.data.clips import clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipRows, index_datasets
+from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.errors import FrameBridgeError, escaped
 from framebridge_plugin.progress import Progress
 
@@ -79,7 +80,10 @@ class _Checks(Dataset[BadFile | None]):
             window = clip_frames(path, length, settings, _LATEST)
             return sorted({0, *window, length - 1}) if self.full else window
 
-        options = {"decoder": settings.decoder, "strict": settings.strict}
+        # What a run holds at full size is held so here; a full check holds more frames than a clip has.
+        holds_all = settings.isolated and settings.resize == "torch" and not self.full
+        cover = None if holds_all else (settings.height, settings.width)
+        options = {"decoder": settings.decoder, "strict": settings.strict, "conversion": Conversion(cover)}
         try:
             read_video_isolated(path, choose, time_limit_s=_FULL_LIMIT_S if self.full else None, **options)
         except ClipError as error:

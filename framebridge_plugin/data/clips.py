@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from framebridge_plugin.data.decoding.decoders import read_video
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.exact import read_timing
 from framebridge_plugin.data.decoding.isolation import read_timing_isolated, read_video_isolated
+from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import ClipSection
@@ -48,15 +50,21 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
     """
     # Drawn first and always, so that neither draw depends on what the file turns out to hold.
     position, flip = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    pictures = (read_video_isolated if settings.isolated else read_video)(
-        path,
-        lambda length: clip_frames(path, length, settings, position),
-        decoder=settings.decoder,
-        strict=settings.strict,
-        cover=(settings.height, settings.width) if settings.resize == "decoder" else None,
-    )
-    frames_FCHW = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    video_FCHW = resize_and_crop(frames_FCHW, settings.height, settings.width)
+    size = settings.height, settings.width
+
+    def choose(length: int) -> Sequence[int]:
+        return clip_frames(path, length, settings, position)
+
+    def finish(picture_HWC: np.ndarray) -> np.ndarray:
+        return resize_and_crop(torch.from_numpy(picture_HWC).permute(2, 0, 1)[None], *size)[0].numpy()
+
+    options: dict[str, Any] = {"decoder": settings.decoder, "strict": settings.strict}
+    cover = size if settings.resize == "decoder" else None
+    if settings.isolated:
+        pictures = map(finish, read_video_isolated(path, choose, conversion=Conversion(cover), **options))
+        video_FCHW = torch.from_numpy(np.stack([*pictures]))
+    else:
+        video_FCHW = torch.from_numpy(read_video(path, choose, conversion=Conversion(cover, finish), **options))
     if settings.horizontal_flip and flip < 0.5:
         video_FCHW = video_FCHW.flip(3)
     return video_FCHW.mul_(2.0).sub_(1.0)

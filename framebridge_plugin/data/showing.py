@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from framebridge_plugin.sizes import cover_size, square_pixel_size
 
 MAX_PIXELS = 7680 * 4320
 """Largest picture that is decoded (8K): a broken header can announce one that fills the memory."""
+
+MAX_BYTES = 2**31
+"""Most that the pictures of a clip may take together, in each process that reads clips."""
 
 MAX_PIXEL_ASPECT = 16
 """Pixels this many times wider than high, or higher than wide, are what a broken header says."""
@@ -73,17 +77,31 @@ def turn_of(path: str, frame: VideoFrame) -> Turn:
     raise ClipError(path, "it is shown rotated by an angle that is no multiple of 90 degrees", "rotation")
 
 
+class Conversion(NamedTuple):
+    """What becomes of each decoded picture before the next one is decoded."""
+
+    cover: tuple[int, int] | None = None
+    """Height and width that FFmpeg's bilinear filter resizes it to cover."""
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+    """What is made of its uint8 RGB values [H, W, 3], so that large pictures are never held together."""
+
+
+AS_SHOWN = Conversion()
+
+
 def to_rgb(
-    path: str, frames: Iterable[VideoFrame], count: int, cover: tuple[int, int] | None, aspect: Fraction
+    path: str, frames: Iterable[VideoFrame], count: int, aspect: Fraction, conversion: Conversion
 ) -> np.ndarray:
-    """Convert so many frames, all of one size, to uint8 RGB [F, H, W, 3], resized to cover a size if one is given."""
-    pictures: list[np.ndarray] = []
+    """Convert so many frames, all of one size, to what `conversion` makes of each, in one array [F, ...]."""
+    cover, finish = conversion
+    pictures: np.ndarray | None = None
+    found = 0
     turn = Turn()
     size = target = (0, 0)
     reformatter = VideoReformatter()
     for frame in frames:
         check_size(path, frame.width, frame.height)
-        if not pictures:
+        if pictures is None:
             turn = turn_of(path, frame)
             size = (frame.height, frame.width)
             target = square_pixel_size(*size, aspect)
@@ -96,10 +114,18 @@ def to_rgb(
         rgb = reformatter.reformat(
             frame, width=target[1], height=target[0], format="rgb24", interpolation=INTERPOLATION, threads=1
         )
-        pictures.append(rgb.to_ndarray())
-    if len(pictures) != count:
+        picture = np.ascontiguousarray(turn.applied(rgb.to_ndarray()[None])[0])
+        if finish is not None:
+            picture = finish(picture)
+        if pictures is None:
+            check_bytes(path, (count, *picture.shape), picture.itemsize)
+            pictures = np.empty((count, *picture.shape), picture.dtype)
+        if found < count:
+            pictures[found] = picture
+        found += 1
+    if pictures is None or found != count:
         raise ClipError(path, "decoding it twice gave different numbers of frames", "corrupt")
-    return np.ascontiguousarray(turn.applied(np.stack(pictures)))
+    return pictures
 
 
 def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -109,6 +135,15 @@ def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack(
         [reformatter.reformat(f, width, height, interpolation=INTERPOLATION, threads=1).to_ndarray() for f in frames]
     )
+
+
+def check_bytes(path: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
+    """Refuse pictures [F, H, W, 3] that take more than `MAX_BYTES` together."""
+    if (size := math.prod(shape) * itemsize) > MAX_BYTES:
+        what = f"its {shape[0]} pictures of {shape[2]}x{shape[1]} take {size / 2**30:.1f} GiB together"
+        remedy = "decoder: pyav with resize: decoder makes each small by itself"
+        reason = f"{what}, more than the limit of {MAX_BYTES / 2**30:g}; {remedy}"
+        raise ClipError(path, reason, "too_large")
 
 
 def check_size(path: str, width: int, height: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from framebridge_plugin.data import ClipError, ClipSettings, read_clip, read_frames
+from framebridge_plugin.data import ClipError, ClipSettings, read_clip, read_frames, showing
 from framebridge_plugin.data.clips import frame_window
 from framebridge_plugin.resizing import resize_and_crop
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbered_picture, numbers_in, write_video
@@ -273,3 +274,26 @@ def test_linspace_spreads_the_frames_over_a_window_as_numpy_does(length):
         starts.add(window[0])
     assert starts == set(range(max(length - 48, 0) + 1))
     assert frame_window(15, settings, 0.0) is None
+
+
+def test_large_pictures_are_never_held_together(tmp_path, monkeypatch):
+    path = str(write_video(tmp_path / "a.mp4", frames=12, size=(720, 1280)))
+    settings, all_pictures = ClipSettings(12, 48, 64), 12 * 720 * 1280 * 3
+    tracemalloc.start()
+    clip = read_clip(path, settings, generator())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < all_pictures / 3
+    frames = read_frames(path, range)
+    expected = resize_and_crop(frames, 48, 64).mul_(2).sub_(1)
+    assert torch.equal(clip, expected)
+    # Where they have to be, there is a limit on all of them together.
+    monkeypatch.setattr(showing, "MAX_BYTES", all_pictures - 1)
+    assert torch.equal(read_clip(path, settings, generator()), clip)
+    for read in (
+        lambda: read_frames(path, range),
+        lambda: read_clip(path, ClipSettings(12, 48, 64, decoder="decord"), generator()),
+    ):
+        with pytest.raises(ClipError, match="its 12 pictures of 1280x720 take .* resize: decoder") as caught:
+            read()
+        assert caught.value.kind == "too_large"

@@ -13,6 +13,7 @@ import torch
 from framebridge_plugin.data import ClipError, read_frames
 from framebridge_plugin.data.decoding import exact
 from framebridge_plugin.data.decoding.exact import read_pictures
+from framebridge_plugin.data.showing import AS_SHOWN
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import (
     DATA,
@@ -50,7 +51,7 @@ def decoded_numbers(path: Path) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_wanted_frames_come_back(tmp_path, kind, strict):
     path = KINDS[kind].write(tmp_path)
-    whole = exact._read_from_start(str(path), range, strict, None)
+    whole = exact._read_from_start(str(path), range, strict, AS_SHOWN)
     random = np.random.default_rng(0)
     for wanted in [*WINDOWS, *(sorted(random.choice(FRAMES, 3, replace=False).tolist()) for _ in range(6))]:
         assert read_numbers(path, wanted, strict) == list(wanted)
@@ -123,7 +124,7 @@ def test_h264_without_reorder_information_keeps_every_picture():
     with av.open(path) as container:
         assert len(list(container.decode(video=0))) == 109, "FFmpeg leaves none out any more"
     assert numbers_in_case(read_pictures(path, range)) == list(range(110))
-    assert numbers_in_case(exact._read_from_start(path, range, False, None)) == list(range(110))
+    assert numbers_in_case(exact._read_from_start(path, range, False, AS_SHOWN)) == list(range(110))
     random = np.random.default_rng(0)
     for first in (0, 109, *random.integers(110, size=20).tolist()):
         wanted = range(first, min(first + 17, 110), 3)
@@ -177,7 +178,7 @@ def test_mpeg4_packets_are_only_counted_where_each_is_one_picture(tmp_path, edit
     by_index, _ = exact._read_by_index(str(path), lambda length: range(20, 30))
     assert (by_index is not None) == is_still_so
     if edit != "no settings":
-        expected = exact._read_from_start(str(path), lambda length: range(20, 30), False, None)
+        expected = exact._read_from_start(str(path), lambda length: range(20, 30), False, AS_SHOWN)
         assert np.array_equal(read_pictures(str(path), lambda length: range(20, 30)), expected)
 
 

@@ -29,6 +29,7 @@ from framebridge_plugin.data import ClipError, ClipSettings, ClipStream, index_d
 from framebridge_plugin.data.decoding import isolation
 from framebridge_plugin.data.decoding.decoders import read_video
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
+from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.errors import UsageError
 from tests.data_layer.numbered_videos import HEIGHT, WIDTH, numbers_in, tensor, write_video
 from tests.data_layer.video_kinds import FRAMES, KINDS, WINDOWS, announce, last_five_of, write_turned
@@ -93,7 +94,7 @@ def test_the_frames_are_the_same_as_without_isolation(tmp_path):
     for path, wanted in itertools.product(paths, [*WINDOWS[1:4], [0, 5, 6, 12]]):
         for cover in (None, (32, 24)):
             pictures, expected = (
-                read(str(path), lambda length, w=wanted: [n for n in w if n < length], cover=cover)
+                read(str(path), lambda length, w=wanted: [n for n in w if n < length], conversion=Conversion(cover))
                 for read in (read_video_isolated, read_video)
             )
             assert pictures.flags.c_contiguous

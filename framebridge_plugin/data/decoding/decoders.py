@@ -10,7 +10,6 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from av.container import InputContainer
@@ -25,7 +24,7 @@ from framebridge_plugin.data.decoding.packet_index import (
     PacketIndex,
     packet_index,
 )
-from framebridge_plugin.data.showing import pixel_aspect, resized, turn_of
+from framebridge_plugin.data.showing import AS_SHOWN, Conversion, check_bytes, pixel_aspect, resized, turn_of
 from framebridge_plugin.errors import UsageError, first_line
 from framebridge_plugin.sizes import square_pixel_size
 
@@ -40,10 +39,17 @@ def load_decoder(name: str) -> ModuleType:
         ) from error
 
 
-def read_video(path: str, choose: Choose, *, decoder: str = "pyav", **pyav_options: Any) -> np.ndarray:
+def read_video(
+    path: str,
+    choose: Choose,
+    *,
+    decoder: str = "pyav",
+    strict: bool = False,
+    conversion: Conversion = AS_SHOWN,
+) -> np.ndarray:
     """Do what `read_pictures` does, by another decoder too; `ClipError` "wrong_container" where that may be wrong."""
     if decoder == "pyav":
-        return read_pictures(path, choose, **pyav_options)
+        return read_pictures(path, choose, strict=strict, conversion=conversion)
     decord = load_decoder(decoder)
     check_regular_file(path)
     with damage_as_clip_error(path):
@@ -51,7 +57,9 @@ def read_video(path: str, choose: Choose, *, decoder: str = "pyav", **pyav_optio
         numbers = choose(index.length)
         shown_size = _checked_size(path, index, numbers)
     pictures = _read_with_decord(decord, path, numbers)
-    return pictures if pictures.shape[1:3] == shown_size else resized(pictures, *shown_size)
+    if pictures.shape[1:3] != shown_size:
+        pictures = resized(pictures, *shown_size)
+    return pictures if conversion.finish is None else np.stack([*map(conversion.finish, pictures)])
 
 
 def _refused(path: str, reason: str) -> ClipError:
@@ -116,7 +124,9 @@ def _checked_size(path: str, index: PacketIndex, numbers: Sequence[int]) -> tupl
     turn = turn_of(path, first)
     if turn.is_reflection:
         raise _refused(path, "it is shown mirrored")
-    return turn.size(square_pixel_size(first.height, first.width, aspect))
+    shown_size = turn.size(square_pixel_size(first.height, first.width, aspect))
+    check_bytes(path, (len(numbers), *shown_size, 3))  # nothing of a stored picture is left out of it
+    return shown_size
 
 
 def _read_with_decord(decord: ModuleType, path: str, numbers: Sequence[int]) -> np.ndarray:

@@ -33,7 +33,7 @@ from av.video.stream import VideoStream
 from framebridge_plugin.data.decoding.errors import ClipError, check_regular_file
 from framebridge_plugin.data.decoding.mpeg4_packets import PicturePackets, picture_packets
 from framebridge_plugin.data.decoding.packet_index import NotIndexedError, PacketIndex, packet_index
-from framebridge_plugin.data.showing import check_size, pixel_aspect, to_rgb
+from framebridge_plugin.data.showing import AS_SHOWN, Conversion, check_size, pixel_aspect, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -61,25 +61,22 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
 
     Raises:
         ClipError: The file is missing, no regular file, empty, not a video, damaged where it matters, larger than
-            8K, or changes its size within the clip.
+            8K, or changes its size within the clip; or the frames take more than 2 GiB together.
     """
     import torch  # Not above: decoding processes do without.
 
     return torch.from_numpy(read_pictures(path, choose)).permute(0, 3, 1, 2)
 
 
-def read_pictures(
-    path: str, choose: Choose, *, strict: bool = False, cover: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Do what `read_frames` does, as an array [F, H, W, 3] in one piece.
+def read_pictures(path: str, choose: Choose, *, strict: bool = False, conversion: Conversion = AS_SHOWN) -> np.ndarray:
+    """Do what `read_frames` does, as an array [F, H, W, 3], or of what `conversion` makes of each picture.
 
-    With `strict`, damage in what is decoded is an error; else FFmpeg hides what it can, without a word. Its bilinear
-    filter resizes the pictures to `cover` a height and width, if they are given, while it converts them.
+    With `strict`, damage in what is decoded is an error; else FFmpeg hides what it can, without a word.
     """
     check_regular_file(path)
     with damage_as_clip_error(path):
-        pictures, index = _read_by_index(path, choose, strict, cover)
-        return _read_from_start(path, choose, strict, cover, index) if pictures is None else pictures
+        pictures, index = _read_by_index(path, choose, strict, conversion)
+        return _read_from_start(path, choose, strict, conversion, index) if pictures is None else pictures
 
 
 @contextmanager
@@ -148,7 +145,7 @@ def read_timing(path: str) -> Timing:
 
 
 def _read_by_index(
-    path: str, choose: Choose, strict: bool = False, cover: tuple[int, int] | None = None
+    path: str, choose: Choose, strict: bool = False, conversion: Conversion = AS_SHOWN
 ) -> tuple[np.ndarray | None, PacketIndex | PicturePackets | None]:
     """Read by rule 1 or 2; no pictures where neither applies, or it failed. With the index, if there is one."""
     index: PacketIndex | PicturePackets | None = None
@@ -171,7 +168,7 @@ def _read_by_index(
                 start = bisect_left(index.shown_pts, key)
                 decoded = checked(path, container.decode(stream), strict)
                 frames = _span(decoded, index.shown_pts[start : numbers[-1] + 1])
-            return to_rgb(path, _numbered(frames, numbers, start), len(numbers), cover, aspect), index
+            return to_rgb(path, _numbered(frames, numbers, start), len(numbers), aspect, conversion), index
     except (av.FFmpegError, NotIndexedError):
         pass
     except ClipError as error:
@@ -208,7 +205,7 @@ def _read_from_start(
     path: str,
     choose: Choose,
     strict: bool,
-    cover: tuple[int, int] | None,
+    conversion: Conversion,
     index: PacketIndex | PicturePackets | None = None,
 ) -> np.ndarray:
     """Read by rule 3."""
@@ -228,11 +225,11 @@ def _read_from_start(
         raise ClipError(path, "no frame of it can be decoded", "no_frames")
     places = _places(path, choose(len(times) if index is None else index.length), times, index)
     if all(place in held for place in places):
-        return to_rgb(path, (held[place] for place in places), len(places), cover, aspect)
+        return to_rgb(path, (held[place] for place in places), len(places), aspect, conversion)
     held.clear()
     with opened(path, strict) as (container, stream):
         wanted = _numbered(checked(path, container.decode(stream), strict), places, 0)
-        return to_rgb(path, wanted, len(places), cover, aspect)
+        return to_rgb(path, wanted, len(places), aspect, conversion)
 
 
 def _places(
