@@ -6,11 +6,13 @@ The libraries load on first use: this module is imported before torch is needed.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 8.0
 """Frames per second of a video where nothing says them: the reference's."""
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What pictures may be. Pillow opens others by starting other programs, such as Ghostscript for EPS."""
+
+MAX_PICTURE_PIXELS = 2**26
+"""Largest picture that is read: a small file can announce one that fills the memory."""
 
 _FOLDER = "is a folder; name the pictures in it, such as {}/*.png"
 _QUALITY = 9  # of 10, imageio's scale: these files are for judging pictures
@@ -46,7 +54,7 @@ def read_image(picture: str | Path | Image.Image) -> Image.Image:
 
 def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
     """Read a picture: turned upright as its EXIF says, scaled by the range of its type, on white where transparent."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(picture, Image.Image):
         try:
@@ -54,16 +62,26 @@ def picture_levels(picture: str | Path | Image.Image) -> np.ndarray:
         except ValueError as error:
             raise FrameBridgeError(f"image: {error}") from None
     path = Path(picture)
-    if not path.is_file():
-        raise UsageError(f"{path}: {'no such file' if not path.is_dir() else _FOLDER.format(path)}")
     try:
-        with Image.open(path) as image:
-            return _levels_of_image(image)
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(file, formats=PICTURE_FORMATS) as image:
+                if image.width * image.height > MAX_PICTURE_PIXELS:
+                    raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+                return _levels_of_image(image)
     except FrameBridgeError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is no picture" if type(error).__name__ == "UnidentifiedImageError" else f"cannot be read ({error})"
-        raise UsageError(f"{path}: {reason}; give a PNG or JPEG file") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: {_FOLDER.format(path)}") from None
+    except Image.DecompressionBombError as error:
+        limit = f"more than {MAX_PICTURE_PIXELS} pixels"
+        raise UsageError(f"{path}: is too large ({error}), {limit}; make it smaller") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        what = getattr(error, "strerror", None) or error
+        reason = "is no picture" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({what})"
+        raise UsageError(f"{path}: {reason}; give a PNG, JPEG, WebP, BMP, GIF or TIFF file") from None
 
 
 def pictures_levels(pictures: Any) -> list[np.ndarray]:
@@ -120,7 +138,6 @@ def _levels_of_image(image: Image.Image) -> np.ndarray:
 
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow neither inverts nor scales where it is deep
     is_inverted, bits = tags.get(_PHOTOMETRIC) == 0, tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    is_netpbm = image.format == "PPM"  # Pillow scales its deep ones to 16 bits, in 32
     image = ImageOps.exif_transpose(image)
     if image.mode != "F" and not image.mode.startswith("I"):
         has_alpha, hidden = image.has_transparency_data, image.info.get("transparency")
@@ -128,7 +145,7 @@ def _levels_of_image(image: Image.Image) -> np.ndarray:
             image.info["transparency"] = tuple(value >> 8 for value in hidden)  # as Pillow reads 16 bits of RGB
         return _on_white(array_levels(np.asarray(image.convert("RGBA" if has_alpha else "RGB"))))
     values = np.asarray(image)
-    levels = array_levels(values.astype(np.uint16) if is_netpbm and image.mode == "I" else values)
+    levels = array_levels(values)
     if image.mode.startswith("I;16"):
         levels *= np.float32((2**16 - 1) / (2**bits - 1))
     if is_inverted:

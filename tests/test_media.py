@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import zlib
 
 import av
 import numpy as np
@@ -131,6 +134,41 @@ def test_read_image(tmp_path):
         read_image(tmp_path / "nowhere.png")
 
 
+FORMATS = ("png", "jpg", "webp", "bmp", "gif", "tif")
+
+
+def test_a_picture_is_opened_by_its_format(tmp_path):
+    picture = Image.new("RGB", (6, 4), (0, 0, 255))
+    for name in FORMATS:
+        picture.save(tmp_path / f"a.{name}", lossless=True)
+        assert read_image((tmp_path / f"a.{name}").rename(tmp_path / "any.eps")).getpixel((0, 0))[2] > 250
+    picture.save(tmp_path / "mpo.jpg", format="MPO", save_all=True, append_images=[picture])  # as phones have them
+    assert read_image(tmp_path / "mpo.jpg").size == (6, 4)
+    for name in ("eps", "ppm", "ico", "tga", "jp2"):
+        picture.save(tmp_path / f"a.{name}")
+        with pytest.raises(UsageError, match="is no picture; give a PNG, JPEG, WebP, BMP, GIF or TIFF file"):
+            read_image((tmp_path / f"a.{name}").rename(tmp_path / "any.png"))
+
+
+def test_what_a_small_file_says_of_its_size(tmp_path, recwarn):
+    for size in ((20_000, 5_000), (60_000, 60_000)):
+        header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + b"\x35\xaf\x06\x1e")
+        with pytest.raises(UsageError, match=r"bomb\.png: is too large .*, more than 67108864 pixels; make") as caught:
+            read_image(tmp_path / "bomb.png")
+        assert "\n" not in str(caught.value)
+    assert not recwarn.list
+
+
+def test_what_never_ends_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "link.png"):
+        with pytest.raises(UsageError, match=rf"{name}: cannot be read \(it is no regular file\)"):
+            read_image(tmp_path / name)
+
+
 GREY = np.array([[0, 13107, 32896, 65535]], np.uint16)  # 0, .2, .502, 1
 LEVELS = [0, 51, 128, 255]
 RED_AND_HIDDEN = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 51]]], np.uint8)
@@ -142,7 +180,7 @@ def grey_levels(path) -> list[int]:
     return pixels[0, :, 0].tolist()
 
 
-@pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.jp2", "<u2")])
+@pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2")])
 def test_deep_grey_pictures_are_scaled(tmp_path, name, order):
     Image.fromarray(GREY.astype(order)).save(tmp_path / name)
     assert grey_levels(tmp_path / name) == LEVELS
@@ -150,10 +188,8 @@ def test_deep_grey_pictures_are_scaled(tmp_path, name, order):
 
 
 def test_deep_pictures_of_other_formats_are_scaled(tmp_path):
-    (tmp_path / "grey.pgm").write_bytes(b"P5 4 1 65535\n" + GREY.astype(">u2").tobytes())
     Image.fromarray((GREY / 65535).astype(np.float32)).save(tmp_path / "float.tif")
-    for name in ("grey.pgm", "float.tif"):
-        assert grey_levels(tmp_path / name) == LEVELS
+    assert grey_levels(tmp_path / "float.tif") == LEVELS
     Image.fromarray(GREY).save(tmp_path / "white_is_zero.tif", tiffinfo={262: 0})
     assert grey_levels(tmp_path / "white_is_zero.tif") == [255, 204, 127, 0]
 

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import hub_blobs
 
 _COMPONENT_FILES = (
     *("config.json", "*_config.json", "*.safetensors.index.json"),
@@ -60,16 +61,8 @@ def file_place_problem(path: Path, folder: Path) -> str | None:
     """Why something in a folder, which need not exist, is no file or folder of its own; see `links_problem`."""
     if path.is_symlink():
         real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        if path.is_dir() or not (real.is_relative_to(home) or real.parent == _blobs(home)):
+        if path.is_dir() or not (real.is_relative_to(home) or real.parent == hub_blobs(home)):
             return f"{path} is a link to {real}, outside its folder; put what it leads to in its place"
     if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
         return f"{path} is neither a file nor a folder; remove it"
-    return None
-
-
-def _blobs(folder: Path) -> Path | None:
-    """Where the hub's cache has the files of a folder: <cache>/models--owner--name/snapshots/<commit>/..."""
-    for parent in (folder, *folder.parents):
-        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
-            return parent.parent.parent / "blobs"
     return None

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from framebridge_plugin.commands.sample_request import SampleRequest
-from framebridge_plugin.data import ClipError, load_dataset_config, read_frames
+from framebridge_plugin.data import ClipError, load_dataset_config
+from framebridge_plugin.data.decoding.exact import read_first_picture
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.media import read_image
@@ -59,7 +60,6 @@ def _find_rows(request: SampleRequest) -> list[tuple[str, str]]:
 
 def _first_frame(path: str, option: str) -> Image.Image:
     try:
-        frame_CHW = read_frames(path, lambda length: [0])[0]
+        return Image.fromarray(read_first_picture(path))
     except ClipError as error:
         raise UsageError(f"{option}: {error}") from error
-    return Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())

@@ -17,6 +17,7 @@ from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUM
 from framebridge_plugin.data.ucf101_classes import read_split, split_list
 from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import is_web_address
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
@@ -181,9 +182,9 @@ def _row_problems(
 def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
     for name in ("image_path", "video_path"):
         path = str(row.get(name) or "")
-        if not path or path.startswith("http"):
+        if not path or is_web_address(path):
             continue
-        if not Path(path).exists() or (name == "video_path" and Path(path).is_dir()):
+        if not Path(path).exists() or (name == "video_path" and not Path(path).is_file()):
             yield f"{name}: no such file: {path}"
         elif name == "image_path":
             try:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import wandb
 from diffusers import DiffusionPipeline
-from diffusers.utils import load_image, load_video
 from PIL import Image
 
-from framebridge_plugin.data.decoding.exact import read_pictures
+from framebridge_plugin.data.decoding.exact import read_first_picture
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import local_copy
 from framebridge_plugin.media import DEFAULT_FPS, contact_sheet, read_image, write_video
 from framebridge_plugin.randomness import derive_seed
 
@@ -133,18 +133,20 @@ def validation_image(prompt: str, image: Image.Image | None, video: list[Image.I
     return video[0]
 
 
-def read_validation_file(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of finetrainers' validation file, with the caption as `prompt` too, and `image` and `video` loaded."""
+def read_validation_file(file: str | Path) -> list[dict[str, Any]]:
+    """The rows of finetrainers' validation file, with the caption as `prompt` too, and with `image`.
+
+    That is the picture at `image_path`, or without it the first frame of the video at `video_path`, as clips have it.
+    """
     samples = []
-    for row in read_validation_rows(Path(path)):
+    for row in read_validation_rows(Path(file)):
         sample = row | {"prompt": row.get("caption", "")}
         if "image_path" in row:
-            picture = row["image_path"]
-            if picture.startswith("http"):
-                picture = load_image(picture, convert_method=lambda image: image)
-            sample["image"] = read_image(picture)
-        if "video_path" in row:
-            sample["video"] = _read_video(row["video_path"])
+            with local_copy(row["image_path"]) as path:
+                sample["image"] = read_image(path)
+        elif "video_path" in row:
+            with local_copy(row["video_path"]) as path:
+                sample["image"] = Image.fromarray(read_first_picture(str(path)))
         samples.append(sample)
     return samples
 
@@ -154,15 +156,10 @@ def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str
     specification.check_datasets(datasets)
     samples = [] if args.validation_dataset_file is None else read_validation_file(args.validation_dataset_file)
     for sample in samples:
-        if sample.get("image") is None and sample.get("video") is None:
+        if sample.get("image") is None:
             raise UsageError(
                 f"{args.validation_dataset_file}: sample {sample['prompt']!r} has no image that can be read; give an "
                 "image_path (or video_path) in every row"
             )
     specification.check_validation_samples(samples)
     return samples
-
-
-def _read_video(path: str) -> list[Image.Image]:
-    """All frames of a video as clips are cut from them; diffusers' reader ignores the shape of the pixels."""
-    return load_video(path) if path.startswith("http") else [*map(Image.fromarray, read_pictures(path, range))]

@@ -253,8 +253,9 @@ def test_pictures_that_are_none(arguments, tmp_path):
     content = image.read_bytes()
     for broken, message in (
         (content[: len(content) // 2], "cannot be read"),
-        (b"", "is no picture; give a PNG or JPEG file"),
+        (b"", "is no picture; give a PNG, JPEG, WebP, BMP, GIF or TIFF file"),
         (b"text", "is no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "is no picture"),  # Pillow would start Ghostscript
     ):
         image.write_bytes(broken)
         assert message in problems_of(arguments)[0]

@@ -68,6 +68,11 @@ def read_frames(path: str, choose: Choose) -> torch.Tensor:
     return torch.from_numpy(read_pictures(path, choose)).permute(0, 3, 1, 2)
 
 
+def read_first_picture(path: str) -> np.ndarray:
+    """Read the first frame of a video as `read_frames` does: uint8 RGB [H, W, 3]."""
+    return read_pictures(path, lambda length: [0])[0]
+
+
 def read_pictures(path: str, choose: Choose, *, strict: bool = False, conversion: Conversion = AS_SHOWN) -> np.ndarray:
     """Do what `read_frames` does, as an array [F, H, W, 3], or of what `conversion` makes of each picture.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.files import local_copy
 from framebridge_plugin.media import read_image
 from framebridge_plugin.training.finetrainers.repairs import Repair
 
@@ -83,7 +84,10 @@ def _read_pictures_whole() -> None:
 
     @functools.wraps(original)
     def load_image(source: Any) -> Any:
-        return read_image(source) if os.path.isfile(source) else original(source, convert_method=read_image)
+        if not isinstance(source, str | os.PathLike):
+            return original(source, convert_method=read_image)
+        with local_copy(os.fspath(source)) as path:
+            return read_image(path)
 
     dataset.load_image = load_image
 

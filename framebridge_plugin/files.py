@@ -1,0 +1,81 @@
+"""Reading files that may be a stranger's: nothing that never ends, and nothing that lies elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from framebridge_plugin.errors import FrameBridgeError, UsageError, first_line
+
+MAX_DOWNLOAD_BYTES = 2**30
+_TIMEOUT_S = 60.0
+
+
+class NotRegularError(OSError):
+    """A pipe, a socket or a device, which may never come to an end."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading; other things are an `OSError`, at once."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = IsADirectoryError if stat.S_ISDIR(mode) else NotRegularError
+        raise kind(None, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file", os.fspath(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether what a path in a folder leads to lies outside of it; a hub cache's folder has its files in `blobs`."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return not real.is_relative_to(home) and real.parent != hub_blobs(home)
+
+
+def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """`FrameBridgeError` if `leads_out`."""
+    if leads_out(path, folder):
+        raise FrameBridgeError(
+            f"{path} leads to {os.path.realpath(path)}, outside of the folder that was given; put the file there"
+        )
+
+
+def hub_blobs(folder: Path) -> Path | None:
+    """Where the hub's cache has the files of a folder: <cache>/models--owner--name/snapshots/<commit>/..."""
+    for parent in (folder, *folder.parents):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(("models--", "datasets--")):
+            return parent.parent.parent / "blobs"
+    return None
+
+
+@contextlib.contextmanager
+def local_copy(address: str) -> Iterator[Path]:
+    """A file for as long as it is read: itself, or what a web address gives, whose errors name the address."""
+    if not is_web_address(address):
+        yield Path(address)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "download")
+        try:
+            with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
+                while block := answer.read(2**20):
+                    file.write(block)
+                    if file.tell() > MAX_DOWNLOAD_BYTES:
+                        raise OSError(f"it is larger than {MAX_DOWNLOAD_BYTES / 2**30:g} GiB")
+        except (OSError, ValueError) as error:
+            raise FrameBridgeError(f"{address} cannot be downloaded: {first_line(error)}") from error
+        try:
+            yield path
+        except FrameBridgeError as error:
+            raise UsageError(str(error).replace(str(path), address)) from error
+
+
+def is_web_address(name: str) -> bool:
+    """Whether a name is that of something in the web, and not of a file."""
+    return name.startswith(("http://", "https://"))
