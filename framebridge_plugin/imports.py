@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import threading
 import types
@@ -61,11 +59,14 @@ class _DeferredModule(types.ModuleType):
         self.__class__ = types.ModuleType  # type: ignore[assignment]
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Loads a package later."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
+
+    def create_module(self, specification: importlib.machinery.ModuleSpec) -> None:
+        """Leaves it to Python."""
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__class__ = _DeferredModule
@@ -75,11 +76,11 @@ class _Loader(importlib.abc.Loader):
         del module.__path__
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finds the deferred packages where they are."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        specification = importlib.machinery.PathFinder.find_spec(name) if name in DEFERRED else None
+        specification: Any = importlib.machinery.PathFinder.find_spec(name) if name in DEFERRED else None
         if specification is not None and specification.loader is not None:
             specification.loader = _Loader(specification.loader)
         return specification

@@ -8,7 +8,6 @@ here ever calls these operators; they only have to be declared for the import to
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
 import importlib.util
 import sys
 import threading
@@ -31,7 +30,7 @@ def repair_on_import() -> None:
         sys.meta_path.insert(0, _BeforeTorchvision())
 
 
-class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+class _BeforeTorchvision:
     """Finds nothing, but is asked first."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:

@@ -11,10 +11,12 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "framebridge_plugin.backbones"
 
@@ -255,6 +257,8 @@ def working_backbones() -> Iterator[BackboneFacts]:
 
 @functools.cache
 def _entry_points() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points  # slow, and a shipped backbone asks nobody
+
     return tuple(entry_points(group=GROUP))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -18,7 +17,7 @@ from framebridge_plugin.training.finetrainers.repairs import Repair
 from framebridge_plugin.training.finetrainers.repairs.upstream_modules import MISSING_MODULES
 
 
-class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class MissingModuleFinder:
     """Serves `MISSING_MODULES`. It stands last on the meta path, so that a real module is always found first."""
 
     def find_spec(
@@ -27,7 +26,11 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Finds a module if it is one of the missing ones."""
         if fullname not in MISSING_MODULES:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=MISSING_MODULES[fullname] is None)
+        loader: Any = self
+        return importlib.machinery.ModuleSpec(fullname, loader, is_package=MISSING_MODULES[fullname] is None)
+
+    def create_module(self, specification: importlib.machinery.ModuleSpec) -> None:
+        """Leaves it to Python."""
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Fills a new module with its functions."""
