@@ -16,7 +16,7 @@ from pathlib import Path
 from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, masked
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.progress import alone
 
@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except FrameBridgeError as error:
         if debug:
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), end="", file=sys.stderr)
         for line in str(error).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), end="", file=sys.stderr)
         hint = "" if debug else " (--debug shows the traceback)"
         notes = " ".join(getattr(error, "__notes__", ()))
         print(
@@ -61,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.recipe import load_recipe, resolve_recipe
+    from framebridge_plugin.recipe import load_recipe, outside_effects, resolve_recipe
 
     if arguments.dry_run:
         recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides, os.environ)
         if os.environ.get("RANK", "0") == "0":
             print(recipe.to_yaml(), end="", flush=True)
+            for line in outside_effects(recipe):
+                print(line, file=sys.stderr)
         if missing:
             raise UsageError(*missing)
 
@@ -107,7 +109,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
 def _write_crash(output_dir: Path) -> Path:
     path = output_dir / f"crash-rank{os.environ.get('RANK', '0')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    path.write_text(masked(traceback.format_exc()), encoding="utf-8")
     return path
 
 

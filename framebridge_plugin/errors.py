@@ -1,9 +1,15 @@
-"""The two kinds of errors that a user sees, with an exit code each, and how names that others chose are shown."""
+"""The kinds of errors that a user sees, with an exit code each, and how names that others chose are shown."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_LOGIN = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SHORTEST_TOKEN = 8  # what is shorter would be found in other words
 
 # Control characters, which a terminal obeys; line ends, which forge lines; what turns the direction of writing; and
 # bytes of file names that are no text.
@@ -29,9 +35,22 @@ class UsageError(FrameBridgeError):
     exit_code = 2
 
 
+class FinishedRunError(FrameBridgeError):
+    """A run is trained and saved, and something after that failed; the command ends with exit code 3."""
+
+    exit_code = 3
+
+
 def escaped(text: object) -> str:
-    r"""One line that a terminal only shows: control characters as `\x1b`, line ends as `\n`, bytes as `\xe9`."""
-    return _NOT_SHOWN.sub(_escape, str(text))
+    r"""One `masked` line that a terminal only shows: line ends as `\n`, control characters and bytes as `\x1b`."""
+    return _NOT_SHOWN.sub(_escape, masked(str(text)))
+
+
+def masked(text: str) -> str:
+    """The text with `***` for tokens of the hub, for those in the environment, and for user and password of a URL."""
+    for value in filter(None, map(os.environ.get, _TOKEN_VARIABLES)):
+        text = text.replace(value, "***") if len(value) >= _SHORTEST_TOKEN else text
+    return _LOGIN.sub("***", _TOKEN.sub("***", text))
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -25,6 +25,7 @@ _MEANINGS = {
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward",
     ): "a faster product for models in 4 bits on CPUs, which nothing here uses",
+    ("finetrainers", "Error during training: "): "what ends a run, which the command says in its last line",
 }
 
 _held_back: dict[str, str] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import UsageError, masked
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.rules import launch_problems, recipe_problems
 from framebridge_plugin.recipe.schema import Recipe
@@ -145,6 +145,7 @@ def _examine(
     _drop_defaults_without_effect(data)
 
     recipe, problems = _validate(data)
+    problems += _secret_problems(data)
     reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
     # Without the model's name, which most of the rules depend on, they would be those of another model.
     if recipe is not None and not reported & {"model", "model.model_name"}:
@@ -162,6 +163,16 @@ def _examine(
         for line, text, on_disk in sorted(located)
     }
     return recipe, list(lines.items())
+
+
+def _secret_problems(data: Any, where: str = "") -> Iterator[Problem]:
+    """Finds tokens and passwords, which a recipe would carry into the run's folder and to its trackers."""
+    if isinstance(data, dict | list):
+        for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _secret_problems(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(data, str) and masked(data) != data:
+        remedy = "log in by `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY"
+        yield Problem(where, f"holds a token or a password: remove it; {remedy}")
 
 
 def _is_within(where: str, paths: Iterable[str]) -> bool:

@@ -148,15 +148,24 @@ class Recipe(Section):
         return {"datasets": [entry], "bad_files": bad_files}
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as YAML that `load_recipe` reads back; `hub_token` is left out."""
+        """The whole recipe, defaults included, as YAML that `load_recipe` reads back."""
         from framebridge_plugin.recipe.yaml_text import dump_yaml
 
-        return dump_yaml(self.without_secrets())
+        return dump_yaml(self.by_section())
 
-    def without_secrets(self) -> dict[str, Any]:
-        """The whole recipe, defaults included, by section; `hub_token` is left out."""
-        left_out: Any = {"hub": {"hub_token": True}}
-        return self.model_dump(exclude=left_out | ({} if self.training.training_type == "lora" else {"lora": True}))
+    def by_section(self) -> dict[str, Any]:
+        """The whole recipe, defaults included."""
+        return self.model_dump(exclude=None if self.training.training_type == "lora" else {"lora"})
+
+    @property
+    def result_folder(self) -> Path:
+        """Where the trained model, or the LoRA, comes to lie."""
+        return Path(self.checkpoints.output_dir, "lora" if self.training.training_type == "lora" else "model")
+
+    @property
+    def hub_repository(self) -> str:
+        """Where the model is uploaded to; without an owner it is that of the login."""
+        return self.hub.hub_model_id or Path(self.checkpoints.output_dir).name
 
 
 def recipe_settings(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -131,7 +132,7 @@ class BadFilesSection(Section):
         description="skip: another clip takes its place; quarantine: that, and later runs do not open the file",
     )
     quarantine_file: PathText | None = Field(
-        default=None, description="JSON lines, made where there are none; with policy quarantine only"
+        default=None, description="a .jsonl, made where there is none; with policy quarantine only"
     )
     max_share: float = Field(
         default=0.5, ge=0, le=1, description="share of the attempts, from the 64th on, that may fail"
@@ -143,8 +144,20 @@ class BadFilesSection(Section):
         yield from super().conflicts()
         if self.policy == "quarantine" and self.quarantine_file is None:
             yield "quarantine_file", "policy quarantine needs it: a file that runs may share"
+        elif self.policy == "quarantine" and (problem := _place_problem(str(self.quarantine_file))):
+            yield "quarantine_file", problem
         elif self.policy != "quarantine" and self.quarantine_file is not None:
             yield "quarantine_file", f"has no effect with policy {self.policy}: remove it"
+
+
+def _place_problem(file: str) -> str | None:
+    """Why a file may not be added to: a recipe of others could name any that there is."""
+    path = Path(file)
+    if path.is_symlink():
+        return f"{file} is a link: name the file"
+    if path.suffix != ".jsonl" or any(part.startswith(".") and part not in (".", "..") for part in path.parts):
+        return f"{file} should end in .jsonl and lie in no hidden folder"
+    return None
 
 
 class DatasetSource(CheckedSettings, SourceSection):

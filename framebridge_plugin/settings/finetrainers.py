@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -43,6 +44,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_IDS, (None, _ONE_TEXT_ENCODER)),
     **dict.fromkeys(("text_encoder_2_dtype", "text_encoder_3_dtype"), ("bf16", _ONE_TEXT_ENCODER)),
     "dataset_shuffle_buffer_size": (1, "every epoch is a permutation of all clips, whatever the size"),
+    "hub_token": (None, "the token is that of `hf auth login`, or HF_TOKEN"),
     "beta3": (None, "no optimiser of finetrainers 0.2.0 has a third moment"),
     **dict.fromkeys(("pp_degree", "cp_degree", "tp_degree"), (1, "share the work by dp_degree and dp_shards")),
     **{name: (value, _TIMES) for name, value in _FLOW.items()},
@@ -60,6 +62,12 @@ def _check_resume(value: Any) -> int | str | None:
     if value is None or value == "latest" or (type(value) is int and value >= 0):
         return value
     raise ValueError("should be the number of an update, or 'latest'")
+
+
+def _check_inside(value: str) -> str:
+    if PurePath(value).is_absolute() or ".." in PurePath(value).parts:
+        raise ValueError("should be a folder inside output_dir")
+    return value
 
 
 def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
@@ -255,7 +263,9 @@ class TrackingSection(Section):
 
     report_to: Literal["none", "wandb"] = Field(default="none", description="further tracker")
     tracker_name: Text = Field(default="finetrainers", description="project name at the tracker")
-    logging_dir: Text = Field(default="logs", description="folder inside output_dir")
+    logging_dir: Annotated[Text, AfterValidator(_check_inside)] = Field(
+        default="logs", description="folder inside output_dir"
+    )
     logging_steps: Count = Field(default=1, description="updates between log entries")
     verbose: int = Field(
         default=0,
@@ -271,11 +281,11 @@ class HubSection(Section):
 
     on_resume = ANEW, {}
 
-    push_to_hub: bool = Field(default=False, description="upload at the end")
-    hub_token: str | None = Field(
-        default=None, repr=False, description="better: `hf auth login`; never written to output_dir"
+    push_to_hub: bool = Field(
+        default=False, description="upload the model at the end, by the login of `hf auth login`, or HF_TOKEN"
     )
-    hub_model_id: str | None = Field(default=None, description="repository; none: the name of output_dir")
+    hub_model_id: Text | None = Field(default=None, description="repository; none: the name of output_dir")
+    private: bool = Field(default=True, description="only those see the repository to whom its owner shows it")
 
 
 class CompileSection(Section):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.backbones.facts import find_backbone
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import FinishedRunError, UsageError
 from framebridge_plugin.imports import without_collection
+from framebridge_plugin.recipe.outside import SENT, outside_effects
 from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape
 
 if TYPE_CHECKING:
@@ -58,22 +59,32 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     Raises:
         UsageError: If the folder holds another run, or the arguments exclude each other.
         FrameBridgeError: If a file cannot be read or the loss is not finite.
+        FinishedRunError: If the model is trained and saved, and the hub has not taken it.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     refuse_start(recipe)
-    if recipe.checkpoints.resume_from_checkpoint is None:
-        _train(recipe, output_dir, output_dir, allowed)
-    else:
-        staging = output_dir / f".resuming.{_rank()}"
-        try:
-            _train(recipe, output_dir, staging, allowed)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     if _is_main_process():
-        _write_loss_curve(output_dir)
-        print(
-            f"model: {output_dir / ('lora' if recipe.training.training_type == 'lora' else 'model')}", file=sys.stderr
-        )
+        for line in outside_effects(recipe, SENT):
+            print(line, file=sys.stderr)
+    try:
+        if recipe.checkpoints.resume_from_checkpoint is None:
+            _train(recipe, output_dir, output_dir, allowed)
+        else:
+            staging = output_dir / f".resuming.{_rank()}"
+            try:
+                _train(recipe, output_dir, staging, allowed)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except FinishedRunError:
+        _say_result(recipe)
+        raise
+    _say_result(recipe)
+
+
+def _say_result(recipe: Recipe) -> None:
+    if _is_main_process():
+        _write_loss_curve(Path(recipe.checkpoints.output_dir))
+        print(f"model: {recipe.result_folder}", file=sys.stderr)
         print(f"sample from it: {sample_line(recipe)}", file=sys.stderr)
 
 
@@ -105,7 +116,7 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[
         args,
         build_specification(recipe, args),
         on_prepared=publish,
-        settings=recipe.without_secrets(),
+        settings=recipe.by_section(),
         allowed=allowed,
     )
     trainer.run()
@@ -147,10 +158,12 @@ def refuse_start(recipe: Recipe) -> None:
                 "files that `wandb sync` sends later"
             )
     if recipe.hub.push_to_hub:
-        from huggingface_hub import get_token
+        from huggingface_hub import constants, get_token
 
-        if recipe.hub.hub_token is None and get_token() is None:
+        if get_token() is None:
             raise UsageError("hub.push_to_hub: there is no login here; run `hf auth login`, or set this false")
+        if constants.HF_HUB_OFFLINE:
+            raise UsageError("hub.push_to_hub: HF_HUB_OFFLINE keeps this process from the hub; set one of them false")
 
 
 def _rank() -> str:

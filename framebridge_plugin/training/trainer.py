@@ -21,7 +21,6 @@ from finetrainers.config import TrainingType
 from finetrainers.optimizer import get_lr_scheduler
 from finetrainers.parallel import ParallelBackendEnum
 from finetrainers.trainer import SFTTrainer
-from huggingface_hub import upload_folder
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +33,7 @@ from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState, find_checkpoint
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.objective import draw_index
@@ -92,14 +92,27 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples: list[dict[str, Any]] = []
         super().__init__(args, model_specification)
 
+    def run(self) -> None:
+        """Trains, and uploads the result if that is wanted."""
+        super().run()
+        if self.state.repo_id is not None:  # of the first process
+            upload(Path(self.args.output_dir, self._export_name), self.state.repo_id)
+
     # Preparation
 
     def _get_training_info(self) -> dict[str, Any]:
         if self._settings is not None:
             return dict(self._settings)
-        info = super()._get_training_info()
-        info["miscellaneous_arguments"].pop("hub_token", None)  # this goes to the trackers
-        return info
+        return super()._get_training_info()
+
+    def _init_directories_and_repositories(self) -> None:
+        args = self.args
+        if self.state.parallel_backend.is_main_process:
+            self.state.output_dir = Path(args.output_dir)
+            self.state.output_dir.mkdir(parents=True, exist_ok=True)
+            if args.push_to_hub:
+                name = args.hub_model_id or self.state.output_dir.name
+                self.state.repo_id = make_repository(name, private=getattr(args, "private", True))
 
     def _prepare_models(self) -> None:
         # The data first: a network from scratch is made for the shape of its clips.
@@ -197,18 +210,14 @@ class FrameBridgeTrainer(SFTTrainer):
     # Training
 
     def _train(self) -> None:
-        args, backend, output_dir = self.args, self.state.parallel_backend, Path(self.args.output_dir)
+        backend, output_dir = self.state.parallel_backend, Path(self.args.output_dir)
         settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
         with MetricsLogger(
             output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
         ) as metrics:
             self._publish(self._train_to_the_end(metrics), output_dir)
             self._validate(self.progress.step, metrics, final_validation=True)
-        is_main_process = backend.is_main_process
         backend.destroy()
-        if args.push_to_hub and is_main_process:
-            folder = output_dir / self._export_name
-            upload_folder(repo_id=self.state.repo_id, folder_path=folder, token=args.hub_token)
 
     def _train_to_the_end(self, metrics: MetricsLogger) -> Path:
         """Makes the updates; returns the checkpoint of the last one."""
@@ -351,5 +360,7 @@ def refuse_unsupported(args: Any) -> None:
             )
     if args.precomputed is not None and args.enable_precomputation:
         raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
+    if args.hub_token is not None:
+        raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():
         raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")

@@ -232,8 +232,8 @@ def test_nothing_readable_ends_at_once(tmp_path, workers):
     with pytest.raises(TooManyBadFilesError, match="^no clip of the data can be read"):
         watched(index, BadFileTracker(BadFilePolicy(), tmp_path / "run"), 10, workers)
     assert len(lines(tmp_path / "run/bad_files.jsonl")) == 3
-    policy = BadFilePolicy("quarantine", str(tmp_path / "run/bad_files.jsonl.copy"))
-    (tmp_path / "run/bad_files.jsonl").rename(tmp_path / "run/bad_files.jsonl.copy")
+    policy = BadFilePolicy("quarantine", str(tmp_path / "run/quarantine.jsonl"))
+    (tmp_path / "run/bad_files.jsonl").rename(tmp_path / "run/quarantine.jsonl")
     with pytest.raises(TooManyBadFilesError, match="^every clip is in quarantine") as caught:
         watched(index, BadFileTracker(policy, tmp_path / "again"), 10, workers)
     assert len(str(caught.value).splitlines()) == 2

@@ -45,7 +45,7 @@ precision: {transformer_dtype: fp32, vae_dtype: fp16, text_encoder_dtype: fp32, 
 checkpoints: {output_dir: out, checkpointing_steps: 3, checkpointing_limit: 2, resume_from_checkpoint: 4}
 validation: {validation_dataset_file: VALIDATION, validation_steps: 9, enable_model_cpu_offload: false}
 tracking: {report_to: wandb, tracker_name: mine, logging_dir: l, logging_steps: 2, verbose: 2}
-hub: {push_to_hub: true, hub_token: t, hub_model_id: me/x}
+hub: {push_to_hub: true, hub_model_id: me/x, private: false}
 compile: {compile_modules: [transformer], compile_scopes: full}
 attention: {attn_provider_training: ["transformer:flash"], attn_provider_inference: ["transformer:sage", "vae:native"]}
 lora: {rank: 8, lora_alpha: 16, target_modules: [to_q, to_k]}

@@ -122,6 +122,7 @@ def test_decoders(minimal):
 def test_bad_files(minimal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     section = "framebridge.bad_files"
+    (tmp_path / "folder.jsonl").mkdir()
     quarantine = [f"{section}.policy=quarantine", f"{section}.quarantine_file=lists/bad.jsonl"]
     recipe = load_recipe(minimal, [*quarantine, f"{section}.max_share=0.1"])
     assert recipe.dataset_config()["bad_files"] == {
@@ -133,7 +134,7 @@ def test_bad_files(minimal, tmp_path, monkeypatch):
     for overrides, message in (
         (quarantine[:1], "quarantine_file: policy quarantine needs it"),
         (quarantine[1:], "quarantine_file: has no effect with policy skip"),
-        ([quarantine[0], f"{section}.quarantine_file={tmp_path}"], "is no file"),
+        ([quarantine[0], f"{section}.quarantine_file=folder.jsonl"], "is no file"),
         ([f"{section}.policy=ignore"], "policy: should be 'raise', 'skip' or 'quarantine', not 'ignore'"),
         ([f"{section}.policy=raise", f"{section}.max_in_a_row=3"], "max_in_a_row: has no effect with policy raise"),
         ([f"{section}.max_share=1.5"], "max_share: should be less than or equal to 1"),

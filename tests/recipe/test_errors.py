@@ -86,6 +86,8 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
         ("optimization.lr=.nan", "optimization.lr", "finite number"),
         ("optimization.lr=0", "optimization.lr", "greater than 0"),
         ("model.revision=1.0", "model.revision", "in quotes"),
+        ("tracking.logging_dir=../logs", "tracking.logging_dir", "inside output_dir"),
+        ("tracking.logging_dir=/tmp/logs", "tracking.logging_dir", "inside output_dir"),
         ("training=lora", "training", "a section with keys of its own"),
         ("training.training_type=control-lora", "training.training_type", "'full-finetune' or 'lora'"),
         ("checkpoints.resume_from_checkpoint=best", "checkpoints.resume_from_checkpoint", "'latest'"),

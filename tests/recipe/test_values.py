@@ -92,11 +92,21 @@ def test_the_resolved_recipe_reads_back_as_itself(minimal, tmp_path):
         assert again.to_yaml() == recipe.to_yaml()
 
 
-def test_the_resolved_recipe_does_not_hold_the_token(minimal):
-    recipe = load_recipe(minimal, ["hub.hub_token=hf_secret"])
-    assert "hf_secret" not in recipe.to_yaml()
-    assert "hf_secret" not in repr(recipe)
-    assert recipe.hub.hub_token == "hf_secret"
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hub.hub_token=hf_secretsecret",
+        "hub=hf_secretsecret",
+        "tracking.wandb_api_key=hf_secretsecret",
+        "tracking.tracker_name=hf_secretsecret",
+        "lora.target_modules=[to_q, 'https://me:hf_secretsecret@example.org/x']",
+        "hub.push_to_hub hf_secretsecret",
+    ],
+)
+def test_a_token_is_neither_for_recipes_nor_shown(minimal, override):
+    problems = problems_of(minimal, override)
+    assert "hf_secretsecret" not in "\n".join(problems)
+    assert any("set HF_TOKEN" in problem or "an override is" in problem for problem in problems)
 
 
 def test_dataset_config_has_absolute_paths(minimal, tmp_path, monkeypatch):

@@ -336,9 +336,7 @@ def test_times_may_be_given():
         with pytest.raises(FrameBridgeError, match="timesteps is .*; it should be a list of numbers"):
             scheduler.set_timesteps(timesteps=wrong)
     for wrong in (0, 2.5, True, "10"):
-        with pytest.raises(
-            FrameBridgeError, match="num_inference_steps is .*; it should be a whole number, at"
-        ):
+        with pytest.raises(FrameBridgeError, match="num_inference_steps is .*; it should be a whole number, at"):
             scheduler.set_timesteps(wrong)
     for call in ({}, {"num_inference_steps": 2, "timesteps": [999, 3]}):
         with pytest.raises(FrameBridgeError, match="give either num_inference_steps or timesteps"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import yaml
-from huggingface_hub import RepoUrl
 
 from tests.training.conftest import small_files_only
 from tests.training.run_results import CONSTANT_RATE, metrics, succeeded
@@ -82,28 +80,3 @@ def test_a_resume_with_another_objective_is_refused(train, tmp_path):
     missing = train("checkpoints.resume_from_checkpoint=7", "--dry-run")
     assert missing.returncode == 1
     assert "(steps there: 2)" in missing.stderr
-
-
-def test_the_model_is_pushed_to_the_hub_and_the_token_written_nowhere(train, tmp_path, monkeypatch):
-    from finetrainers.trainer.sft_trainer import trainer as stock
-
-    from framebridge_plugin.training import trainer as ours
-
-    pushed = []
-
-    def upload_folder(*, repo_id: str, folder_path: Path, token: str) -> None:
-        pushed.append((repo_id, Path(folder_path), token, (folder_path / "model_index.json").is_file()))
-
-    # The hub itself is all that is missing.
-    monkeypatch.setattr(
-        stock, "create_repo", lambda repo_id, token, exist_ok: RepoUrl(f"https://huggingface.co/me/{repo_id}")
-    )
-    monkeypatch.setattr(ours, "upload_folder", upload_folder)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    token = "hf_notmeanttobeseen"
-    hub = ("hub.push_to_hub=true", f"hub.hub_token={token}", "hub.hub_model_id=mine")
-    assert succeeded(train("tracking.report_to=wandb", *hub, "optimization.train_steps=1"))
-    assert pushed == [("me/mine", tmp_path / "run/model", token, True)]
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert any("wandb" in str(path) for path in files)
-    assert [path for path in files if token.encode() in path.read_bytes()] == []

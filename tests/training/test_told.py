@@ -42,7 +42,6 @@ def told(tmp_path_factory, model_folder, clips_folder, validation_file) -> Told:
         "checkpoints": {"output_dir": str(folder / "my run")},
         "validation": {"validation_dataset_file": str(validation_file), "validation_steps": 1},
         "tracking": {"report_to": "wandb"},
-        "hub": {"hub_token": "hf_notmeanttobeseen"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     result = subprocess.run(
@@ -81,12 +80,6 @@ def test_tensorboard_gets_the_resolved_recipe_and_the_contact_sheets(told):
     with Image.open(told.folder / "validation/final-00.png") as sheet:
         assert (sheets[-1].width, sheets[-1].height) == sheet.size
         assert sheet.convert("RGB").getpixel((20, 20)) == (200, 30, 30)  # the input image
-
-
-def test_the_hub_token_is_written_nowhere(told):
-    files = [path for path in told.folder.rglob("*") if path.is_file()]
-    assert [path for path in files if b"hf_notmeanttobeseen" in path.read_bytes()] == []
-    assert "hf_notmeanttobeseen" not in told.said
 
 
 def test_stderr_is_lines_without_load_failures(told):

@@ -1,0 +1,69 @@
+"""What a dry run lists of what a recipe does outside its run's folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from framebridge_plugin.cli import main
+from framebridge_plugin.recipe import load_recipe, outside_effects
+from tests.cogvideox_files import write_clips
+
+
+def effects(path, *overrides) -> list[str]:
+    return list(outside_effects(load_recipe(path, overrides)))
+
+
+def test_a_run_on_local_files_does_nothing_outside_its_folder(minimal):
+    assert effects(minimal) == []
+
+
+def test_everything_that_leaves_the_run_is_listed(minimal, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", "/cache")
+    (tmp_path / "rows.csv").write_text("caption,image_path\na cat,http://me:secret@example.org/cat.png\n")
+    write_clips(tmp_path / "videos")
+    (tmp_path / "videos/table.csv").write_text("videoid,name\na,a cat\n")
+    overrides = [
+        *("model.pretrained_model_name_or_path=zai-org/CogVideoX-2b", "model.revision=abc"),
+        *("framebridge.data.data_root=null", "framebridge.data.csv=videos/table.csv"),
+        *("framebridge.data.video_root=videos", "compile.compile_modules=[vae]"),
+        *("framebridge.bad_files.policy=quarantine", "framebridge.bad_files.quarantine_file=shared.jsonl"),
+        *("validation.validation_dataset_file=rows.csv", "tracking.report_to=wandb", "tracking.tracker_name=mine"),
+        *("hub.push_to_hub=true", "hub.hub_model_id=me/x", "dataset.precomputation_dir=encoded"),
+        *("framebridge.start_from=me/earlier", "checkpoints.output_dir=run"),
+    ]
+    expected = [
+        "sends: hub.push_to_hub: at the end run/model to the private repository me/x",
+        "sends: tracking.report_to: the recipe, the metrics, validation videos and facts about this machine to "
+        "Weights & Biases, project mine",
+        "reads from the network: model.pretrained_model_name_or_path: zai-org/CogVideoX-2b, revision abc, from the hub"
+        ", unless its cache has it",
+        "reads from the network: framebridge.start_from: me/earlier, from the hub, unless its cache has it",
+        "reads from the network: validation.validation_dataset_file: row 1: http://***@example.org/cat.png",
+        f"writes outside output_dir: the quarantine of bad files: {tmp_path / 'shared.jsonl'}",
+        "writes outside output_dir: dataset.precomputation_dir: encoded",
+        "writes outside output_dir: downloads: /cache",
+        "writes outside output_dir: the index of the csv: /cache",
+        "writes outside output_dir: compiled code: /tmp",
+    ]
+    assert effects(minimal, *overrides) == expected
+    # A dry run shows it whatever it refuses: here the number of processes.
+    assert main(["train", "--recipe", str(minimal), "--dry-run", *overrides, "parallelism.dp_degree=2"]) == 2
+    assert capsys.readouterr().err.splitlines()[:-1] == expected
+    public = effects(minimal, *overrides, "hub.private=false", "hub.hub_model_id=x")
+    assert public[0].endswith("run/model to the PUBLIC repository x, of the login's account")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not any("Weights" in line for line in effects(minimal, *overrides))
+
+
+@pytest.mark.parametrize("file", ["/root/.ssh/keys.jsonl", "~/.bashrc", ".hidden.jsonl", "bad.txt", "link.jsonl"])
+def test_a_quarantine_is_no_file_of_something_else(minimal, tmp_path, monkeypatch, file, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere")
+    policy = ("framebridge.bad_files.policy=quarantine", f"framebridge.bad_files.quarantine_file={file}")
+    assert main(["train", "--recipe", str(minimal), "--dry-run", *policy]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "framebridge.bad_files.quarantine_file: " in line
+    assert "link: name the file" in line or "should end in .jsonl and lie in no hidden folder" in line
