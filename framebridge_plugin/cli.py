@@ -16,8 +16,11 @@ from pathlib import Path
 from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
+from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
 from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, masked
+from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
+from framebridge_plugin.processes import adopt_slurm, is_first
 from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("FRAMEBRIDGE_DEBUG", "0") not in ("", "0")
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        adopt_slurm(os.environ)
+        end_with_launcher()
         debug = debug or arguments.debug
         if debug:
             library_messages.show()
@@ -63,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.recipe import load_recipe, outside_effects, resolve_recipe
 
+    several = starts_processes(arguments.nproc)
+    environment = os.environ | {"WORLD_SIZE": str(arguments.nproc)} if several else os.environ
     if arguments.dry_run:
-        recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides, os.environ)
-        if os.environ.get("RANK", "0") == "0":
+        recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides, environment)
+        if is_first():
             print(recipe.to_yaml(), end="", flush=True)
             for line in outside_effects(recipe):
                 print(line, file=sys.stderr)
@@ -74,10 +81,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
         from framebridge_plugin.training.rehearsal import rehearse
 
-        rehearse(recipe, arguments.allow)
+        rehearse(recipe, arguments.allow, processes=int(environment.get("WORLD_SIZE", "1")))
         print("dry run: nothing found that a start would refuse; no weights were loaded", file=sys.stderr)
         return 0
-    recipe = load_recipe(arguments.recipe, arguments.overrides, os.environ)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, environment)
+    if several:
+        return launch(arguments.argv, arguments.nproc)
 
     from framebridge_plugin.training.run import train
 
@@ -93,17 +102,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _precompute(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.commands.precompute import run_precompute
+    from framebridge_plugin.commands.precompute import precompute_request
 
-    return run_precompute(
-        arguments.recipe,
-        arguments.overrides,
-        output=arguments.output,
-        processes=arguments.nproc,
-        variants=arguments.variants,
-        shard_size=arguments.shard_size,
-        debug=arguments.debug,
-    )
+    recipe, store = precompute_request(arguments.recipe, arguments.overrides, arguments.output)
+    if starts_processes(arguments.nproc):
+        return launch(arguments.argv, arguments.nproc)
+
+    from framebridge_plugin.training.precomputation.precompute import precompute
+
+    precompute(recipe, store, variants=arguments.variants, shard_size=arguments.shard_size)
+    return 0
 
 
 def _write_crash(output_dir: Path) -> Path:
@@ -125,7 +133,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
     output = arguments.output or Path(recipe.checkpoints.output_dir) / "data_check.jsonl"
     nproc = arguments.nproc or len(os.sched_getaffinity(0))
-    return check_data(recipe.dataset_config(), output, nproc=nproc, full=arguments.full)
+    with FolderLock(output.parent, f".{output.name}.lock"):
+        return check_data(recipe.dataset_config(), output, nproc=nproc, full=arguments.full)
 
 
 def _prepare_ucf101(arguments: argparse.Namespace) -> int:

@@ -117,7 +117,7 @@ def test_dry_run_prints_the_recipe_and_refuses_what_a_start_would(recipe, tmp_pa
         "error: command line: framebridge.data.data_root: no such folder: nowhere",
         "error: command line: model.pretrained_model_name_or_path: no such folder: nowhere",
     ]
-    assert "torchrun --nproc-per-node 2" in lines[2]
+    assert "start them with --nproc 2" in lines[2]
     assert main(["train", "--recipe", str(tmp_path / "mine.yaml")]) == 2
     assert [line.partition("mine.yaml")[2] for line in capsys.readouterr().err.splitlines()] != lines
     assert main(["train", "--recipe", str(recipe), "--dry-run", *missing, "training.batch_size=0"]) == 2
@@ -139,7 +139,7 @@ def test_a_wrong_recipe_is_refused_before_torch_is_imported(recipe):
     assert len(lines) == 3
     assert all(line.startswith("error: command line: ") for line in lines)
     assert "the nearest is optimization.lr" in process.stderr
-    assert "torchrun --nproc-per-node 2" in process.stderr
+    assert "start them with --nproc 2" in process.stderr
 
 
 def test_sample_refuses_before_torch_is_imported(tmp_path):
@@ -159,18 +159,19 @@ def test_sample_refuses_before_torch_is_imported(tmp_path):
 
 
 def test_an_unforeseen_error_ends_in_one_line_and_keeps_its_traceback(recipe, tmp_path, capsys):
-    # A folder stands where the run wants to write a file.
-    (tmp_path / "run" / "recipe.yaml").mkdir(parents=True)
+    # A file stands where the run wants a folder.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".starting.0").touch()
     assert main(["train", "--recipe", str(recipe)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     crash = tmp_path / "run" / "crash-rank0.txt"
-    assert line.startswith("error: IsADirectoryError: ")
+    assert line.startswith("error: FileExistsError: ")
     assert line.endswith(f"(traceback: {crash})")
     assert crash.read_text().startswith("Traceback")
     assert main(["train", "--recipe", str(recipe), "--debug"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.splitlines()[-1].startswith("error: IsADirectoryError: ")
+    assert error.splitlines()[-1].startswith("error: FileExistsError: ")
 
 
 def test_debug_by_environment(tmp_path, monkeypatch, capsys):

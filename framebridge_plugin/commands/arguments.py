@@ -16,8 +16,9 @@ _TRAIN_HELP = """\
 Train from a recipe: a YAML file that is a whole run.
 
   finetrainers train --recipe cogvideox_bridge framebridge.data.data_root=clips optimization.lr=2e-5
-  torchrun --nproc-per-node 8 --no-python finetrainers train --recipe my.yaml parallelism.dp_degree=8
+  finetrainers train --recipe my.yaml --nproc 8
 
+The same command goes on with a run that was killed or interrupted. torchrun and srun may start the processes, too.
 Relative paths in a recipe are relative to the working directory."""
 
 _PRECOMPUTE_HELP = """\
@@ -25,7 +26,6 @@ Write the latents and text embeddings of all clips of a recipe's data, once for 
 same command goes on where it was; a larger --variants adds epochs.
 
   finetrainers precompute --recipe my.yaml --output latents --variants 4 --nproc 8
-  torchrun --nproc-per-node 8 --no-python finetrainers precompute --recipe my.yaml --output latents
   finetrainers train --recipe my.yaml framebridge.precomputed=latents"""
 
 _CHECK_HELP = """\
@@ -105,6 +105,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = [item for item in rest if item.startswith("-")]
     if rest:
         parser.error(f"unknown argument {rest[0]}")
+    arguments.argv = list(argv)
     return arguments
 
 
@@ -142,6 +143,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
+    _add_nproc(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -163,9 +165,19 @@ def _add_precompute(parser: argparse.ArgumentParser) -> None:
     add, one_or_more = parser.add_argument, _whole_number_from(1)
     default = "the recipe's framebridge.precomputed, else <output_dir>/precomputed"
     add("--output", type=Path, metavar="FOLDER", help=f"where to (default: {default})")
-    add("--nproc", type=one_or_more, default=1, metavar="N", help="processes, one for each GPU in turn (default: 1)")
+    _add_nproc(parser)
     add("--variants", type=one_or_more, metavar="K", help="epochs to store (default: as there are, 1 in a new folder)")
     add("--shard-size", type=one_or_more, metavar="N", help="clips in a file of a new folder (default: 64)")
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc",
+        type=_whole_number_from(1),
+        metavar="N",
+        help="processes to start on this machine, one for each GPU in turn (default: 1, or what torchrun or srun "
+        "has started)",
+    )
 
 
 def _whole_number_from(least: int) -> Callable[[str], int]:

@@ -1,70 +1,131 @@
 """Several processes of one command on this machine, as torchrun would start them, for `--nproc`.
 
-They end together: when one of them fails, when the command is interrupted, and also when it is killed.
+They end together: when one of them fails, when the command is told to stop, and also when it is killed.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.processes import STORE, python_command
 
-_LAUNCHED = "FRAMEBRIDGE_LAUNCHED"
-_SECONDS_TO_END = 10
+_SECONDS_TO_END = 15
+"""What is left of a failed command; a process that notices by itself needs no more than 10 seconds."""
+
+
+def starts_processes(wanted: int | None) -> bool:
+    """Whether the command is to start that many processes; what torchrun or srun has started is used, or refused."""
+    if wanted is None:
+        return False
+    found = os.environ.get("WORLD_SIZE")
+    if found is None:
+        return wanted > 1
+    if str(wanted) not in (found, os.environ.get("LOCAL_WORLD_SIZE")):
+        raise UsageError(
+            f"--nproc {wanted}: torchrun or srun has started {found} processes already (WORLD_SIZE); leave it out"
+        )
+    return False
 
 
 def launch(arguments: Sequence[str], count: int) -> int:
     """Run the command `finetrainers` in several processes, with the environment that torchrun gives each.
 
-    On a CPU they divide the threads. The result is 0, or the exit code of the process that failed first, which has
-    said why; the others are ended.
+    They find each other by a file, and talk on this machine alone. On a CPU they divide the threads. A signal is
+    passed on to them, and they have as long as they need; the second one ends them. The result is 0, or the exit code
+    of the process that failed first, which has said why; the others are ended.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
-    environment = os.environ | {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": str(max(1, threads // count)),
-        _LAUNCHED: "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "framebridge_plugin", *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            # Nothing is written to it: it closes when this process ends, in whatever way.
-            stdin=subprocess.PIPE,
-            # Ctrl-C comes to this process alone, which ends the others.
-            start_new_session=True,
+    command, environment = python_command("framebridge_plugin", *arguments)
+    with tempfile.TemporaryDirectory(prefix="framebridge-") as private, _PassedOn() as signals:
+        environment |= {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            STORE: os.path.join(private, "store"),
+            "OMP_NUM_THREADS": str(max(1, threads // count)),
+        }
+        for rank in range(count):
+            process = subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                # Nothing is written to it: it closes when this process ends, in whatever way.
+                stdin=subprocess.PIPE,
+                # Ctrl-C comes to this process alone, which passes it on.
+                start_new_session=True,
+            )
+            signals.processes.append(process)
+            for number in signals.received:  # before this one was there
+                process.send_signal(number)
+        try:
+            return _wait(signals)
+        finally:
+            _end(signals.processes)
+
+
+def _wait(signals: _PassedOn) -> int:
+    processes = signals.processes
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((code for code in codes if code), None)
+        # Told to stop, they save what they have, and need not end at the same time.
+        if None not in codes or (failed is not None and not signals.received):
+            break
+        if len(signals.received) > 1:
+            for process in processes:
+                process.kill()
+            return 128 + signals.received[-1]
+        time.sleep(0.1)
+    if failed is not None and failed < 0:
+        if signals.received:
+            return 128 - failed
+        raise FrameBridgeError(
+            f"process {codes.index(failed)} of {len(codes)} was killed by signal {-failed}, perhaps for want of "
+            "memory; run the command again, it goes on where it was"
         )
-        for rank in range(count)
-    ]
-    try:
-        while True:
-            codes = [process.poll() for process in processes]
-            failed = next((code for code in codes if code), None)
-            if failed is not None and failed < 0:
-                raise FrameBridgeError(
-                    f"process {codes.index(failed)} of {count} was killed by signal {-failed}, perhaps for want of "
-                    "memory; run the command again, it goes on where it was"
-                )
-            if failed is not None or all(code == 0 for code in codes):
-                return failed or 0
-            time.sleep(0.1)
-    finally:
-        _end(processes)
+    return failed or 0
+
+
+class _PassedOn:
+    """Within its block, the signals that stop a command go to the processes; the same one twice in a second is one."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+        self.received: list[int] = []
+        self._last = -float("inf")
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _PassedOn:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: object) -> None:
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < 1.0:
+            return
+        self.received.append(number)
+        if len(self.received) == 1:
+            for process in self.processes:
+                process.send_signal(number)
 
 
 def end_with_launcher() -> None:
     """Makes this process end when the one that launched it does; without effect in a process that none launched."""
-    if os.environ.get(_LAUNCHED) is None:
+    if os.environ.get(STORE) is None:
         return
 
     def wait() -> None:
@@ -87,9 +148,3 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

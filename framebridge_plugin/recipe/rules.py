@@ -57,21 +57,26 @@ def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[
         world_size = 0
     if world_size < 1:
         yield Problem(
-            "parallelism", f"WORLD_SIZE should be a positive number, not {environment['WORLD_SIZE']!r}: use torchrun"
+            "parallelism",
+            f"WORLD_SIZE should be a positive number, not {environment['WORLD_SIZE']!r}: use --nproc or torchrun",
         )
         return
-    parallelism = recipe.parallelism
-    wanted = parallelism.dp_degree * parallelism.dp_shards
-    if parallelism.parallel_backend == "accelerate" and world_size > 1:
+    shards, given = recipe.parallelism.dp_shards, recipe.parallelism.dp_degree
+    there = f"there {'is one process' if world_size == 1 else f'are {world_size} processes'}"
+    if recipe.parallelism.parallel_backend == "accelerate" and world_size > 1:
         yield Problem("parallelism.parallel_backend", _ACCELERATE.format(processes=world_size))
-    elif wanted != world_size:
-        yield Problem(
-            "parallelism.dp_degree",
-            f"dp_degree x dp_shards is {wanted}, but the number of processes is {world_size}: launch with `torchrun "
-            f"--nproc-per-node {wanted} --no-python finetrainers ...`, or set parallelism.dp_degree={world_size}",
-        )
+    elif world_size % shards:
+        message = f"{shards} shards need that many processes, or a multiple, and {there}: start them with --nproc"
+        yield Problem("parallelism.dp_shards", f"{message}, or give fewer shards")
+    elif given is not None and given * shards != world_size:
+        remedy = "leave dp_degree out (null), which makes it follow from their number and changes the clips per update"
+        message = f"dp_degree x dp_shards is {given * shards}, and {there}: start them with --nproc {given * shards}"
+        yield Problem("parallelism.dp_degree", f"{message}, or {remedy}")
+    elif recipe.validation.enable_model_cpu_offload and world_size > 1 and given is None and shards == 1:
+        yield Problem("validation.enable_model_cpu_offload", _OFFLOAD)
 
 
+_OFFLOAD = "works with one process only"
 _ACCELERATE = (
     "accelerate does not synchronise gradients in finetrainers 0.2.0, so {processes} processes would train "
     "{processes} different models: use parallel_backend=ptd"
@@ -155,7 +160,7 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:
     parallelism = recipe.parallelism
-    processes = parallelism.dp_degree * parallelism.dp_shards
+    processes = (parallelism.dp_degree or 1) * parallelism.dp_shards
     if parallelism.parallel_backend == "accelerate" and processes > 1:
         yield Problem("parallelism.parallel_backend", _ACCELERATE.format(processes=processes))
     if recipe.optimization.optimizer.endswith(("-bnb", "-8bit")) and parallelism.dp_shards > 1:
@@ -165,7 +170,7 @@ def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:
             "dp_shards",
         )
     if recipe.validation.enable_model_cpu_offload and processes > 1:
-        yield Problem("validation.enable_model_cpu_offload", "works with one process only")
+        yield Problem("validation.enable_model_cpu_offload", _OFFLOAD)
 
 
 def _attention_problems(recipe: Recipe) -> Iterator[Problem]:

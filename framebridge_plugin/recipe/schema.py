@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
 from framebridge_plugin.backbones.folders import local_path, read_json
-from framebridge_plugin.backbones.starting import find_start
+from framebridge_plugin.backbones.starting import find_start, goes_on
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
@@ -113,7 +113,7 @@ class Recipe(Section):
     @property
     def goes_on_without_start(self) -> bool:
         """Whether a resumed run has all weights in its checkpoint, so that what it once began with may be gone."""
-        is_resumed = self.checkpoints.resume_from_checkpoint is not None
+        is_resumed = goes_on(self.checkpoints.output_dir, self.checkpoints.resume_from_checkpoint)
         return is_resumed and self.training.training_type == "full-finetune" and self.backbone.scratch_config is None
 
     def dataset_config(self) -> dict[str, Any]:

@@ -58,10 +58,12 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _check_resume(value: Any) -> int | str | None:
-    if value is None or value == "latest" or (type(value) is int and value >= 0):
+def _check_resume(value: Any) -> int | str:
+    if value is None:  # as the recipes in the folders of older runs say it
+        return "auto"
+    if value in ("auto", "latest") or (type(value) is int and value >= 0):
         return value
-    raise ValueError("should be the number of an update, or 'latest'")
+    raise ValueError("should be the number of an update, 'auto' or 'latest'")
 
 
 def _check_inside(value: str) -> str:
@@ -185,14 +187,16 @@ class OptimizationSection(Section):
 
 
 class ParallelismSection(Section):
-    """How the processes share the work; their product is the number of processes."""
+    """How the processes share the work."""
 
     on_resume = ANEW, {"dp_degree": "batch", "dp_shards": "batch"}
 
     parallel_backend: Literal["ptd", "accelerate"] = Field(
         default="ptd", description="ptd: torch's own (DDP, FSDP2); accelerate: one process only"
     )
-    dp_degree: Count = Field(default=1, description="replicas of the model")
+    dp_degree: Count | None = Field(
+        default=None, description="replicas of the model; none: as many as the processes make with dp_shards"
+    )
     dp_shards: Count = Field(default=1, description="processes over which each replica is sharded (FSDP2)")
     init_timeout: Count = Field(default=300, description="seconds for all processes to meet at the start")
     nccl_timeout: Count = Field(
@@ -236,8 +240,10 @@ class CheckpointsSection(Section):
     output_dir: PathText = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
     checkpointing_steps: Count = Field(default=500, description="updates between checkpoints")
     checkpointing_limit: Count | None = Field(default=None, description="checkpoints to keep; none: all")
-    resume_from_checkpoint: Annotated[int | str | None, BeforeValidator(_check_resume)] = Field(
-        default=None, description="number of an update, or 'latest'; none: start afresh"
+    resume_from_checkpoint: Annotated[int | str, BeforeValidator(_check_resume)] = Field(
+        default="auto",
+        description="auto: go on from the last checkpoint, or start where there is none (latest: the same, and says "
+        "so); or the number of an update. To start anew, choose another output_dir",
     )
 
 

@@ -133,6 +133,12 @@ class Checkpointer:
         self.barrier()
         return folder
 
+    def resume(self, which: int | str) -> TrainingState | None:
+        """Loads a step's checkpoint, or the last ("latest", "auto"); None if there is none at all."""
+        if which in ("auto", "latest") and not _complete_checkpoints(self.root):
+            return None
+        return self.load(find_checkpoint(self.root, which))
+
     def load(self, folder: Path) -> TrainingState:
         """Restores weights, their average and the optimizer's moments; returns the progress.
 
@@ -196,14 +202,15 @@ class Checkpointer:
 def find_checkpoint(root: Path, which: int | str) -> Path:
     """The folder in `root` of a step's checkpoint, or of the "latest"; it is complete, since it has its final name."""
     found = _complete_checkpoints(root)
-    if which == "latest" and found:
-        return found[max(found)]
-    if which != "latest" and int(which) in found:
+    if which in ("auto", "latest"):
+        if found:
+            return found[max(found)]
+    elif int(which) in found:
         return found[int(which)]
     available = ", ".join(map(str, sorted(found))) or "none"
     raise FrameBridgeError(
         f"no checkpoint {which!r} in {root} (steps there: {available}); give one of these steps as "
-        "checkpoints.resume_from_checkpoint, or leave it out to start anew"
+        "checkpoints.resume_from_checkpoint, or choose another checkpoints.output_dir to start anew"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from framebridge_plugin.backbones.starting import goes_on
 from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
@@ -18,16 +19,18 @@ from framebridge_plugin.training.precomputation.fingerprint import run_fingerpri
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, refuse_start
+from framebridge_plugin.training.run_identity import check_run
 from framebridge_plugin.training.starting import start_layers
 from framebridge_plugin.training.validation import check_samples
 
 
-def rehearse(recipe: Recipe, allowed: Collection[str] = ()) -> None:
+def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) -> None:
     """Goes through a start of the recipe up to where weights would be loaded; writes nothing in the run's folder.
 
     Args:
         recipe: A checked recipe.
         allowed: Groups of settings in which it may differ from the checkpoint that it would go on from.
+        processes: How many are to be started.
 
     Raises:
         FrameBridgeError: What the start would raise.
@@ -38,7 +41,7 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     from framebridge_plugin.training.checkpoints import check_settings, find_checkpoint, stored_settings
     from framebridge_plugin.training.trainer import refuse_unsupported
 
-    args = recipe_arguments(recipe, "")  # no file: nothing here reads one
+    args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
     refuse_unsupported(args)
     specification: Any = build_specification(recipe, args)
     content = recipe.dataset_config()
@@ -50,9 +53,11 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     _check_first_clip(args, datasets, bad_file_policy(content, "the recipe's data"))
     _check_lora(args, specification)
     check_samples(args, specification, datasets)
-    if args.resume_from_checkpoint is not None:
+    settings = run_settings(args, specification, datasets)
+    check_run(Path(args.output_dir), settings, allowed)
+    if goes_on(args.output_dir, args.resume_from_checkpoint):
         checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
-        check_settings(checkpoint, stored_settings(checkpoint), run_settings(args, specification, datasets), allowed)
+        check_settings(checkpoint, stored_settings(checkpoint), settings, allowed)
 
 
 def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:

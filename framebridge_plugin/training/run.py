@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.errors import FinishedRunError, UsageError
+from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
+from framebridge_plugin.processes import is_first
 from framebridge_plugin.recipe.outside import SENT, outside_effects
 from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape
 
@@ -46,11 +49,11 @@ _VERSIONS_OF = (
 
 
 def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
-    """Trains what the recipe says, in this process and the others that torchrun started beside it.
+    """Trains what the recipe says, in this process and the others that were started beside it.
 
     The run's folder gets the resolved recipe (`recipe.yaml`; a resumed run writes `recipe-resumed.yaml`), the
     versions of the packages (`versions.json`), metrics, checkpoints, validation videos and, at the end, the model. A
-    resume that is refused leaves these as they were.
+    start that is refused leaves these as they were.
 
     Args:
         recipe: A checked recipe.
@@ -58,31 +61,29 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
 
     Raises:
         UsageError: If the folder holds another run, or the arguments exclude each other.
-        FrameBridgeError: If a file cannot be read or the loss is not finite.
+        FrameBridgeError: If another process writes the folder, a file cannot be read, or the loss is not finite.
         FinishedRunError: If the model is trained and saved, and the hub has not taken it.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     refuse_start(recipe)
-    if _is_main_process():
+    if is_first():
         for line in outside_effects(recipe, SENT):
             print(line, file=sys.stderr)
-    try:
-        if recipe.checkpoints.resume_from_checkpoint is None:
-            _train(recipe, output_dir, output_dir, allowed)
-        else:
-            staging = output_dir / f".resuming.{_rank()}"
-            try:
-                _train(recipe, output_dir, staging, allowed)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    except FinishedRunError:
+    staging = output_dir / f".starting.{_rank()}"
+    with FolderLock(output_dir) if is_first() else contextlib.nullcontext():
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            _train(recipe, output_dir, staging, allowed)
+        except FinishedRunError:
+            _say_result(recipe)
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         _say_result(recipe)
-        raise
-    _say_result(recipe)
 
 
 def _say_result(recipe: Recipe) -> None:
-    if _is_main_process():
+    if is_first():
         _write_loss_curve(Path(recipe.checkpoints.output_dir))
         print(f"model: {recipe.result_folder}", file=sys.stderr)
         print(f"sample from it: {sample_line(recipe)}", file=sys.stderr)
@@ -104,11 +105,10 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[
     args.logging_dir = str(output_dir / args.logging_dir)
 
     def publish() -> None:
-        if staging == output_dir:
-            return
+        names = {"recipe.yaml": "recipe-resumed.yaml"} if trainer.progress.step else {}
         # Every rank its own, as in `write_run_files`.
         for path in staging.iterdir():
-            path.replace(output_dir / path.name)
+            path.replace(output_dir / names.get(path.name, path.name))
         staging.rmdir()
         args.dataset_config = str(output_dir / dataset_config.name)
 
@@ -140,14 +140,8 @@ def build_specification(recipe: Recipe, args: BaseArgs) -> ModelSpecification:
 
 
 def refuse_start(recipe: Recipe) -> None:
-    """Refuses a run over another one, and one whose results could not be sent where it says."""
-    output_dir = Path(recipe.checkpoints.output_dir)
-    if recipe.checkpoints.resume_from_checkpoint is None and any((output_dir / "checkpoints").glob("step_*")):
-        raise UsageError(
-            f"checkpoints.output_dir: {output_dir} holds the checkpoints of another run; choose another folder, or go "
-            "on with that run by checkpoints.resume_from_checkpoint=latest"
-        )
-    if not _is_main_process():
+    """Refuses a run whose results could not be sent where it says."""
+    if not is_first():
         return
     if recipe.tracking.report_to == "wandb" and not sys.stdin.isatty():  # in a terminal it asks
         import wandb
@@ -170,16 +164,11 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def _is_main_process() -> bool:
-    return _rank() == "0"
-
-
 def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
     """Writes recipe, versions and the description of the data sets; returns the path of that."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    if _is_main_process():
-        resumed = recipe.checkpoints.resume_from_checkpoint is not None
-        (output_dir / ("recipe-resumed.yaml" if resumed else "recipe.yaml")).write_text(recipe.to_yaml())
+    if is_first():
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml())
         versions = {"python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
         (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

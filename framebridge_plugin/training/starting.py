@@ -13,7 +13,7 @@ from torch import nn
 from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.lora_folders import lora_settings, read_lora_info
-from framebridge_plugin.backbones.starting import find_start
+from framebridge_plugin.backbones.starting import find_start, goes_on
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.training.resume_settings import tensors_difference
 
@@ -27,7 +27,7 @@ def load_start(args: Any, specification: Any, network: nn.Module) -> None:
 
 def start_layers(args: Any, specification: Any, network: nn.Module) -> dict[str, torch.Tensor] | None:
     """The layers of the LoRA that a run begins with, if it does; refuses what is for other layers or another model."""
-    start = None if args.resume_from_checkpoint is not None else find_start(args.start_from)
+    start = None if goes_on(args.output_dir, args.resume_from_checkpoint) else find_start(args.start_from)
     if start is None:
         return None
     if not start.is_lora:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ from framebridge_plugin.training.objective import draw_index
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
+from framebridge_plugin.training.run_identity import check_run, write_run
 from framebridge_plugin.training.specification import BridgeSpecification
 from framebridge_plugin.training.validation import check_samples, validate
 
@@ -82,6 +84,7 @@ class FrameBridgeTrainer(SFTTrainer):
             )
         refuse_unsupported(args)
         args.seed = 42 if args.seed is None else args.seed
+        args.resume_from_checkpoint = args.resume_from_checkpoint or "auto"
         # finetrainers takes init_timeout for the limit of every collective operation, and nccl_timeout for nothing.
         args.init_timeout = max(args.init_timeout, args.nccl_timeout)
         self.progress = TrainingState()
@@ -158,34 +161,49 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
 
     def _prepare_checkpointing(self) -> None:
-        ours = self.args.framebridge_trainer
+        ours, output_dir = self.args.framebridge_trainer, Path(self.args.output_dir)
+        settings = run_settings(self.args, self.model_specification, self._datasets)
+        check_run(output_dir, settings, self._allowed)
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
         self.checkpointer = Checkpointer(
-            root=Path(self.args.output_dir) / "checkpoints",
+            root=output_dir / "checkpoints",
             model=self.transformer,
             optimizer=self.optimizer,
             export=self._export,
             trainable_only=self._is_lora,
             limit=self.args.checkpointing_limit,
-            settings=run_settings(self.args, self.model_specification, self._datasets),
+            settings=settings,
             allowed=self._allowed,
             average=self.average,
             network_name=self.model_specification.network_name,
             is_main_process=self.state.parallel_backend.is_main_process,
             barrier=self.state.parallel_backend.wait_for_everyone,
         )
-        if self.args.resume_from_checkpoint is not None:
-            folder = find_checkpoint(self.checkpointer.root, self.args.resume_from_checkpoint)
-            self.progress = self.checkpointer.load(folder)
-            logger.info(f"Resumed from {folder}")
-            for group, text in self.checkpointer.changes.items():
-                logger.warning(f"--allow {group}: up to update {self.progress.step} it was trained {text}")
-            if self.checkpointer.changes and self.state.parallel_backend.is_main_process:
-                with (Path(self.args.output_dir) / "allowed.jsonl").open("a") as file:
-                    file.write(json.dumps(vars(self.progress) | self.checkpointer.changes) + "\n")
+        self._resume()
         self._schedule_rates()
         self._on_prepared()
+        if self.state.parallel_backend.is_main_process:
+            write_run(output_dir, settings)
+
+    def _resume(self) -> None:
+        which, root = self.args.resume_from_checkpoint, self.checkpointer.root
+        progress = self.checkpointer.resume(which)
+        if progress is not None:
+            self.progress = progress
+            message = f"going on after update {progress.step}; to start anew, choose another checkpoints.output_dir"
+        elif which == "latest":
+            message = f"no checkpoint in {root}: starting at update 1"
+        else:
+            return
+        is_main_process, changes = self.state.parallel_backend.is_main_process, self.checkpointer.changes
+        if is_main_process:
+            print(message, file=sys.stderr)
+        for group, text in changes.items():
+            logger.warning(f"--allow {group}: up to update {self.progress.step} it was trained {text}")
+        if changes and is_main_process:
+            with (Path(self.args.output_dir) / "allowed.jsonl").open("a") as file:
+                file.write(json.dumps(vars(self.progress) | changes) + "\n")
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Writes what sampling opens: a model folder, or LoRA layers."""

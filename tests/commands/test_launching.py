@@ -25,6 +25,6 @@ def test_a_killed_process_is_told_from_one_that_failed(monkeypatch, tmp_path):
         "import os, signal, time\n"
         "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(FrameBridgeError, match="process 1 of 2 was killed by signal 9"):
         launch(["recipes"], 2)

@@ -67,7 +67,8 @@ def test_what_is_not_given(recipe_arguments, minimal):
     args = recipe_arguments(recipe, "data.json")
     assert (args.parallel_backend, args.optimizer, args.max_data_samples) == ("ptd", "adamw", 2**64)
     assert (args.precomputation_dir, args.compile_scopes) == (f"{recipe.checkpoints.output_dir}/precomputed", [])
-    assert (args.attn_provider_training, args.resume_from_checkpoint, args.flow_shift) == ([], None, 1.0)
+    assert (args.attn_provider_training, args.resume_from_checkpoint, args.flow_shift) == ([], "auto", 1.0)
+    assert args.dp_degree == 1
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("null", "regional"), ("full", "full")])

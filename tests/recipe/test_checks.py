@@ -134,10 +134,15 @@ def test_the_number_of_processes(minimal):
     load_recipe(minimal, ["parallelism.dp_degree=8"])  # not asked without a launch
     load_recipe(minimal, ["parallelism.dp_degree=2", "parallelism.dp_shards=4"], {"WORLD_SIZE": "8"})
     load_recipe(minimal, [], {})
+    load_recipe(minimal, [], {"WORLD_SIZE": "2"})
     (problem,) = problems_of(minimal, "parallelism.dp_degree=8", environment={})
-    assert "torchrun --nproc-per-node 8 --no-python finetrainers" in problem
-    (problem,) = problems_of(minimal, environment={"WORLD_SIZE": "2"})
-    assert "set parallelism.dp_degree=2" in problem
+    assert "and there is one process: start them with --nproc 8, or leave dp_degree out" in problem
+    (problem,) = problems_of(minimal, "parallelism.dp_degree=1", environment={"WORLD_SIZE": "2"})
+    assert "dp_degree x dp_shards is 1, and there are 2 processes" in problem
+    (problem,) = problems_of(minimal, "parallelism.dp_shards=2", environment={"WORLD_SIZE": "3"})
+    assert "2 shards need that many processes, or a multiple, and there are 3 processes" in problem
+    (problem,) = problems_of(minimal, "validation.enable_model_cpu_offload=true", environment={"WORLD_SIZE": "2"})
+    assert "works with one process only" in problem
     (problem,) = problems_of(minimal, "parallelism.parallel_backend=accelerate", environment={"WORLD_SIZE": "2"})
     assert "does not synchronise gradients" in problem
     (problem,) = problems_of(minimal, environment={"WORLD_SIZE": "two"})

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
-import yaml
+import pytest
 
+from framebridge_plugin import folder_lock
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_lock import FolderLock
 from tests.training.conftest import small_files_only
-from tests.training.run_results import CONSTANT_RATE, metrics, succeeded
+from tests.training.run_results import CONSTANT_RATE, losses, metrics, succeeded
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(train, tmp_path):
@@ -49,14 +57,91 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_resumed_whatever_their_
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == [1, 2, 1_000_001]
 
 
-def test_a_run_is_not_overwritten(train, tmp_path):
+def test_the_same_command_starts_and_goes_on_and_another_run_is_refused(train, tmp_path):
+    run = tmp_path / "run"
+    result = train("optimization.train_steps=2", "checkpoints.resume_from_checkpoint=latest")
+    assert succeeded(result)
+    assert f"no checkpoint in {run / 'checkpoints'}: starting at update 1" in result.stderr
+    identity = json.loads((run / "run.json").read_text())
+    shutil.rmtree(run / "checkpoints")  # as if it was killed before the first
     assert succeeded(train("optimization.train_steps=2"))
-    again = train()
-    dry = train("--dry-run")
-    assert again.returncode == dry.returncode == 2
-    assert "holds the checkpoints of another run" in again.stderr
-    assert dry.stderr == again.stderr
-    assert yaml.safe_load(dry.stdout)["optimization"]["train_steps"] == 4
+    first = losses(run)
+    result = train()
+    assert succeeded(result)
+    assert "going on after update 2; to start anew, choose another checkpoints.output_dir" in result.stderr
+    assert [entry["step"] for entry in metrics(run)] == [1, 2, 3, 4]
+    assert losses(run)[:2] == first
+    assert json.loads((run / "run.json").read_text()) == identity
+
+    # What makes it another run is not whether there are checkpoints.
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    other = train("training.seed=8")
+    dry = train("training.seed=8", "--dry-run")
+    assert other.returncode == dry.returncode == 1
+    (line,) = (line for line in other.stderr.splitlines() if line.startswith("error: "))
+    assert "the folder of another run" in line
+    assert "with seed 7" in line
+    assert dry.stderr.splitlines()[-1] == line
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not list(run.glob(".*"))
+
+    (run / "run.json").unlink()
+    foreign = train("training.seed=8")
+    assert foreign.returncode == 2
+    assert f"{run / 'model'} is of no run that could go on" in foreign.stderr
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from framebridge_plugin import folder_lock
+folder_lock.BEAT_S = 0.1
+with folder_lock.FolderLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        refused = train()
+        assert refused.returncode == 1
+        assert f"{run} is in use by process {holder.pid} on " in refused.stderr
+        assert [path.name for path in run.iterdir()] == [".lock"]
+
+        # It ends when it finds another one's lock in place of its own, and writes no more.
+        (run / ".lock").unlink()
+        (run / ".lock").write_text("another one's")
+        assert holder.wait(60) == 1
+        assert "its lock was taken" in holder.stderr.read()
+        assert (run / ".lock").read_text() == "another one's"
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        holder.kill()
+    with FolderLock(run):
+        pass  # free at once
+    assert list(run.iterdir()) == []
+
+
+def test_a_lock_of_another_machine_is_free_without_a_heartbeat(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folder_lock, "FREE_AFTER_S", 3.0)
+    owner = {"host": "elsewhere", "boot": "another", "pid": 1, "token": "x", "time": 0.0}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+
+    def beat() -> None:
+        (tmp_path / ".lock").write_text(json.dumps(owner | {"time": 1.0}))
+
+    threading.Timer(0.5, beat).start()
+    with pytest.raises(FrameBridgeError, match="is in use by process 1 on elsewhere"), FolderLock(tmp_path):
+        pass
+    with FolderLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert "waiting for a sign of it" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(train, tmp_path):

@@ -26,8 +26,10 @@ from framebridge_plugin.errors import FrameBridgeError
 
 def main(requests_fd: int, replies_fd: int, frames_fd: int) -> None:
     """Serve until the other end of the line is closed; the file descriptors are two pipes and the shared memory."""
-    # Ctrl-C in a terminal reaches the whole group; the asker decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal reaches the whole group, and a scheduler tells all processes to stop; the asker decides what
+    # it means.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     requests = Connection(requests_fd, writable=False)
     replies = Connection(replies_fd, readable=False)
     try:

@@ -14,7 +14,6 @@ import mmap
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ import numpy as np
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.exact import Choose, Timing
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.processes import python_command
 
 TIME_LIMIT_S = 60.0
 """A decoder that needs more than this for a clip is taken to hang."""
@@ -66,15 +66,15 @@ class DecodingProcess:
         self._frames = os.fdopen(os.memfd_create("frames"), "r+b", buffering=0)
         self._to_child = Connection(to_child, readable=False)
         self._from_child = Connection(from_child, writable=False)
-        paths = [path or os.getcwd() for path in sys.path]
         descriptors = (requests, replies, self._frames.fileno())
+        command, environment = python_command("framebridge_plugin.data.decoding.child", *map(str, descriptors))
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "framebridge_plugin.data.decoding.child", *map(str, descriptors)],
+                command,
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
                 # One thread, because there is a child for every loader worker.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                env=environment | {"OMP_NUM_THREADS": "1"},
             )
         finally:
             os.close(requests)

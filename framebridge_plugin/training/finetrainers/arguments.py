@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from framebridge_plugin.backbones.facts import backbone_names, find_backbone
-from framebridge_plugin.backbones.starting import find_start
+from framebridge_plugin.backbones.starting import find_start, goes_on
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.bridge import DEFAULT_LATTE_SIZE, BeginningSection, ObjectiveSettings, TrainerSettings
@@ -99,7 +99,11 @@ def resolve_start(args: Any) -> None:
         return
     from framebridge_plugin.backbones.saving import local_folder
 
-    if args.resume_from_checkpoint is not None and args.training_type != "lora" and not os.path.isdir(name):
+    if (
+        goes_on(args.output_dir, args.resume_from_checkpoint)
+        and args.training_type != "lora"
+        and not os.path.isdir(name)
+    ):
         return  # gone, and the checkpoint has all weights
     start = find_start(str(local_folder(name)))
     if start is None:
@@ -115,7 +119,7 @@ def resolve_start(args: Any) -> None:
         args.transformer_id = str(start.network)
 
 
-def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
+def fill_arguments(args: Any, recipe: Recipe, dataset_config: str, processes: int) -> None:
     """Gives finetrainers' arguments every value of a recipe that it has a name for, its own defaults included."""
     from finetrainers.args import _DTYPE_MAP
 
@@ -128,8 +132,8 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str) -> None:
     values["dataset_config"] = dataset_config
     values["pretrained_model_name_or_path"] = values["pretrained_model_name_or_path"] or ""
     values["precomputation_dir"] = values["precomputation_dir"] or os.path.join(values["output_dir"], "precomputed")
-    if values["resume_from_checkpoint"] is not None:
-        values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"])
+    values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"])
+    values["dp_degree"] = values["dp_degree"] or max(1, processes // values["dp_shards"])
     for name in ("attn_provider_training", "attn_provider_inference"):
         values[name] = values[name] or []
     if is_lora:

@@ -14,6 +14,7 @@ import torch
 
 from framebridge_plugin.backbones.facts import backbone_names
 from framebridge_plugin.imports import without_collection
+from framebridge_plugin.processes import process_count
 from framebridge_plugin.settings.bridge import ObjectiveSettings
 from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, backbone_defaults, fill_arguments
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
@@ -121,13 +122,16 @@ def parsed_arguments() -> FrameBridgeArgs:
     return _framebridge_args
 
 
-def recipe_arguments(recipe: Recipe, dataset_config: str | Path) -> Any:
-    """Makes finetrainers' arguments of a checked recipe and the path of a dataset JSON, without its parser."""
+def recipe_arguments(recipe: Recipe, dataset_config: str | Path, processes: int | None = None) -> Any:
+    """Makes finetrainers' arguments of a checked recipe and the path of a dataset JSON, without its parser.
+
+    The number of processes is that of those that were started, unless it is given.
+    """
     register()
     from finetrainers import BaseArgs
 
     args: Any = BaseArgs()
-    fill_arguments(args, recipe, str(dataset_config))
+    fill_arguments(args, recipe, str(dataset_config), processes or process_count())
     parsed_arguments().take(recipe.framebridge.model_dump(exclude={"data", "bad_files"}, exclude_none=True), args)
     return args
 

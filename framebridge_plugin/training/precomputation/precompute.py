@@ -28,10 +28,13 @@ from framebridge_plugin.data.bad_files import BadFile, bad_file_policy, files_to
 from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.folder_lock import FolderLock
+from framebridge_plugin.processes import is_first
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
+from framebridge_plugin.training.meeting import meeting_place
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import (
     Manifest,
@@ -60,7 +63,8 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
     `shard_size`, samples in a file, is that of a new store.
     """
     register()
-    with _processes() as processes:
+    lock = FolderLock(store) if is_first() else contextlib.nullcontext()
+    with lock, _processes() as processes:
         job = processes.first_alone(lambda: _prepare(recipe, store, variants, shard_size, processes))
         missing: tuple[list[Shard], list[Shard]] = ([], [])
         if processes.rank == 0:
@@ -317,7 +321,7 @@ def _processes() -> Iterator[_Processes]:
         device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
     if world_size > 1:
         # Some wait for others that have more to do, for days if need be.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365), **meeting_place())
     try:
         yield _Processes(rank, world_size, device)
     finally:

@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.finetrainers.repairs import Repair
+from framebridge_plugin.training.meeting import meeting_place
 
-# MASTER_PORT 0 lets the system choose a free port, which one process alone need not tell anybody.
-_LONE_PTD_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+_LONE_PTD_PROCESS = {"RANK": "0", "LOCAL_RANK": "0"}
 
 
 def change_arguments(function: str, change: Callable[[Any], object]) -> None:
@@ -83,6 +85,24 @@ def _environment(additions: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _meet_without_ports() -> None:
+    from finetrainers.parallel import PytorchDTensorParallelBackend
+
+    original = PytorchDTensorParallelBackend.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        distributed: Any = torch.distributed
+        init_process_group = distributed.init_process_group
+        distributed.init_process_group = functools.partial(init_process_group, **meeting_place())
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            distributed.init_process_group = init_process_group
+
+    PytorchDTensorParallelBackend.__init__ = __init__
+
+
 def _refuse_accelerate_processes() -> None:
     def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def _init_distributed(self: Any) -> None:
@@ -111,6 +131,12 @@ REPAIRS = (
         "counts a process that no launcher has started as one, because finetrainers counts the GPUs instead",
         _release_0_2_0,
         _count_a_lone_process_as_one,
+    ),
+    Repair(
+        "ports",
+        "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody",
+        _release_0_2_0,
+        _meet_without_ports,
     ),
     Repair(
         "accelerate processes",

@@ -1,0 +1,68 @@
+"""Which run a folder belongs to: `<output_dir>/run.json`, a random id and the settings that make it that run.
+
+Files alone say nothing: a folder without it, with whatever else in it, is a new run's, unless checkpoints of ours are
+there (of a version that wrote no run.json), which have their settings themselves, or a model that would be replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from framebridge_plugin.backbones.starting import goes_on
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.training.resume_settings import Groups, setting_differences, settings_refusal
+
+RUN_FILE = "run.json"
+
+
+def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> None:
+    """Refuses a run with other settings in the folder of one, and a model there that is of no run.
+
+    Args:
+        output_dir: The run's folder, which need not exist.
+        settings: The run's `run_settings`.
+        allowed: Groups of them in which it may differ.
+
+    Raises:
+        FrameBridgeError: In one line, with the settings that differ.
+    """
+    run = _read(output_dir)
+    if run is not None:
+        refusal = settings_refusal(setting_differences(run["settings"], settings), allowed)
+        if refusal is not None:
+            raise FrameBridgeError(
+                f"cannot resume from {output_dir}, the folder of another run ({run['id'][:8]}): {refusal}, or choose "
+                "another checkpoints.output_dir for a new run"
+            )
+    elif not goes_on(output_dir, "auto"):
+        for name in ("model", "lora"):
+            if (output_dir / name).exists():
+                raise UsageError(
+                    f"checkpoints.output_dir: {output_dir / name} is of no run that could go on, and a run here would "
+                    "replace it; choose another folder"
+                )
+
+
+def write_run(output_dir: Path, settings: Groups) -> None:
+    """Makes the folder the run's, which keeps the id that it has."""
+    run = _read(output_dir) or {"id": uuid.uuid4().hex}
+    partial = output_dir / f".{RUN_FILE}"
+    partial.write_text(json.dumps(run | {"settings": dict(settings)}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(output_dir / RUN_FILE)
+
+
+def _read(output_dir: Path) -> dict[str, Any] | None:
+    path = output_dir / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(run["id"], str) and isinstance(run["settings"], dict):
+            return run
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(f"{path} is not readable; choose another folder, or remove that file if the run is this one")
