@@ -49,12 +49,6 @@ def test_a_missing_package_cannot_be_imported():
     assert "ModuleNotFoundError: No module named 'wandb'" in run(code).stderr
 
 
-def test_a_start_loads_none_of_them():
-    code = "from framebridge_plugin import register; register(); import sys\n"
-    code += "print({'bitsandbytes.nn', 'wandb.sdk', 'kornia.core', 'torch._inductor.compile_fx'} & set(sys.modules))"
-    assert run(code).stdout.strip() == "set()"
-
-
 def test_garbage_is_collected_again_after_imports():
     import gc
 

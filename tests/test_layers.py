@@ -49,31 +49,57 @@ FORBIDDEN = {
 
 ABOVE = ("training", "testing")
 """Layers that may import finetrainers."""
-REGISTER = {True: "from framebridge_plugin import register; register()\n", False: ""}
+CHAINS = (("settings", "bridge", "schedulers", "models backbones"), ("data", "training", "testing"), ("recipe",))
+"""Layers that one process imports, in this order: what a later one must do without, no earlier one may have either."""
 
 BLOCK = """
 import importlib, sys
 for name in {forbidden!r}:
     sys.modules[name] = None  # an import of it now fails
 """
+CHAIN = """
+import importlib, sys
+blocked = ()
+for layers, forbidden, modules in {chain!r}:
+    for name in blocked:
+        del sys.modules[name]
+    for name in (blocked := forbidden):
+        assert name not in sys.modules, f"{{name}} was imported below {{layers}}"
+        sys.modules[name] = None  # an import of it now fails
+    if layers in {above!r}:
+        from framebridge_plugin import register
+        register()
+    for name in modules:
+        importlib.import_module(name)
+"""
 
 
-def run_blocked(forbidden: tuple[str, ...], program: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", BLOCK.format(forbidden=forbidden) + program], capture_output=True, text=True
-    )
+def run(program: str) -> None:
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("layers", FORBIDDEN)
-def test_a_layer_imports_only_from_below(layers):
+def run_blocked(forbidden: tuple[str, ...], program: str) -> None:
+    run(BLOCK.format(forbidden=forbidden) + program)
+
+
+def modules_of(layers: str) -> list[str]:
     modules = []
     for layer in layers.split():
         files = sorted((PACKAGE / layer).rglob("*.py"))
         assert len(files) > 1
         paths = [file.relative_to(PACKAGE.parent).with_suffix("") for file in files]
         modules += [".".join(path.parts).removesuffix(".__init__") for path in paths]
-    run_blocked(FORBIDDEN[layers], f"{REGISTER[layers in ABOVE]}for name in {modules}: importlib.import_module(name)")
+    return modules
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=" ".join)
+def test_a_layer_imports_only_from_below(chain):
+    run(CHAIN.format(chain=[(layers, FORBIDDEN[layers], modules_of(layers)) for layers in chain], above=ABOVE))
+
+
+def test_every_layer_is_in_a_chain():
+    assert sorted(layers for chain in CHAINS for layers in chain) == sorted(FORBIDDEN)
 
 
 def test_the_facts_of_backbones_need_the_standard_library_alone():

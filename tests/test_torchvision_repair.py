@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-IMPORTS = "from diffusers import CogVideoXPipeline; from transformers import T5EncoderModel\n"
-
 
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -20,16 +18,13 @@ def test_importing_the_package_imports_neither_torch_nor_finetrainers():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_pipelines_and_text_encoders_import_after_the_repair():
-    repair = "from framebridge_plugin.torchvision_repair import ensure_torchvision_operators as ensure\n"
-    result = run(repair + "first = ensure(); assert ensure() == first\n" + IMPORTS + "import torchvision\n")
-    assert result.returncode == 0, result.stderr
-
-
 def test_repair_is_active_exactly_where_the_import_fails():
+    """And pipelines and text encoders import after it."""
     fails = run("import torchvision").returncode != 0
-    code = "from framebridge_plugin.torchvision_repair import *; print(ensure_torchvision_operators())"
-    assert run(code).stdout.strip() == str(fails)
+    repair = "from framebridge_plugin.torchvision_repair import ensure_torchvision_operators as ensure\n"
+    imports = "from diffusers import CogVideoXPipeline; from transformers import T5EncoderModel; import torchvision"
+    result = run(f"{repair}first = ensure(); assert ensure() == first; print(first)\n{imports}")
+    assert (result.returncode, result.stdout.strip()) == (0, str(fails)), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +56,7 @@ def test_from_checkpoint_to_video(folder, tmp_path, capsys):
 
     arguments = ["sample", "--model", str(tmp_path / "model"), "--image", str(folder / "picture.png"), "--steps=2"]
     arguments += ["--class-name", "GolfSwing", "--output", str(tmp_path / "swing.mp4")]
-    command = [sys.executable, "-m", "framebridge_plugin", *arguments]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    assert main(arguments) == 0
     with av.open(str(tmp_path / "swing.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert (len(frames), frames[0].shape) == (config["num_frames"], (32, 32, 3))

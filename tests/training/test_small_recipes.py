@@ -99,6 +99,7 @@ def test_a_recipe_goes_on_from_a_saved_model(inputs, tmp_path, monkeypatch, capf
         f"framebridge.data.class_root={inputs / 'classes'}",
         *("framebridge.data.num_frames=4", "framebridge.data.height=48", "framebridge.data.width=48"),
         *("optimization.train_steps=1", "training.batch_size=2", f"training.training_type={kind}"),
+        "dataset.precomputation_items=2",
         f"checkpoints.output_dir={tmp_path / 'run'}",
         "validation.validation_dataset_file=null",
     ]
