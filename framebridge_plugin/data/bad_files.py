@@ -125,7 +125,7 @@ class BadFileTracker:
         output_dir: The run's folder.
         rank: This process among those that share the data.
         world_size: Number of those processes.
-        start: Samples that this rank has consumed before.
+        start: Samples that all ranks together have consumed before.
         resumed: Whether the run goes on with an earlier one.
         barrier: Waits for all ranks; the first of them prepares the files before it.
 
@@ -146,11 +146,11 @@ class BadFileTracker:
     ) -> None:
         self.policy = policy
         self.path = Path(output_dir) / "bad_files.jsonl"
-        self._rank, self._world_size, self._sample = rank, world_size, start
+        self._first, self._world_size, self._sample = start + rank, world_size, 0
         quarantined = self.path.with_name("quarantined.jsonl")
         if rank == 0:
             with writing(self.path.parent):
-                self._prepare(quarantined, start * world_size, resumed)
+                self._prepare(quarantined, start, resumed)
         barrier()
         self.files_to_skip = files_to_skip(quarantined)
         """Files in quarantine since before the run: those that `ClipStream` does not open."""
@@ -219,7 +219,7 @@ class BadFileTracker:
         self._found.setdefault(entry["path"], entry)
         if entry["path"] not in self._written:
             logger.warning("cannot read the clip %s%s", describe(entry), _FATE[self.policy.policy])
-            _append_line(self.path, {"sample": self._sample * self._world_size + self._rank, **entry})
+            _append_line(self.path, {"sample": self._first + self._sample * self._world_size, **entry})
             self._written.add(entry["path"])
             self._unshared.append(entry["path"])
         if self.policy.quarantine_file is not None and entry["path"] not in self._in_quarantine:

@@ -39,9 +39,9 @@ class Sample(TypedDict):
 class ClipStream(IterableDataset[Sample]):
     """Yields training samples for ever.
 
-    Every epoch visits each row once, in an order keyed by (seed, epoch). Rank r takes the positions r,
-    r + world_size, ... of that endless sequence. Every random choice for a sample is keyed by (seed, epoch, row), so
-    neither the number of ranks nor that of loader workers changes a sample, and `start` alone resumes a run.
+    Every epoch visits each row once, in an order keyed by (seed, epoch). Rank r takes the positions start + r,
+    start + r + world_size, ... of that endless sequence. Every random choice for a sample is keyed by (seed, epoch,
+    row), so neither the number of ranks nor that of loader workers changes a sample, and `start` alone resumes a run.
 
     For the sequence not to depend on the number of workers, the `DataLoader` needs `batch_size=1` or `None`.
 
@@ -53,7 +53,7 @@ class ClipStream(IterableDataset[Sample]):
         seed: Seed of the run.
         rank: This process, in [0, world_size - 1].
         world_size: Number of processes that share the data.
-        start: Number of samples that this rank has already consumed.
+        start: Number of samples that all ranks together have already consumed.
         max_attempts: Number of files that are tried for a sample before it comes without a clip.
         files_to_skip: Absolute paths of files that are passed over unopened and not named.
 
@@ -91,8 +91,8 @@ class ClipStream(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in itertools.count(self.start + first, step):
-            yield self.sample(self.rank + number * self.world_size)
+        for number in itertools.count(first, step):
+            yield self.sample(self.start + self.rank + number * self.world_size)
 
     def sample(self, position: int) -> Sample:
         """Reads the sample at a place in the endless sequence of all ranks: epoch * epoch_size + offset."""

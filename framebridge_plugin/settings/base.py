@@ -28,8 +28,8 @@ class Section(BaseModel):
 
     @classmethod
     def resume_kind(cls, name: str) -> str:
-        """What a resumed run does with another value of a setting than its checkpoint has: ANEW if it takes it, REFUSED
-        if it never does, or the name in ALLOWABLE by which a user asks for it.
+        """What a resumed run does with another value than its checkpoint has: ANEW if it takes it, REFUSED if it never
+        does, or the name in ALLOWABLE by which a user asks for it.
         """
         sections = [part for part in cls.__mro__ if issubclass(part, Section)]
         others, own = next(part for part in sections if name in part.__dict__.get("__annotations__", ())).on_resume

@@ -40,9 +40,8 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         store: LatentStore | None = None,
     ) -> None:
         self._args, self._specification, self._backend = args, specification, backend
-        position = samples_seen // data_world_size
         once = args.enable_precomputation and args.precomputation_once
-        start = 0 if once else position
+        start = 0 if once else samples_seen
         policy = load_bad_file_policy(args.dataset_config)
         self.bad_files = BadFileTracker(
             policy,
@@ -70,7 +69,8 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if store is None:
             encoded = self._encoded(samples, prepare_data)
-            self._items = itertools.islice(encoded, position % args.precomputation_items if once else 0, None)
+            seen = samples_seen // data_world_size % args.precomputation_items if once else 0
+            self._items = itertools.islice(encoded, seen, None)
         else:
             self._items = ((sample["conditions"], sample["latents"]) for sample in samples)
 

@@ -5,7 +5,7 @@ Layouts: B batch, T latent frames, C channels, H and W height and width of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,14 @@ def build_scheduler(backbone: Any, settings: ObjectiveSettings, grid: str = "tra
     )
 
 
-def draw_index(scheduler: Any, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform indices of the objective's scheduler, int64 [B], drawn as finetrainers draws them."""
+def draw_index(scheduler: Any, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Uniform indices of the objective's scheduler, int64 [B], each from a generator of its own, drawn as finetrainers
+    draws them.
+    """
     count = scheduler.config.num_train_timesteps
     if isinstance(scheduler, FrameBridgeScheduler):
-        return torch.randint(count, (batch_size,), generator=generator, device=generator.device)
-    shares = torch.rand(batch_size, generator=generator, device=generator.device)
+        return torch.cat([torch.randint(count, (1,), generator=g, device=g.device) for g in generators])
+    shares = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
     return count - 1 - (count * shares).long()  # the schedulers' own lists begin with the last index
 
 

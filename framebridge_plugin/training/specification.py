@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from finetrainers.data import VideoArtifact
 from finetrainers.models.modeling_utils import ModelSpecification
 from peft import LoraConfig
@@ -238,12 +239,12 @@ class BridgeSpecification(ModelSpecification):
         conditions: Mapping[str, Any],
         latents: Mapping[str, torch.Tensor],
         index: torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The network's output on a collated batch and what it is compared with, by the mean squared error.
 
-        `index` [B] are indices of the bridge, or timesteps of the baseline, in [0, N - 1]; both results are
-        [B, T, C, h, w] in float32.
+        `index` [B] are indices of the bridge, or timesteps of the baseline, in [0, N - 1]; the noise is drawn from one
+        generator, or each sample's from its own; both results are [B, T, C, h, w] in float32.
         """
         z_0 = latents["latents"].float()
         prior = self.adapter.prior(conditions, latents)
@@ -251,7 +252,7 @@ class BridgeSpecification(ModelSpecification):
         network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior, **call)
         if self.adapter.predicts_video:
             return network(prior, index), z_0
-        noise = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
+        noise = randn_tensor(tuple(z_0.shape), generator=generator, device=z_0.device, dtype=z_0.dtype)
         if isinstance(scheduler, FrameBridgeScheduler):
             return bridge_prediction(network, scheduler, z_0, prior, noise, index)
         return diffusion_prediction(network, scheduler, z_0, noise, index)

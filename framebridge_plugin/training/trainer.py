@@ -1,9 +1,9 @@
 """The trainer: finetrainers' SFTTrainer with a loop that resumes exactly, on any number of processes.
 
 finetrainers prepares models, parallelism, optimizer and precomputation. What is ours is what it gets wrong (see
-docs/finetrainers.md): the order of the data and every random draw are computed from (seed, step, rank), gradients are
-clipped once per update, validation uses the weights that are being trained and draws nothing from training, and
-checkpoints are whole or not there. It averages the weights too, if asked to.
+docs/finetrainers.md): the order of the data and every random draw are computed from (seed, step, place in the update),
+gradients are clipped once per update, validation uses the weights that are being trained and draws nothing from
+training, and checkpoints are whole or not there. It averages the weights too, if asked to.
 """
 
 from __future__ import annotations
@@ -305,14 +305,16 @@ class FrameBridgeTrainer(SFTTrainer):
         total = torch.zeros((), device=device)
         for micro_step in range(args.gradient_accumulation_steps):
             conditions, latents = next(batches)
-            seed = derive_seed("step", args.seed, step, micro_step, self._data_rank)
-            # Dropout inside a network draws from torch's global generator, all else from this one.
-            torch.manual_seed(seed)
-            generator = torch.Generator(device).manual_seed(seed)
-            index = draw_index(self.scheduler, args.batch_size, generator)
+            # The places in the update of this batch's samples, as `ClipStream` hands them out.
+            first = micro_step * args.batch_size
+            places = [(first + i) * self._data_world_size + self._data_rank for i in range(args.batch_size)]
+            draws = [torch.Generator(device).manual_seed(derive_seed("draws", args.seed, step, p)) for p in places]
+            # Dropout inside a network draws for a whole batch, from torch's global generator.
+            torch.manual_seed(derive_seed("network", args.seed, step, places[0]))
+            index = draw_index(self.scheduler, draws)
             with self.attention_provider_ctx(training=True):
                 prediction, target = self.model_specification.loss_terms(
-                    self.transformer, self.scheduler, conditions, latents, index, generator
+                    self.transformer, self.scheduler, conditions, latents, index, draws
                 )
                 loss = torch.nn.functional.mse_loss(prediction, target) / args.gradient_accumulation_steps
                 loss.backward()

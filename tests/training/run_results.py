@@ -70,7 +70,7 @@ def write_one_clip(clips_folder: Path, folder: Path) -> tuple[str, ...]:
 
 
 def expected_update(
-    run: Path, model: Path, step: int, draws: list[tuple[int, int]], dtype: torch.dtype = torch.float32
+    run: Path, model: Path, step: int, places: int, dtype: torch.dtype = torch.float32
 ) -> tuple[float, float]:
     """Loss and gradient norm of the untrained network for an update of a run with the options of `one_clip`.
 
@@ -78,7 +78,7 @@ def expected_update(
         run: The run's folder.
         model: Its model.
         step: The update.
-        draws: Micro-steps and ranks that it is the mean over.
+        places: Samples that it is the mean over.
         dtype: The precision of all models.
     """
     from finetrainers import utils
@@ -93,8 +93,8 @@ def expected_update(
     conditions = specification.prepare_conditions(**specification.load_condition_models(), **prepare)
     latents = specification.prepare_latents(**specification.load_latent_models(), **prepare)
     losses = []
-    for micro_step, rank in draws:
-        generator = torch.Generator().manual_seed(derive_seed("step", 7, step, micro_step, rank))
+    for place in range(places):
+        generator = torch.Generator().manual_seed(derive_seed("draws", 7, step, place))
         sigmas = utils.prepare_sigmas(
             scheduler=scheduler,
             sigmas=utils.get_scheduler_sigmas(scheduler),
@@ -111,7 +111,7 @@ def expected_update(
             generator=generator,
         )
         losses.append((prediction - target).square().mean())
-    assert len({loss.item() for loss in losses}) == len(draws)
+    assert len({loss.item() for loss in losses}) == places
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()

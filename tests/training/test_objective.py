@@ -240,7 +240,7 @@ def test_indices_are_drawn_as_finetrainers_draws_its_sigmas(kind):
         return torch.zeros(500), torch.zeros(500)
 
     finetrainers_terms(scheduler, sigmas, terms)
-    index = draw_index(scheduler, 500, torch.Generator().manual_seed(4))
+    index = draw_index(scheduler, [torch.Generator().manual_seed(4)] * 500)
     assert index.dtype == torch.int64
     assert index.min() < 10
     assert index.max() > 990

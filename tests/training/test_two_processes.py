@@ -13,7 +13,7 @@ from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes
-from tests.training.averaged_run import OPTIONS, NoiseOfTheSample
+from tests.training.averaged_run import OPTIONS
 from tests.training.bridge_runs import make_inputs, run_trainer
 from tests.training.conftest import run_in_two_processes, write_recipe
 from tests.training.run_results import (
@@ -23,6 +23,7 @@ from tests.training.run_results import (
     expected_update,
     losses,
     metrics,
+    succeeded,
     write_one_clip,
 )
 from tests.training.test_broken_data import BROKEN, add_broken, found
@@ -30,6 +31,12 @@ from tests.training.test_ema import exported, trainer_file
 
 SPLITS = ("dp_degree", "dp_shards")
 AVERAGED = [("full", "dp_degree"), ("full", "dp_shards"), ("lora", "dp_shards")]
+
+
+FOUR_CLIPS = {
+    "2 processes": ("training.batch_size=2",),
+    "2 processes, 2 micro-steps": ("training.batch_size=1", "training.gradient_accumulation_steps=2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"lora-whole-{split}", *options)
         train(recipe, f"lora-parts-{split}", *options, "optimization.train_steps=2")
         train(recipe, f"lora-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
+
+    for name, options in FOUR_CLIPS.items():
+        train(recipe, name, *CONSTANT_RATE, *options, "parallelism.dp_degree=2", "optimization.train_steps=3")
 
     clips = shutil.copytree(clips_folder, folder / "some broken")
     add_broken(clips, BROKEN)
@@ -84,9 +94,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
 def test_an_update_is_the_mean_over_the_ranks_which_do_not_share_noise(runs, model_folder, split):
     run = runs / f"whole-{split}"
     assert metrics(run)[-1]["samples_seen"] == 8
-    loss, norm = expected_update(run, model_folder, 1, [(0, 0), (0, 1)])
+    loss, norm = expected_update(run, model_folder, 1, 2)
     assert metrics(run)[0]["loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics(run)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_same_clips_of_an_update_are_the_same_update_however_they_are_shared(runs, train, tmp_path):
+    """The same clips with the same draws; sums are taken in another order."""
+    whole = (*CONSTANT_RATE, "training.batch_size=4", "optimization.train_steps=3")
+    assert succeeded(train(*whole))
+    halves = ("training.batch_size=2", "training.gradient_accumulation_steps=2")
+    assert succeeded(train(*whole, *halves, output="halves"))
+    expected = losses(tmp_path / "run")
+    found = {name: losses(runs / name) for name in FOUR_CLIPS} | {"halves": losses(tmp_path / "halves")}
+    # A run of two processes goes on with one, which makes its last update anew.
+    resume = f"checkpoints.output_dir={runs / '2 processes'}", "checkpoints.resume_from_checkpoint=2"
+    assert succeeded(train(*whole, *resume))
+    found["resumed"] = losses(runs / "2 processes")
+    for name, values in found.items():
+        assert values == pytest.approx(expected, rel=1e-5), name
+    other = train(*whole, *halves[:1], *resume)
+    assert other.returncode == 1
+    assert "it was trained with clips per update 4;" in other.stderr
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -139,9 +168,8 @@ def test_they_share_the_work_on_a_bridge_whose_neural_prior_is_whole_on_each(run
 @pytest.mark.parametrize(("kind", "split"), AVERAGED)
 def test_they_export_the_average_of_one(runs, tmp_path, kind, split):
     run, alone = runs / f"averaged-{kind}-{split}", tmp_path / "alone"
-    settings = {"specification_class": NoiseOfTheSample}
     two_clips = "--gradient_accumulation_steps=2"
-    run_trainer(FrameBridgeTrainer, runs / "averaged", alone, kind, *OPTIONS, two_clips, **settings)
+    run_trainer(FrameBridgeTrainer, runs / "averaged", alone, kind, *OPTIONS, two_clips)
 
     stored = trainer_file(run, 3, "ema")
     for rank in range(2):

@@ -59,8 +59,8 @@ class StoredStream(IterableDataset[StoredSample]):
     def __iter__(self) -> Iterator[StoredSample]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in itertools.count(self.start + first, step):
-            yield self.sample(self.rank + number * self.world_size)
+        for number in itertools.count(first, step):
+            yield self.sample(self.start + self.rank + number * self.world_size)
 
     def sample(self, position: int) -> StoredSample:
         """The sample at a place in the endless sequence of all epochs."""
