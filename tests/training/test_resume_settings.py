@@ -105,7 +105,7 @@ def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, tm
     options, allowed = [option for option, _ in CHANGES.values()], [f"--allow={group}" for group in CHANGES]
     network = train("--dry-run", "framebridge.target=noise", resume, *options, *allowed)
     assert network.returncode == 1
-    assert "it was trained with target 'v'; resume with the settings of the run's recipe.yaml, or choose" in network.stderr
+    assert "it was trained with target 'v'; resume with the settings of the run's recipe.yaml, or ch" in network.stderr
     unknown = train("--allow=target", resume)
     assert unknown.returncode == 2
     assert "'base', 'data', 'batch'" in unknown.stderr
