@@ -50,9 +50,9 @@ ucf101-example: $(STAMP)
 	@echo "  motion_check/sample.mp4, .png   a sample from an image of the scene that nothing was trained on"
 	@echo "  motion_check/check.png          held-out clips, and what the autoencoder and the three models make of them"
 
-# Two processes of one thread each: most tests wait for a process that they start.
+# Two processes of one thread each: most tests wait for a process that they start. Files in the order of tests/conftest.py.
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,17 @@ os.environ["HF_DATASETS_CACHE"] = _cache.name
 # Tests import diffusers directly, as a user's program would after importing this package.
 import framebridge_plugin  # noqa: E402, F401
 
+LONGEST = (
+    *("test_upstream_mixins.py", "test_conformance.py", "test_two_processes.py", "test_precompute.py"),
+    *("test_stock_finetrainers.py", "test_ema.py", "test_told.py", "test_outside_backbone.py", "test_layers.py"),
+)
+"""Files that take longest: whoever began with one last would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, all others as they were found."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def _no_arguments_of_another_test():

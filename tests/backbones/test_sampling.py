@@ -101,14 +101,31 @@ def copy_of(folder: Path, target: Path) -> Path:
 # Models
 
 
-def test_a_run_is_sampled_without_finetrainers(inputs, tmp_path):
-    program = "import sys; sys.modules['finetrainers'] = None\nfrom framebridge_plugin.cli import main\n"
-    program += "code = main(sys.argv[1:]); assert 'wandb.sdk' not in sys.modules; sys.exit(code)"
+def test_models_and_runs_are_sampled_without_finetrainers(inputs, bridge_folder, latte_folders, tmp_path):
+    """Sampling must not drag in the trainer, nor what the trainer needs; and the imports say nothing."""
+    program = f"""
+import sys
+sys.modules["finetrainers"] = None
+import torch
+from framebridge_plugin import FrameBridgeCogVideoXPipeline, FrameBridgeLattePipeline
+print("imported", file=sys.stderr)
+cogvideox = FrameBridgeCogVideoXPipeline.from_pretrained({str(bridge_folder)!r})
+latte = FrameBridgeLattePipeline.from_pretrained({str(latte_folders["bridge_neural_prior"])!r})
+for pipeline, condition in ((cogvideox, "a red square"), (latte, "left")):
+    print(*pipeline(torch.zeros(3, 64, 64), condition, num_inference_steps=1, output_type="pt").frames.shape)
+print(*sorted({{"av", "datasets", "decord", "pydantic", "wandb"}} & set(sys.modules)))
+from framebridge_plugin.cli import main
+code = main(sys.argv[1:])
+assert "wandb.sdk" not in sys.modules
+sys.exit(code)
+"""
     output = tmp_path / "x.mp4"
     options = ["--model", inputs / "full", "--image", inputs / "0.png", "--output", output, "--steps=1"]
     command = [sys.executable, "-c", program, "sample", "--prompt=a", *options]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines() == ["1 9 3 64 64", "1 4 3 64 64", ""]
+    assert result.stderr.startswith("imported\n")
     assert output.is_file()
 
 

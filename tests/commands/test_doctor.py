@@ -25,14 +25,16 @@ def test_a_healthy_installation_is_reported_whole(capsys):
     assert "prevent training" not in report
 
 
-@pytest.mark.parametrize("package", ["decord", "torch", "finetrainers"])
-def test_a_broken_package_is_named_with_a_remedy(package: str, tmp_path: Path):
-    (tmp_path / f"{package}.py").write_text("raise ImportError('libfoo.so:\\ncannot open')\n")
+@pytest.mark.parametrize("packages", [("torch",), ("decord", "finetrainers")])
+def test_a_broken_package_is_named_with_a_remedy(packages: tuple[str, ...], tmp_path: Path):
+    for package in packages:
+        (tmp_path / f"{package}.py").write_text(f"raise ImportError('lib{package}.so:\\ncannot open')\n")
     result = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
     )
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
     problems = result.stdout.split("Problems that prevent training\n")[1].splitlines()
-    assert any(package in line and ("install" in line or "doctor" in line) for line in problems), problems
-    assert "libfoo.so: cannot open" in result.stdout
+    for package in packages:
+        assert any(package in line and ("install" in line or "doctor" in line) for line in problems), problems
+        assert f"lib{package}.so: cannot open" in result.stdout
