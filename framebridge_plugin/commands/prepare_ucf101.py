@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import stat
 import subprocess
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from framebridge_plugin.data.listing import is_video
+from framebridge_plugin.data.tables import MAX_TEXT
 from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, read_split
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import open_regular
 
 UCF101_CLIPS = 13_320
+MAX_UNPACKED_BYTES = 32 * 2**30
+"""Several times as much as the corpus takes; an archive may be made to fill the disk."""
+
+_TOO_LARGE = f"it unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
+_LOOK_EVERY_S = 1.0
+
 UCF101_GROUPS = 25
 """Scenes in each class; a clip's name ends in _gXX_cYY, group and clip."""
 
@@ -76,6 +87,8 @@ def _unpack_videos(archive: Path, folder: Path) -> None:
             found[0].rename(folder / _VIDEOS)
             break
         failures.append(f"{name}: {problem or f'it holds no folder {_VIDEOS}'}")
+        shutil.rmtree(partial)
+        partial.mkdir()
     shutil.rmtree(partial)
     if len(failures) == len(tools):
         others = [] if is_zip else [name for name in UNPACKERS if name not in tools]
@@ -88,21 +101,49 @@ def _unpack_videos(archive: Path, folder: Path) -> None:
 def _run_unpacker(name: str, archive: Path, folder: Path) -> str | None:
     """Has a tool unpack an archive; returns what is wrong, or nothing."""
     command = [name, *UNPACKERS[name](os.path.abspath(archive), os.path.abspath(folder))]
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if run.returncode == 0:
-        return None
-    lines = [line.strip() for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {run.returncode}"
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as tool:
+            try:
+                while tool.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        tool.wait(_LOOK_EVERY_S)
+                    if problem := _unpacked_problem(folder):
+                        return problem
+            finally:
+                tool.kill()
+        if tool.returncode == 0:
+            return _unpacked_problem(folder)
+        said.seek(0)
+        lines = [line.strip() for line in said if line.strip()]
+    return lines[-1] if lines else f"exit code {tool.returncode}"
+
+
+def _unpacked_problem(folder: Path) -> str | None:
+    """What of what has been unpacked so far no archive of videos holds."""
+    size = 0
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            with contextlib.suppress(FileNotFoundError):  # a name that the tool has just changed
+                status = os.lstat(os.path.join(place, name))
+                if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                    return f"it holds a link, a pipe or a device, {os.path.join(os.path.relpath(place, folder), name)}"
+                size += status.st_size
+    return _TOO_LARGE if size > MAX_UNPACKED_BYTES else None
 
 
 def _unpack_zip(archive: Path, folder: Path) -> str | None:
     """Unpacks all but what macOS adds; says what is wrong with the archive, or nothing."""
     try:
-        with zipfile.ZipFile(archive) as content:
-            for member in content.namelist():
+        with open_regular(archive) as file, zipfile.ZipFile(file) as content:
+            if sum(info.file_size for info in content.infolist()) > MAX_UNPACKED_BYTES:
+                return _TOO_LARGE
+            for info in content.infolist():
+                member = info.filename
                 parts = member.replace("\\", "/").split("/")
                 if member.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
                     return f"it names a place outside of itself, {member}"
+                if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    return f"it holds a link, a pipe or a device, {member}"
                 if "__MACOSX" not in parts:
                     content.extract(member, folder)
     except _ZIP_ERRORS as error:
@@ -117,12 +158,14 @@ _ZIP_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 def _unpack_splits(archive: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as content:
+        with open_regular(archive) as file, zipfile.ZipFile(file) as content:
             members = {os.path.basename(name): name for name in content.namelist()}
             if missing := [name for name in _SPLIT_FILES if name not in members]:
                 raise FrameBridgeError(
                     f"{archive} lacks {', '.join(missing)}; it should be UCF101TrainTestSplits-RecognitionTask.zip"
                 )
+            if sum(content.getinfo(members[name]).file_size for name in _SPLIT_FILES) > MAX_TEXT:
+                raise FrameBridgeError(f"{archive} unpacks to more than {MAX_TEXT >> 20} MiB, which no lists are")
             for name in _SPLIT_FILES:
                 (folder / name).write_bytes(content.read(members[name]))
     except _ZIP_ERRORS as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from framebridge_plugin.data.tables import parse_json, read_text
+from framebridge_plugin.data.tables import parse_json, read_text, text_lines
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import BadFilesSection
@@ -81,14 +81,14 @@ def read_bad_files(path: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
     if path is None or not os.path.exists(path):
         return []
     entries = []
-    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
+    for number, line in text_lines(Path(path)):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict) and isinstance(entry.get("path"), str):
             entries.append(entry)
-        elif line.strip():
+        elif line:
             logger.warning("%s:%d names no path and is left out", path, number)
     return entries
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 
-from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video
+from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, is_utf8, is_video, list_folder
 from framebridge_plugin.errors import FrameBridgeError
 
 # What file systems, archives and storage appliances put beside the user's folders.
@@ -17,11 +17,12 @@ def class_names(root: str | os.PathLike[str]) -> list[str]:
     return list(class_folders(root)[0])
 
 
-def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], LeftOut]:
-    """The videos of each class relative to the root, both in order, and what is left out; at least one class.
+def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], LeftOut, list[str]]:
+    """The videos of each class relative to the root, both in order, what is left out, and links; at least one class.
 
     An empty folder is a class, so that the numbers do not depend on which clips are there. No classes are hidden
-    folders, those that systems make, those whose names are not UTF-8, and those that hold something, but no videos.
+    folders, those that systems make, those whose names are not UTF-8, links to folders, and those that hold something,
+    but no videos.
     """
     left_out = LeftOut()
     folders = []
@@ -31,6 +32,8 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
                 if not entry.is_dir():
                     if is_video(entry.name):
                         left_out.add("videos in no folder of a class", entry.name)
+                elif entry.is_symlink():
+                    left_out.add("links to folders", entry.name)
                 elif entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
                     left_out.add("folders that are hidden or a system's", entry.name)
                 elif not is_utf8(entry.name):
@@ -42,11 +45,13 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
             f"class_root {root} cannot be listed: {error.strerror}; give an existing folder"
         ) from error
     if not folders:
-        raise FrameBridgeError(f"{root} holds no folders; give a folder with one folder of videos per class")
+        links = ", but links to some, which are not followed" if "links to folders" in left_out.counts else ""
+        raise FrameBridgeError(f"{root} holds no folders{links}; give a folder with one folder of videos per class")
+    all_links: list[str] = []
     classes: dict[str, list[str]] = {}
     for folder in sorted(folders, key=lambda name: unicodedata.normalize("NFC", name)):
         try:
-            held = os.listdir(os.path.join(root, folder))
+            held, links = list_folder(os.path.join(root, folder))
         except OSError as error:
             raise FrameBridgeError(
                 f"{root}/{folder} cannot be listed: {error.strerror}; make it readable, or move it if it is no class"
@@ -54,6 +59,7 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
         names = left_out.usable(held, folder)
         videos = [f"{folder}/{name}" for name in names if is_video(name)]
         if videos or not any(not name.startswith(".") for name in held):
+            all_links += [f"{folder}/{name}" for name in links if is_video(name)]
             classes.setdefault(unicodedata.normalize("NFC", folder), []).extend(videos)
             for name in names:
                 if not is_video(name):
@@ -62,7 +68,7 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
             left_out.add("folders without videos", folder)
     if not classes:
         raise no_videos(root, left_out)
-    return classes, left_out
+    return classes, left_out, all_links
 
 
 def no_videos(root: str | os.PathLike[str], left_out: LeftOut) -> FrameBridgeError:

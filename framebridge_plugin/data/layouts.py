@@ -8,14 +8,34 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, FileFinder, LeftOut, extension, is_video, name_key
-from framebridge_plugin.data.tables import check_header, parse_json, read_json_lines, read_lines, read_table, read_text
+from framebridge_plugin.data.listing import (
+    VIDEO_EXTENSIONS,
+    FileFinder,
+    LeftOut,
+    check_names,
+    extension,
+    is_video,
+    links_note,
+    list_folder,
+    name_key,
+)
+from framebridge_plugin.data.tables import (
+    MAX_LINE,
+    check_header,
+    parse_json,
+    read_json_lines,
+    read_lines,
+    read_table,
+    read_text,
+)
 from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.files import check_within
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 CAPTION_LISTS = ("caption.txt", "captions.txt", "prompt.txt", "prompts.txt")
 VIDEO_LISTS = ("video.txt", "videos.txt")
+_TEXT_EXTENSIONS = ("csv", "jsonl", "json", "txt")
 SHARD_EXTENSIONS = (".tar", ".parquet")
 """Of finetrainers' streamed layouts, which are not read here: they have no rows to shuffle, resume from or check."""
 
@@ -61,7 +81,11 @@ def find_clips(root: Path) -> tuple[list[str], list[str], list[str]]:
     A listed file that is missing is a clip, too, which cannot be read.
     """
     left_out = LeftOut()
-    present = left_out.usable(os.listdir(root))
+    names, links = list_folder(root)
+    present = left_out.usable(names)
+    for name in present:
+        if name in links and extension(name) in _TEXT_EXTENSIONS:
+            check_within(root / name, root)
     metadata = [name for name in present if name.lower() in METADATA_FILES]
     if len(metadata) > 1:
         raise FrameBridgeError(f"{root} holds {' and '.join(metadata)}; keep one of them")
@@ -72,9 +96,10 @@ def find_clips(root: Path) -> tuple[list[str], list[str], list[str]]:
     if not clips:
         raise FrameBridgeError(f"{root} names no clips; give at least one clip with a caption")
     names, captions = (list(texts) for texts in zip(*clips, strict=True))
-    notes: list[str] = []
+    check_names(root, names)
     finder = FileFinder(root)
     found = [finder.find(name) for name in names]
+    notes = [note] if (note := links_note(root, finder.links)) else []
     if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
         count = f"{len(missing)} of {len(names)} listed clips are missing, first {missing[0]!r}"
         if len(missing) == len(names):
@@ -124,7 +149,7 @@ def _find_pairs(root: Path, present: Iterable[str], left_out: LeftOut) -> list[t
             raise FrameBridgeError(f"{root / texts[stem][0]} belongs to {' and '.join(several)}; keep one of them")
         if len(texts[stem]) > 1:
             raise FrameBridgeError(f"{root / videos[stem][0]} has {' and '.join(texts[stem])}; keep one of them")
-        clips.append((videos[stem][0], read_text(root / texts[stem][0]).strip()))
+        clips.append((videos[stem][0], read_text(root / texts[stem][0], MAX_LINE).strip()))
     if clips:
         for reason, alone in (
             ("videos without a .txt caption beside them", videos.keys() - texts.keys()),

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from framebridge_plugin.errors import FrameBridgeError, escaped
+from framebridge_plugin.files import leads_out
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -68,31 +69,71 @@ class LeftOut:
         return ", ".join(f"{count} {reason} (such as {example})" for count, reason, example in counted)
 
 
+def list_folder(path: str | os.PathLike[str]) -> tuple[list[str], set[str]]:
+    """The names in a folder, and which of them are links."""
+    with os.scandir(path) as scan:
+        entries = [(entry.name, entry.is_symlink()) for entry in scan]
+    return [name for name, _ in entries], {name for name, is_link in entries if is_link}
+
+
+def links_note(root: str | os.PathLike[str], links: Iterable[str]) -> str | None:
+    """What is said of videos that are links out of their data set, given the names of links in it."""
+    found = [name for name in links if leads_out(os.path.join(root, name), root)]
+    return f"{len(found)} videos are links to files elsewhere, such as {min(found)!r}" if found else None
+
+
+def check_names(root: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Refuse names in a table or list by which files outside of the data set would be read."""
+    home = os.path.normpath(root)
+    suspects = (name for name in names if name.startswith("/") or ".." in name)
+    outside = [name for name in suspects if not os.path.normpath(os.path.join(home, name)).startswith(f"{home}/")]
+    if outside:
+        what = f"{len(outside)} names lead out of it, first {outside[0]!r}"
+        raise FrameBridgeError(f"{root}: {what}; put the videos, or links to them, into it")
+
+
+def linked_folder(path: str | os.PathLike[str]) -> FrameBridgeError:
+    """What is wrong with a link to a folder within a data set."""
+    return FrameBridgeError(f"{path} is a link to a folder, which is not followed; put the folder itself there")
+
+
 class FileFinder:
     """Finds files below a folder by names that may differ in Unicode normal form or the case of the extension."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._folders: dict[str, tuple[str, dict[str, str]]] = {}
+        self.links: list[str] = []
+        """Those found that are links."""
+        self._folders: dict[str, tuple[str, dict[str, str], set[str]]] = {}
 
     def find(self, name: str) -> str | None:
         """The name as the disk spells it, or None; each folder is listed once, instead of asking for every file."""
         folder, file_name = os.path.split(os.path.normpath(name))
         if folder not in self._folders:
             self._folders[folder] = self._list(folder)
-        actual, names = self._folders[folder]
+        actual, names, links = self._folders[folder]
         found = names.get(file_name) or names.get(name_key(file_name))
-        return None if found is None else os.path.join(actual, found)
+        if found is None:
+            return None
+        path = os.path.join(actual, found)
+        if found in links:
+            self.links.append(path)
+        return path
 
-    def _list(self, folder: str) -> tuple[str, dict[str, str]]:
-        """The folder as the disk spells it, and in it the names of files by themselves and by their keys."""
+    def _list(self, folder: str) -> tuple[str, dict[str, str], set[str]]:
+        """The folder as the disk spells it, the names in it by themselves and by their keys, and its links."""
         if not (self._root / folder).is_dir():
             folder = (self.find(folder) if os.path.basename(folder) else None) or folder
         path = self._root / folder
+        parts = os.path.relpath(path, self._root).split("/")
+        for end in range(len(parts)):
+            if parts != ["."] and (part := self._root.joinpath(*parts[: end + 1])).is_symlink():
+                raise linked_folder(part)
         try:
-            names = sorted(os.listdir(path), reverse=True)
+            names, links = list_folder(path)
         except (FileNotFoundError, NotADirectoryError):
-            names = []
+            names, links = [], set()
         except OSError as error:
             raise FrameBridgeError(f"{path} cannot be listed: {error.strerror}; make it readable") from error
-        return folder, {name_key(name): name for name in names} | {name: name for name in names}
+        names.sort(reverse=True)
+        return folder, {name_key(name): name for name in names} | {name: name for name in names}, links

@@ -6,8 +6,10 @@ without a byte order mark; a line ends at LF, CRLF or CR and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
+import io
 import json
 import os
 import re
@@ -17,9 +19,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import check_within, open_regular
 
 WEBVID_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 OPTIONAL_WEBVID_COLUMNS = ("contentUrl", "duration", "page_dir")
+
+MAX_FILE_BYTES, MAX_TEXT, MAX_LINE = 2**32, 2**28, 2**20
+"""Bytes of a table or list, which is read line by line; characters of a text that is read whole, and of a line."""
 
 _BLOCK_ROWS = 16_384
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -35,13 +41,19 @@ def csv_files(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     files: list[Path] = []
     for item in [given] if isinstance(given, str | os.PathLike) else given:
         path = Path(item).expanduser().absolute()
+        if path.is_file():
+            files.append(path)
+            continue
         if path.is_dir():
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(".csv"))
+            folder, names = path, sorted(name for name in os.listdir(path) if name.lower().endswith(".csv"))
             found = [path / name for name in names if not name.startswith(".")]
         else:
-            found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+            folder = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+            found = sorted(map(Path, glob.glob(str(path))))
         if not found:
             raise FrameBridgeError(f"no such file: {path}; give a .csv file, a folder of them, or a pattern")
+        for file in found:
+            check_within(file, folder)
         files += found
     return files
 
@@ -75,7 +87,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file that have any text, the header first: the line of each, and as many cells as it has."""
     line, width = 1, 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _opened(path, "CSV table", newline="") as file:
             reader = csv.reader(_checked(path, file), strict=True)
             for row in reader:
                 if row and (row[0].strip() or "".join(row).strip()):
@@ -89,24 +101,47 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         # "unexpected end of data", "',' expected after '\"'", "field larger than field limit": of one cause.
         problem = "a quote opens a cell and does not close it where the cell ends; close it, or double it"
         raise _unreadable(path, line, problem) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what: str = "text file", newline: str | None = None) -> Iterator[TextIO]:
+    """A text file to be read within the block, whose errors become those of `FrameBridgeError`."""
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise TextError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; divide it")
+            yield file
     except UnicodeDecodeError as error:
-        raise _unreadable(path, *_not_utf8(path)) from error
+        raise _unreadable(path, *_not_utf8(path), what) from error
     except OSError as error:
         raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _blocks(path: Path, file: TextIO, what: str = "text file") -> Iterator[tuple[int, list[str]]]:
+    """Passes lines on, many at a time, with the number of the first; none is too long or holds a NUL."""
+    number = 1
+    while block := file.read(1 << 16):
+        block += file.readline(MAX_LINE)
+        lines = io.StringIO(block, newline="").readlines()
+        for is_bad, problem in (
+            (lambda line: "\0" in line, _NUL),
+            (lambda line: len(line) >= MAX_LINE, f"it has more than {MAX_LINE} characters"),
+        ):
+            if is_bad(block):
+                for line, text in enumerate(lines, number):
+                    if is_bad(text):
+                        raise _unreadable(path, line, problem, what)
+        yield number, lines
+        number += len(lines)
+
+
 def _checked(path: Path, file: TextIO) -> Iterator[str]:
     """Passes lines on, of which none holds what a CSV reader takes without a word and reads wrongly."""
-    number = 1
-    while lines := file.readlines(1 << 16):
-        block = "".join(lines)
-        if "\0" in block or _SPACE_BEFORE_QUOTE.search(block):
+    for number, lines in _blocks(path, file, "CSV table"):
+        if _SPACE_BEFORE_QUOTE.search("".join(lines)):
             for line, text in enumerate(lines, number):
-                if "\0" in text:
-                    raise _unreadable(path, line, _NUL)
                 if _SPACE_BEFORE_QUOTE.search(text):
                     raise _unreadable(path, line, "a space stands between a comma and a quote; remove it")
-        number += len(lines)
         yield from lines
 
 
@@ -156,14 +191,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with every line end as LF."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, *_not_utf8(path), "text file") from error
-    except OSError as error:
-        raise FrameBridgeError(f"{path} cannot be read: {error.strerror}") from error
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Read a text file in UTF-8, with every line end as LF; `TextError` where it has more characters."""
+    with _opened(path) as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise TextError(f"{path} has more than {limit} characters; is it what it should be?")
     if "\0" in text:
         raise _unreadable(path, text[: text.index("\0")].count("\n") + 1, _NUL, "text file")
     return text
@@ -172,9 +205,10 @@ def read_text(path: Path) -> str:
 def _not_utf8(path: Path) -> tuple[int, str]:
     """The first line that is not UTF-8, and what is wrong with it."""
     line = 1
-    with path.open("rb") as file:
-        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    with open_regular(path) as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             return 1, "it is in UTF-16; save it as UTF-8"
+        file.seek(0)
         for text in file:
             try:
                 text.decode()
@@ -186,9 +220,16 @@ def _not_utf8(path: Path) -> tuple[int, str]:
     return line, "it ends within a character; get it again"
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, without white space around them."""
+    with _opened(path) as file:
+        for number, lines in _blocks(path, file):
+            yield from enumerate(map(str.strip, lines), number)
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file without white space around them; empty ones count, but not at the end."""
-    lines = [line.strip() for line in read_text(path).split("\n")]
+    lines = [line for _, line in text_lines(path)]
     while lines and not lines[-1]:
         lines.pop()
     return lines
@@ -221,7 +262,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Read a file with one JSON value a line: where each stands, as `file:line`, and the value."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
+    for number, line in text_lines(path):
+        if line:
             where = f"{path}:{number}"
             yield where, parse_json(line, where)

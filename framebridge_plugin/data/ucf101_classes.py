@@ -11,6 +11,7 @@ from pathlib import Path
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.tables import read_lines
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import check_within
 
 SPLITS_FOLDER = "ucfTrainTestlist"
 
@@ -76,5 +77,6 @@ def read_split(path: Path) -> list[str]:
         raise FrameBridgeError(
             f"no such file: {path}; unpack UCF101TrainTestSplits-RecognitionTask.zip and give its folder as splits_dir"
         )
+    check_within(path, path.parent)
     names = (re.sub(r"\s+\d+$", "", line).replace("\\", "/") for line in read_lines(path) if line)
     return [posixpath.normpath(name) for name in names]

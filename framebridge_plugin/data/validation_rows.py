@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from framebridge_plugin.data.tables import TextError, check_header, parse_json, read_text, table_rows
+from framebridge_plugin.data.tables import MAX_TEXT, TextError, check_header, parse_json, read_text, table_rows
+from framebridge_plugin.files import open_regular
 
 VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
 NUMBERS = ("num_frames", "height", "width", "num_inference_steps", "export_fps", "guidance_scale")
+_MAX_ROWS = 10_000
 _COLUMNS = ("caption", "image_path", "video_path", *NUMBERS)
 
 
@@ -33,17 +35,35 @@ def read_validation_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet
 
+    rows_of_arrow: list[dict[str, Any]] = []
+    size = 0
     try:
-        if suffix == ".parquet":
-            return _without_nulls(path, pyarrow.parquet.read_table(path).to_pylist())
-        with pa.memory_map(str(path)) as file:
-            try:
-                table = pa.ipc.open_stream(file).read_all()
-            except pa.ArrowInvalid:
-                table = pa.ipc.open_file(file).read_all()
-            return _without_nulls(path, table.to_pylist())
+        with open_regular(path) as file:
+            for batch in _batches(file, suffix):
+                size += batch.nbytes
+                if size > MAX_TEXT or len(rows_of_arrow) + len(batch) > _MAX_ROWS:
+                    raise TextError(f"{path} holds more than {_MAX_ROWS} rows, or more than {MAX_TEXT >> 20} MiB")
+                rows_of_arrow += batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise TextError(f"{path} is no readable {suffix[1:]} file: {' '.join(str(error).split())}") from error
+        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise TextError(f"{path} is no readable {suffix[1:]} file: {what}") from error
+    return _without_nulls(path, rows_of_arrow)
+
+
+def _batches(file: BinaryIO, suffix: str) -> Iterator[Any]:
+    """The rows of a table, one by one in Parquet, of which a small file can hold endlessly many."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if suffix == ".parquet":
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1)
+        return
+    try:
+        yield from pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _without_nulls(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

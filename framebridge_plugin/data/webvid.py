@@ -12,11 +12,21 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
 
-from framebridge_plugin.data.listing import VIDEO_EXTENSIONS, LeftOut, extension, is_utf8
+from framebridge_plugin.data.listing import (
+    VIDEO_EXTENSIONS,
+    LeftOut,
+    check_names,
+    extension,
+    is_utf8,
+    linked_folder,
+    links_note,
+    list_folder,
+)
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, csv_files, read_table
 from framebridge_plugin.errors import FrameBridgeError, get_logger
 
@@ -120,7 +130,7 @@ def _counts(total: int, without_file: int, without_caption: int, used: int) -> s
 
 
 def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iterator[pa.Table]:
-    folders, others, left_out = _list_videos(root)
+    folders, others, left_out, links, linked_folders = _list_videos(root)
     total = without_file = without_caption = 0
     any_use = False
     for block in (block for path in files for block in read_table(path, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS)):
@@ -144,6 +154,10 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
                 path or f"{root}/{folder}{'/' if folder else ''}{name}{_SUFFIX}"
                 for path, name, folder in zip(paths, ids, page_dirs, strict=True)
             ]
+            check_names(root, paths)
+            firsts = {path.removeprefix(f"{root}/").partition("/")[0] for path in paths} if linked_folders else set()
+            if followed := firsts & linked_folders:
+                raise linked_folder(root / min(followed))
         has_caption = [bool(caption.strip()) for caption in captions]
         without_caption += has_caption.count(False)
         table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], schema=_FEATURES.arrow_schema)
@@ -154,43 +168,65 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
             f"{files[0]}{', ...' if len(files) > 1 else ''}: none of its {total} rows has both a caption and a file "
             f"{root}/<videoid>.mp4 or {root}/<page_dir>/<videoid>.mp4{left}"
         )
-    info.description = _counts(total, without_file, without_caption, total - without_caption) + left
+    note = f"; {note}" if (note := links_note(root, links)) else ""
+    info.description = _counts(total, without_file, without_caption, total - without_caption) + left + note
 
 
-def _list_videos(root: Path) -> tuple[dict[str, set[str]], dict[str, str], LeftOut]:
-    """By folder ("" is the root) the names in .mp4; the paths of all that are called otherwise, by normal form."""
+class _Videos(NamedTuple):
+    """What lies in a folder of videos."""
+
+    folders: dict[str, set[str]]
+    """By folder ("" is the root) the names in .mp4."""
+    others: dict[str, str]
+    """The paths of all that are called otherwise, by normal form."""
+    left_out: LeftOut
+    links: list[str]
+    linked_folders: set[str]
+    """Links to folders, which are not followed."""
+
+
+def _list_videos(root: Path) -> _Videos:
     left_out, unlistable = LeftOut(), []
+    linked_folders: set[str] = set()
 
-    def list_folder(folder: str) -> list[str]:
+    def list_one(folder: str) -> tuple[list[str], set[str]]:
+        if folder in linked and os.path.isdir(root / folder):
+            linked_folders.add(folder)
+            return [], set()
         try:
-            return os.listdir(root / folder)
+            return list_folder(root / folder)
         except OSError as error:
             if error.errno in _UNLISTABLE:
                 unlistable.append(f"{folder}: {error.strerror}")
             elif error.errno != errno.ENOTDIR:
                 raise
-            return []
+            return [], set()
 
-    listed = os.listdir(root)
+    listed, linked = list_folder(root)
     names = [name for name in listed if not _has_video_extension(name) and not name.startswith(".")]
     folders: dict[str, set[str]] = {}
     odd: list[str] = []
+    links: list[str] = []
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-        for folder, found in zip(["", *names], (listed, *threads.map(list_folder, names)), strict=True):
+        every = ((listed, linked), *threads.map(list_one, names))
+        for folder, (found, found_links) in zip(["", *names], every, strict=True):
             if not is_utf8(folder):
                 left_out.add("names not in UTF-8", folder)
                 continue
             usable = left_out.usable(filter(_has_video_extension, found), folder)
             folders[folder] = {name for name in usable if name.endswith(_SUFFIX)}
+            links += [os.path.join(folder, name) for name in usable if name in found_links]
             if len(folders[folder]) < len(usable) or not "".join([folder, *usable]).isascii():
                 paths = [os.path.join(folder, name) for name in usable]
                 odd += [path for path in paths if not (path.isascii() and path.endswith(_SUFFIX))]
     for what in unlistable:
         left_out.add("links or folders that cannot be listed", what)
+    for folder in linked_folders:
+        left_out.add("links to folders", folder)
     others: dict[str, str] = {}
     for name in sorted(odd, key=lambda name: VIDEO_EXTENSIONS.index(extension(name))):
         others.setdefault(_nfc(name.rpartition(".")[0]), name)
-    return folders, others, left_out
+    return _Videos(folders, others, left_out, links, linked_folders)
 
 
 def _has_video_extension(name: str) -> bool:

@@ -51,7 +51,7 @@ def _bad_files_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{section}.{name}", message)
     if bad_files.policy == "quarantine" and bad_files.quarantine_file is not None:
         file = Path(bad_files.quarantine_file)
-        if problem := f"{file} is no file" if file.is_dir() else writing_problem(file.parent):
+        if problem := f"{file} is no file" if file.exists() and not file.is_file() else writing_problem(file.parent):
             yield Problem(f"{section}.quarantine_file", problem, on_disk=True)
     if bad_files.policy == "raise":
         for name in ("max_share", "max_in_a_row"):

@@ -153,6 +153,8 @@ class BadFilesSection(Section):
 def _place_problem(file: str) -> str | None:
     """Why a file may not be added to: a recipe of others could name any that there is."""
     path = Path(file)
+    if path.is_relative_to(Path.cwd()):  # which may itself be hidden
+        path = path.relative_to(Path.cwd())
     if path.is_symlink():
         return f"{file} is a link: name the file"
     if path.suffix != ".jsonl" or any(part.startswith(".") and part not in (".", "..") for part in path.parts):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from framebridge_plugin.cli import main
+from framebridge_plugin.commands import prepare_ucf101
 from framebridge_plugin.commands.prepare_ucf101 import UCF101_CLIPS
 from framebridge_plugin.data import UCF101_CLASSES, load_ucf101
 
@@ -121,6 +124,43 @@ def test_a_zip_that_names_places_outside_is_refused(tmp_path, capsys, name):
     assert prepare((archive, None), tmp_path / "data") == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert "File is not a zip file" in error
+
+
+LINKING = """#!/bin/sh
+mkdir "$5/UCF-101"
+ln -s /etc/passwd "$5/UCF-101/v_YoYo_g01_c01.avi"
+"""
+ENDLESS = """#!/bin/sh
+mkdir "$5/UCF-101"
+exec cat /dev/zero > "$5/UCF-101/a.avi"
+"""
+
+
+def test_what_no_archive_of_videos_holds(archives, tools, tmp_path, capsys, monkeypatch):
+    linking, large = tmp_path / "links.zip", tmp_path / "large.zip"
+    with zipfile.ZipFile(linking, "w") as content:
+        link = zipfile.ZipInfo("UCF-101/YoYo/a.avi")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        content.writestr(link, "/etc/passwd")
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as content:
+        content.writestr("UCF-101/YoYo/a.avi", bytes(2**20))
+    monkeypatch.setattr(prepare_ucf101, "MAX_UNPACKED_BYTES", 2**20 - 1)
+    monkeypatch.setattr(prepare_ucf101, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.defpath}")
+    for archive, program, reason in (
+        (linking, FAILING, "it holds a link, a pipe or a device, UCF-101/YoYo/a.avi"),
+        (large, FAILING, "it unpacks to more than"),
+        (archives[0], LINKING, "it holds a link, a pipe or a device, UCF-101/v_YoYo_g01_c01.avi"),
+        (archives[0], ENDLESS, "it unpacks to more than"),
+    ):
+        tools(bsdtar=program)
+        assert prepare((archive, None), tmp_path / "data") == 1
+        assert reason in capsys.readouterr().err
+        assert list((tmp_path / "data").iterdir()) == []
+    os.mkfifo(tmp_path / "pipe.zip")
+    (tmp_path / "data/UCF-101").mkdir()
+    assert prepare((archives[0], None), tmp_path / "data", f"--splits={tmp_path}/pipe.zip") == 1
+    assert "it is no regular file" in capsys.readouterr().err
 
 
 def test_no_tool_at_all(archives, tools, tmp_path, capsys):

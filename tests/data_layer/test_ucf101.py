@@ -169,14 +169,14 @@ def test_stray_folders_change_no_labels_of_other_classes(tmp_path):
 
 
 def test_a_class_that_cannot_be_listed_is_an_error(corpus, monkeypatch):
-    listdir = os.listdir
+    scandir = os.scandir
 
     def fail(path):
         if str(path).endswith("YoYo"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(class_folders.os, "listdir", fail)
+    monkeypatch.setattr(class_folders.os, "scandir", fail)
     with pytest.raises(FrameBridgeError, match="YoYo cannot be listed: Permission denied; make it readable"):
         load_ucf101(corpus)
 

@@ -150,14 +150,14 @@ def test_wrong_sources_are_refused_in_one_line(corpus, table, videos, message):
 
 def failing_listdir(monkeypatch, folder: Path, number: int) -> None:
     """A disk that answers so, and permissions, cannot be had by root, as whom these tests may run."""
-    listdir = os.listdir
+    scandir = os.scandir
 
     def fail(path):
         if Path(path) == folder:
             raise OSError(number, os.strerror(number), str(path))
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(webvid.os, "listdir", fail)
+    monkeypatch.setattr(webvid.os, "scandir", fail)
 
 
 def test_what_is_in_the_way_is_left_out_and_counted(corpus, caplog, monkeypatch):

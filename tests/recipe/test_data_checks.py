@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -131,8 +132,10 @@ def test_bad_files(minimal, tmp_path, monkeypatch):
         "max_share": 0.1,
         "max_in_a_row": 16,
     }
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for overrides, message in (
         (quarantine[:1], "quarantine_file: policy quarantine needs it"),
+        ([quarantine[0], f"{section}.quarantine_file={tmp_path}/pipe.jsonl"], "is no file"),
         (quarantine[1:], "quarantine_file: has no effect with policy skip"),
         ([quarantine[0], f"{section}.quarantine_file=folder.jsonl"], "is no file"),
         ([f"{section}.policy=ignore"], "policy: should be 'raise', 'skip' or 'quarantine', not 'ignore'"),
