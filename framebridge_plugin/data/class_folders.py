@@ -45,8 +45,8 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
             f"class_root {root} cannot be listed: {error.strerror}; give an existing folder"
         ) from error
     if not folders:
-        links = ", but links to some, which are not followed" if "links to folders" in left_out.counts else ""
-        raise FrameBridgeError(f"{root} holds no folders{links}; give a folder with one folder of videos per class")
+        but = ", but links to some, which are not followed" if "links to folders" in left_out.counts else ""
+        raise FrameBridgeError(f"{root} holds no folders{but}; give a folder with one folder of videos per class")
     all_links: list[str] = []
     classes: dict[str, list[str]] = {}
     for folder in sorted(folders, key=lambda name: unicodedata.normalize("NFC", name)):

@@ -150,14 +150,15 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
         without_file += paths.count(None)
         any_use = any_use or any(path and caption.strip() for path, caption in zip(paths, captions, strict=True))
         if None in paths:
-            paths = [
+            named = [
                 path or f"{root}/{folder}{'/' if folder else ''}{name}{_SUFFIX}"
                 for path, name, folder in zip(paths, ids, page_dirs, strict=True)
             ]
-            check_names(root, paths)
-            firsts = {path.removeprefix(f"{root}/").partition("/")[0] for path in paths} if linked_folders else set()
+            check_names(root, named)
+            firsts = {path.removeprefix(f"{root}/").partition("/")[0] for path in named} if linked_folders else set()
             if followed := firsts & linked_folders:
                 raise linked_folder(root / min(followed))
+            paths = [*named]
         has_caption = [bool(caption.strip()) for caption in captions]
         without_caption += has_caption.count(False)
         table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], schema=_FEATURES.arrow_schema)
@@ -186,7 +187,8 @@ class _Videos(NamedTuple):
 
 
 def _list_videos(root: Path) -> _Videos:
-    left_out, unlistable = LeftOut(), []
+    left_out = LeftOut()
+    unlistable: list[str] = []
     linked_folders: set[str] = set()
 
     def list_one(folder: str) -> tuple[list[str], set[str]]:
