@@ -28,8 +28,10 @@ from framebridge_plugin.data.tables import (
     read_table,
     read_text,
 )
-from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.errors import FrameBridgeError, first_line, get_logger
 from framebridge_plugin.files import check_within
+
+logger = get_logger(__name__)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -47,7 +49,8 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
         return path
     if path.is_file() and path.suffix in SHARD_EXTENSIONS:
         raise _shards_error(path.parent, path.name)
-    if path.exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is None:
+    looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is not None
+    if not looks_like_id or path.exists() or path.parent.is_dir():
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
     import huggingface_hub
 
@@ -60,12 +63,14 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
     if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
         raise _shards_error(name_or_path, min(shards))
     try:
-        return Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
+        folder = Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
     except (OSError, ValueError) as error:
         raise FrameBridgeError(
             f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); check "
             "the name, or download it and give the folder"
         ) from error
+    logger.warning("data_root %s is revision %s of the hub's data set", name_or_path, folder.name)
+    return folder
 
 
 def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
-from typing import TypedDict
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -17,6 +17,8 @@ from framebridge_plugin.data.folders import ClipIndex, ClipRows
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.randomness import derive_seed
+
+Sample_co = TypeVar("Sample_co", covariant=True)
 
 RATE_CLIPS = 32
 """Clips whose rate is looked up to say how fast a model's videos are to be shown."""
@@ -36,7 +38,28 @@ class Sample(TypedDict):
     skipped: list[BadFile]
 
 
-class ClipStream(IterableDataset[Sample]):
+class EndlessStream(IterableDataset[Sample_co], Generic[Sample_co]):
+    """What `sample` gives at the positions start + rank, start + rank + world_size, ..., shared by loader workers."""
+
+    def __init__(self, seed: int, rank: int, world_size: int, start: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[Sample_co]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in itertools.count(first, step):
+            yield self.sample(self.start + self.rank + number * self.world_size)
+
+    def sample(self, position: int) -> Sample_co:
+        """The sample at a place in the endless sequence of all ranks: epoch * size of an epoch + offset."""
+        raise NotImplementedError
+
+
+class ClipStream(EndlessStream[Sample]):
     """Yields training samples for ever.
 
     Every epoch visits each row once, in an order keyed by (seed, epoch). Rank r takes the positions start + r,
@@ -72,12 +95,8 @@ class ClipStream(IterableDataset[Sample]):
         max_attempts: int = BadFilePolicy().max_attempts,
         files_to_skip: Collection[str] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(seed, rank, world_size, start)
         self.rows = ClipRows(datasets)
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
         self.max_attempts = max_attempts
         self.files_to_skip = files_to_skip
         if not len(self.rows):
@@ -87,12 +106,6 @@ class ClipStream(IterableDataset[Sample]):
     def epoch_size(self) -> int:
         """Number of rows of all data sets together."""
         return len(self.rows)
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in itertools.count(first, step):
-            yield self.sample(self.start + self.rank + number * self.world_size)
 
     def sample(self, position: int) -> Sample:
         """Reads the sample at a place in the endless sequence of all ranks: epoch * epoch_size + offset."""

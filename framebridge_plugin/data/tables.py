@@ -123,14 +123,11 @@ def _blocks(path: Path, file: TextIO, what: str = "text file") -> Iterator[tuple
     while block := file.read(1 << 16):
         block += file.readline(MAX_LINE)
         lines = io.StringIO(block, newline="").readlines()
-        for is_bad, problem in (
-            (lambda line: "\0" in line, _NUL),
-            (lambda line: len(line) >= MAX_LINE, f"it has more than {MAX_LINE} characters"),
-        ):
-            if is_bad(block):
-                for line, text in enumerate(lines, number):
-                    if is_bad(text):
-                        raise _unreadable(path, line, problem, what)
+        for line, text in enumerate(lines, number) if "\0" in block or len(block) >= MAX_LINE else ():
+            if "\0" in text:
+                raise _unreadable(path, line, _NUL, what)
+            if len(text) >= MAX_LINE:
+                raise _unreadable(path, line, f"it has more than {MAX_LINE} characters", what)
         yield number, lines
         number += len(lines)
 

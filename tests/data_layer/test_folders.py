@@ -356,7 +356,7 @@ def test_ucf101_has_its_101_classes_in_the_order_of_its_folders(tmp_path):
     assert UCF101_CLASSES[100] == "YoYo"
 
 
-def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch):
+def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     stored = tmp_path / "datasets--someone--clips"
     metadata_csv_folder = stored / "snapshots" / "abc"
@@ -366,8 +366,12 @@ def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch):
     (stored / "refs" / "main").write_text("abc")
     rows = index_dataset({"data_root": "someone/clips"})
     assert rows[0] == (str(metadata_csv_folder / "clips/0.mp4"), CLEAN[0])
+    assert "data_root someone/clips is revision abc of the hub's data set" in caplog.text
     with pytest.raises(FrameBridgeError, match=r"'someone/others' is neither a folder nor to be had from the hub"):
         index_dataset({"data_root": "someone/others"})
+    (tmp_path / "someone").mkdir()  # the name is one of a folder here
+    with pytest.raises(FrameBridgeError, match="someone/clips is not an existing folder"):
+        index_dataset({"data_root": "someone/clips"}, tmp_path)
 
 
 def test_tar_files_are_refused_by_their_name_and_do_no_harm_beside_a_layout(tmp_path):

@@ -88,6 +88,14 @@ def waits_for_the_lease() -> bool:
     return any({"LEASE", "BREAKING", str(os.getpid())} <= set(line.split()) for line in locks)
 
 
+def test_the_memory_of_a_large_clip_is_given_back(tmp_path, monkeypatch):
+    path = str(write_video(tmp_path / "a.mp4"))
+    for bound, kept in ((isolation.KEPT_BYTES, 9 * HEIGHT * WIDTH * 3), (1000, 0)) * 2:
+        monkeypatch.setattr(isolation, "KEPT_BYTES", bound)
+        assert numbers_in(tensor(read_video_isolated(path, lambda length: range(9)))) == list(range(9))
+        assert os.fstat(isolation._child._frames.fileno()).st_size == kept
+
+
 def test_the_frames_are_the_same_as_without_isolation(tmp_path):
     paths = [KINDS[kind].write(tmp_path) for kind in ("h264, open groups", "mpeg4 avi with B-frames")]
     paths.append(write_turned(tmp_path / "turned.mp4", (0, 1, -1, 0)))

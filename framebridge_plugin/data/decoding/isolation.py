@@ -32,6 +32,9 @@ TIME_LIMIT_S = 60.0
 
 START_LIMIT_S = 300.0
 
+KEPT_BYTES = 64 * 2**20
+"""Shared memory that is kept from clip to clip; what large ones took is given back."""
+
 
 def read_video_isolated(path: str, choose: Choose, *, time_limit_s: float | None = None, **options: Any) -> np.ndarray:
     """Do what `read_video` does in a child process; a `ClipError` may be "crashed" or, at the limit, "timeout"."""
@@ -122,7 +125,10 @@ class DecodingProcess:
                 return reply
             if isinstance(reply, tuple):
                 with mmap.mmap(self._frames.fileno(), math.prod(reply), prot=mmap.PROT_READ) as shared:
-                    return np.ndarray(reply, np.uint8, shared).copy()
+                    pictures = np.ndarray(reply, np.uint8, shared).copy()
+                if pictures.nbytes > KEPT_BYTES:
+                    self._frames.truncate(0)
+                return pictures
             try:
                 self._to_child.send(list(choose(reply)))
             except ClipError as error:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.data.permutation import KeyedPermutation
+from framebridge_plugin.data.stream import EndlessStream
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.draws import drops_caption
 from framebridge_plugin.training.precomputation.store import LatentStore
@@ -29,7 +28,7 @@ class StoredSample(TypedDict):
     skipped: list[BadFile]
 
 
-class StoredStream(IterableDataset[StoredSample]):
+class StoredStream(EndlessStream[StoredSample]):
     """Yields for ever what `ClipStream` and the encoders would: same order, same draws, same sharing over ranks.
 
     Epoch e has the clips of variant e % variants in its own order; up to the last variant it is the very epoch that
@@ -47,20 +46,10 @@ class StoredStream(IterableDataset[StoredSample]):
         start: int,
         drop_caption: Callable[[Conditions, Conditions], Conditions],
     ) -> None:
-        super().__init__()
+        super().__init__(seed, rank, world_size, start)
         self.store = store
-        self.seed = seed
         self.caption_dropout = caption_dropout
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
         self.drop_caption = drop_caption
-
-    def __iter__(self) -> Iterator[StoredSample]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in itertools.count(first, step):
-            yield self.sample(self.start + self.rank + number * self.world_size)
 
     def sample(self, position: int) -> StoredSample:
         """The sample at a place in the endless sequence of all epochs."""
