@@ -203,6 +203,8 @@ def write_video(video: Any, path: str | Path, fps: float = DEFAULT_FPS) -> None:
     ) as writer:
         for frame in frames:
             writer.append_data(frame)  # type: ignore[attr-defined]
+    if not (Path(path).is_file() and Path(path).stat().st_size):  # ffmpeg's own failure goes by in silence
+        raise FrameBridgeError(f"cannot write {path}; is there room, and no folder of that name?")
 
 
 def contact_sheet(

@@ -43,6 +43,14 @@ class MetricsLogger:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Writes what is no number."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, name: text}) + "\n")
+        self._file.flush()
+        self._tensorboard.add_text(name, text, step)
+
     def log_validation(self, step: int, written: Sequence[ValidationVideo]) -> None:
         """Writes the contact sheets of one validation, with their captions, for TensorBoard."""
         if not self._enabled:

@@ -62,7 +62,7 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     Raises:
         UsageError: If the folder holds another run, or the arguments exclude each other.
         FrameBridgeError: If another process writes the folder, a file cannot be read, or the loss is not finite.
-        FinishedRunError: If the model is trained and saved, and the hub has not taken it.
+        FinishedRunError: If the model is trained and saved, but not validated at the end, or not uploaded.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
     refuse_start(recipe)
@@ -146,7 +146,7 @@ def refuse_start(recipe: Recipe) -> None:
     if recipe.tracking.report_to == "wandb" and not sys.stdin.isatty():  # in a terminal it asks
         import wandb
 
-        if wandb.setup().settings.mode in ("online", "run", "shared") and not wandb.login(prompt=False):
+        if wandb.setup().settings.mode in ("online", "run", "shared") and not wandb.login(prompt=False, verify=False):
             raise UsageError(
                 "tracking.report_to: wandb has no login here; run `wandb login`, or set WANDB_MODE=offline to write "
                 "files that `wandb sync` sends later"

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from framebridge_plugin.backbones.saving import link_or_copy_tree
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
@@ -43,6 +43,7 @@ from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run_identity import check_run, write_run
 from framebridge_plugin.training.specification import BridgeSpecification
+from framebridge_plugin.training.trackers import OptionalTracker
 from framebridge_plugin.training.validation import check_samples, validate
 
 logger = logging.get_logger()
@@ -93,15 +94,31 @@ class FrameBridgeTrainer(SFTTrainer):
         self.average: WeightAverage | None = None
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
+        self._validated = True
         super().__init__(args, model_specification)
 
     def run(self) -> None:
-        """Trains, and uploads the result if that is wanted."""
+        """Trains, and uploads the result if that is wanted.
+
+        Raises:
+            FinishedRunError: If the model is trained and saved, but not validated at the end, or not uploaded.
+        """
         super().run()
         if self.state.repo_id is not None:  # of the first process
             upload(Path(self.args.output_dir, self._export_name), self.state.repo_id)
+        if not self._validated:
+            raise FinishedRunError(
+                f"the final validation failed, see its traceback above; the model lies in {self.args.output_dir}"
+            )
 
     # Preparation
+
+    def _init_trackers(self) -> None:
+        def start() -> Any:
+            super(FrameBridgeTrainer, self)._init_trackers()
+            return self.state.parallel_backend.tracker
+
+        self.state.parallel_backend.tracker = OptionalTracker(start)
 
     def _get_training_info(self) -> dict[str, Any]:
         if self._settings is not None:
@@ -234,7 +251,7 @@ class FrameBridgeTrainer(SFTTrainer):
             output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
         ) as metrics:
             self._publish(self._train_to_the_end(metrics), output_dir)
-            self._validate(self.progress.step, metrics, final_validation=True)
+            self._validated = self._validate(self.progress.step, metrics, final_validation=True)
         backend.destroy()
 
     def _train_to_the_end(self, metrics: MetricsLogger) -> Path:
@@ -355,9 +372,9 @@ class FrameBridgeTrainer(SFTTrainer):
 
     # Validation
 
-    def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> None:
-        if self._validation_samples:
-            validate(self, self._validation_samples, step, metrics, final=final_validation)
+    def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> bool:
+        samples = self._validation_samples
+        return not samples or validate(self, samples, step, metrics, final=final_validation)
 
     # Who reads which data
 

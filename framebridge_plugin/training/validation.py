@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,51 +38,92 @@ class ValidationVideo(NamedTuple):
 
 def validate(
     trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], step: int, metrics: MetricsLogger, *, final: bool
-) -> None:
-    """Samples the validation set with the weights in training, or their average; every rank takes part."""
-    args, backend, specification = trainer.args, trainer.state.parallel_backend, trainer.model_specification
-    transformer, average, world_size = trainer.transformer, trainer.average, trainer._data_world_size
+) -> bool:
+    """Samples the validation set with the weights in training, or their average; every rank takes part.
+
+    An error is no end of the run: it is logged with its traceback, and noted in the metrics.
+
+    Returns:
+        Whether there was none, the same on every rank.
+    """
+    from finetrainers.logging import get_logger
+
+    average, transformer = trainer.average, trainer.transformer
     transformer.eval()
-    components = {name: getattr(trainer, name) for name in ("tokenizer", "text_encoder", "vae")}
     weights = average.in_place_of_weights() if average is not None else contextlib.nullcontext()
+    written: list[ValidationVideo] = []
+    problem = None
     with weights, torch.no_grad(), trainer.attention_provider_ctx(training=False):
-        pipeline = specification.load_pipeline(
-            transformer=transformer,
-            scheduler=type(trainer.scheduler).from_config(trainer.scheduler.config),
-            enable_slicing=args.enable_slicing,
-            enable_tiling=args.enable_tiling,
-            enable_model_cpu_offload=args.enable_model_cpu_offload,
-            **components,
+        try:  # within: finetrainers does not undo the context after an exception
+            written = _sample(trainer, samples, "final" if final else f"step{step:06d}")
+        except Exception:
+            problem = traceback.format_exc()
+    if trainer.args.enable_model_cpu_offload:
+        trainer._move_components_to_device()
+    transformer.train()
+
+    shares = _gathered(trainer, (written, problem))
+    problems = [problem for _, problem in shares if problem is not None]
+    if trainer.state.parallel_backend.is_main_process and not problems:
+        try:
+            _record(trainer, [item for written, _ in shares for item in written], step, metrics, final)
+        except Exception:
+            problem = traceback.format_exc()
+    problems += filter(None, _gathered(trainer, problem))
+    if problems:
+        get_logger().error(f"the validation at update {step} failed; the run goes on\n{problems[0]}")
+        metrics.log_text(step, "validation_error", problems[0].strip().splitlines()[-1])
+    return not problems
+
+
+def _sample(trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], label: str) -> list[ValidationVideo]:
+    args, specification = trainer.args, trainer.model_specification
+    components = {name: getattr(trainer, name) for name in ("tokenizer", "text_encoder", "vae")}
+    pipeline = specification.load_pipeline(
+        transformer=trainer.transformer,
+        scheduler=type(trainer.scheduler).from_config(trainer.scheduler.config),
+        enable_slicing=args.enable_slicing,
+        enable_tiling=args.enable_tiling,
+        enable_model_cpu_offload=args.enable_model_cpu_offload,
+        **components,
+    )
+    if not args.enable_model_cpu_offload:
+        trainer._move_components_to_device(
+            [part for part in pipeline.components.values() if part is not trainer.transformer]
         )
-        if not args.enable_model_cpu_offload:
-            trainer._move_components_to_device(
-                [part for part in pipeline.components.values() if part is not transformer]
-            )
-        pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not backend.is_main_process)
-        written = sample_validation_videos(
+    is_main_process = trainer.state.parallel_backend.is_main_process
+    pipeline.set_progress_bar_config(desc="Validation", leave=False, disable=not is_main_process)
+    try:
+        return sample_validation_videos(
             samples,
             pipeline,
             specification.validation,
             Path(args.output_dir) / "validation",
             fps=specification.clip_rate or DEFAULT_FPS,
-            label="final" if final else f"step{step:06d}",
+            label=label,
             seed=args.seed,
             rank=trainer._data_rank,
-            world_size=world_size,
+            world_size=trainer._data_world_size,
         )
+    finally:
         pipeline.remove_all_hooks()
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(shares, written)
-        written = [item for share in shares for item in share]
+
+
+def _record(
+    trainer: FrameBridgeTrainer, written: list[ValidationVideo], step: int, metrics: MetricsLogger, final: bool
+) -> None:
     metrics.log_validation(step, written)
-    if args.report_to == "wandb" and backend.is_main_process:
+    if trainer.args.report_to == "wandb":
         videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
-        backend.log({"final" if final else "validation": videos}, step=step)
-    backend.wait_for_everyone()
-    if args.enable_model_cpu_offload:
-        trainer._move_components_to_device()
-    transformer.train()
+        trainer.state.parallel_backend.log({"final" if final else "validation": videos}, step=step)
+
+
+def _gathered(trainer: FrameBridgeTrainer, value: Any) -> list[Any]:
+    """What every rank has for `value`."""
+    values = [value] * trainer._data_world_size
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def sample_validation_videos(

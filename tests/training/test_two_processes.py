@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from framebridge_plugin.commands.sample import open_pipeline
@@ -15,7 +17,7 @@ from tests.training import test_latte_runs as latte
 from tests.training import two_processes
 from tests.training.averaged_run import OPTIONS
 from tests.training.bridge_runs import make_inputs, run_trainer
-from tests.training.conftest import run_in_two_processes, write_recipe
+from tests.training.conftest import SIZE, run_in_two_processes, write_recipe
 from tests.training.run_results import (
     CONSTANT_RATE,
     LORA,
@@ -43,10 +45,12 @@ FOUR_CLIPS = {
 def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_folder: Path) -> Path:
     """The folder of all runs and of what they are made from."""
     folder = tmp_path_factory.mktemp("two")
-    commands: list[list[str]] = []
+    commands: list[list[Any]] = []
 
-    def train(recipe: Path, output: str, *options: str) -> None:
-        commands.append(["train", f"--recipe={recipe}", f"checkpoints.output_dir={folder / output}", *options])
+    def train(recipe: Path, output: str, *options: str, exit_code: int = 0) -> None:
+        commands.append(
+            [exit_code, "train", f"--recipe={recipe}", f"checkpoints.output_dir={folder / output}", *options]
+        )
 
     recipe = write_recipe(folder, model_folder, clips_folder)
     one_clip = (*write_one_clip(clips_folder, folder / "one clip"), *CONSTANT_RATE, "framebridge.ema_decay=0.9")
@@ -66,6 +70,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
     for name, options in FOUR_CLIPS.items():
         train(recipe, name, *CONSTANT_RATE, *options, "parallelism.dp_degree=2", "optimization.train_steps=3")
 
+    Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
+    rows = "\n".join(["caption,image_path,num_inference_steps", *[f"red,{folder / 'red.png'},2"] * 2])
+    (folder / "rows.csv").write_text(f"{rows}\n")
+    (folder / "not validated/validation/final-01.mp4").mkdir(parents=True)  # where the second process would write
+    options = ("parallelism.dp_degree=2", f"validation.validation_dataset_file={folder / 'rows.csv'}")
+    train(recipe, "not validated", *options, "optimization.train_steps=1", exit_code=3)
+
     clips = shutil.copytree(clips_folder, folder / "some broken")
     add_broken(clips, BROKEN)
     options = ("parallelism.dp_degree=2", "training.batch_size=1", f"framebridge.data.data_root={clips}")
@@ -84,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
     validation = ("--validation_steps=1", f"--validation_dataset_file={inputs / 'validation.csv'}")
     for kind, split in AVERAGED:
         output = str(folder / f"averaged-{kind}-{split}")
-        commands.append(["averaged", str(inputs), output, kind, f"--{split}=2", *validation])
+        commands.append([0, "averaged", str(inputs), output, kind, f"--{split}=2", *validation])
 
     run_in_two_processes(two_processes.__name__, commands)
     return folder
@@ -116,6 +127,15 @@ def test_the_same_clips_of_an_update_are_the_same_update_however_they_are_shared
     other = train(*whole, *halves[:1], *resume)
     assert other.returncode == 1
     assert "it was trained with clips per update 4;" in other.stderr
+
+
+def test_a_validation_that_fails_on_one_process_ends_none(runs):
+    """All agree on the exit code, of which the program that runs them makes sure."""
+    run = runs / "not validated"
+    (failure,) = [entry for entry in metrics(run) if "validation_error" in entry]
+    assert "final-01.mp4" in failure["validation_error"]
+    assert (run / "validation/final-00.mp4").is_file()
+    assert (run / "model/model_index.json").is_file()
 
 
 @pytest.mark.parametrize("split", SPLITS)

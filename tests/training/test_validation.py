@@ -1,4 +1,4 @@
-"""How the rows of a validation file are shared by the processes and written."""
+"""How the rows of a validation file are shared by the processes and written, and what becomes of errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from framebridge_plugin import register
 from framebridge_plugin.training.validation import ValidationVideo, sample_validation_videos
+from tests.training.run_results import assert_same_weights, losses, metrics, succeeded
 
 register()
 
@@ -53,3 +54,40 @@ def test_all_processes_make_as_many_calls_and_write_each_video_once(tmp_path):
     shares = [validate(tmp_path, rank, 2) for rank in range(2)]
     assert [[item.number for item in written] for written, _ in shares] == [[0, 2], [1]]
     assert [calls for _, calls in shares] == [[alone[0], alone[2]], [alone[1], alone[0]]]
+
+
+# In a run
+
+
+def test_a_validation_that_fails_does_not_end_the_run_but_is_told(train, validation_file, tmp_path, caplog):
+    # Where the videos of two of three validations should come to lie, there are folders.
+    for label in ("step000002", "final"):
+        (tmp_path / f"run/validation/{label}-00.mp4").mkdir(parents=True)
+    shown = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=1")
+    options = ("optimization.train_steps=3", "framebridge.ema_decay=0.9")
+    assert succeeded(train(*options, output="without"))
+    result = train(*options, *shown)
+    assert result.returncode == 3
+    assert result.stderr.splitlines()[-1].startswith("error: the final validation failed")
+    for step in (2, 3):
+        traceback = "Traceback (most recent call last):"
+        assert f"the validation at update {step} failed; the run goes on\n{traceback}" in caplog.text
+    entries = metrics(tmp_path / "run")
+    assert [entry["loss"] for entry in entries if "loss" in entry] == losses(tmp_path / "without")
+    failed = {entry["step"]: entry["validation_error"] for entry in entries if "validation_error" in entry}
+    assert failed.keys() == {2, 3}
+    assert "step000002-00.mp4" in failed[2]
+    assert (tmp_path / "run/validation/step000001-00.mp4").is_file()
+    assert_same_weights(tmp_path / "run/model", tmp_path / "without/model")
+    assert (tmp_path / "run/loss.png").is_file()
+
+
+def test_a_tracker_that_fails_does_not_stop_the_run(train, tmp_path, monkeypatch, caplog):
+    # It cannot begin, since a file lies where its folder should.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").write_text("")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = train("tracking.report_to=wandb", "optimization.train_steps=2")
+    assert succeeded(result)
+    assert caplog.text.count("the tracker fails: ") == 1
+    assert len(losses(tmp_path / "run")) == 2

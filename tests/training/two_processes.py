@@ -37,11 +37,11 @@ def _agree_on_a_port(file: Path) -> str:
 
 
 def main() -> None:
-    for command, *arguments in runs_on_their_ports():
+    for expected, command, *arguments in runs_on_their_ports():
         if command == "averaged":
             averaged_run.main(*arguments)
-        elif exit_code := run_command([command, *arguments]):
-            sys.exit(exit_code)
+        elif (exit_code := run_command([command, *arguments])) != expected:
+            sys.exit(f"exit code {exit_code}, not {expected}: {command} {arguments}")
 
 
 if __name__ == "__main__":
