@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for a wrong recipe or command line, 130 after Ctrl-C.
+        The exit code: 0, 1 for a run that failed, 2 for a wrong recipe or command line, 3 for a run that is done and
+        saved but not validated or uploaded at the end, 130 after Ctrl-C.
     """
     debug = os.environ.get("FRAMEBRIDGE_DEBUG", "0") not in ("", "0")
     try:

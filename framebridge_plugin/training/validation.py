@@ -41,10 +41,8 @@ def validate(
 ) -> bool:
     """Samples the validation set with the weights in training, or their average; every rank takes part.
 
-    An error is no end of the run: it is logged with its traceback, and noted in the metrics.
-
-    Returns:
-        Whether there was none, the same on every rank.
+    An error is no end of the run: it is logged with its traceback, and noted in the metrics. Returned is whether there
+    was none, the same on every rank.
     """
     from finetrainers.logging import get_logger
 
