@@ -13,19 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framebridge_plugin.backbones.facts import BackboneFacts, ClipRule, KnownClasses
+from framebridge_plugin.backbones.files import (
+    Reader,
+    entry_problem,
+    folder_weights_problem,
+    links_problem,
+    read_if_whole,
+    read_json,
+)
 from framebridge_plugin.backbones.folders import (
     LORA_INFO_FILE,
-    Reader,
     backbone_of,
     config_problem,
     find_saved_model,
-    folder_weights_problem,
     is_present,
     local_path,
     pipeline_class,
     place_problem,
-    read_if_whole,
-    read_json,
 )
 from framebridge_plugin.backbones.lora_folders import (
     HOW_TO_SAY_BASE,
@@ -164,7 +168,7 @@ class SavedModel(os.PathLike):
 
     def _base_findings(self, base: Path) -> Iterator[Finding]:
         title = self.facts.title
-        if problem := place_problem(base):
+        if problem := place_problem(base) or entry_problem(base / "model_index.json", base):
             yield Finding("", problem)
         elif (base / LORA_INFO_FILE).is_file():
             yield Finding("", f"{base} is a LoRA itself; give the model that it was trained on", is_other=True)
@@ -178,28 +182,44 @@ class SavedModel(os.PathLike):
             if title not in str(name):
                 yield Finding("", f"{base} holds a {name}, not a {title} pipeline", is_other=True)
                 return
-            if problem := self.facts.config_problem("model_index.json", index):
+            if problem := self.facts.config_problem("model_index.json", index) or self._index_problem(index):
                 yield Finding("", f"{base} {problem}", is_other=True)
                 return
             other = backbone_of(base, self.read)
             if other is not None and other != self.facts and not (base / self.facts.network).is_dir():
                 yield Finding("", f"{base} is a model of {other.name}, not of {self.facts.name}", is_other=True)
 
+    def _index_problem(self, index: Mapping[str, Any]) -> str | None:
+        """That it is to be put together of other classes than those of its backbone, which diffusers would load."""
+        libraries = ("diffusers", "transformers", self.facts.adapter.partition(".")[0])
+        for part, wanted in {**self.facts.parts, **self.facts.optional_parts}.items():
+            if not is_present(part, index):
+                continue
+            library, name = index[part] if len(index[part]) == 2 else (None, None)
+            if str(library).partition(".")[0] not in libraries or wanted not in (None, name):
+                return f"says that its {part} is {index[part]}, not a {wanted or part} of diffusers or transformers"
+        return None
+
     def _part_findings(self, part: str) -> Iterator[Finding]:
         folder = self.folder(part)
         if folder is None:
             return
-        if problem := place_problem(folder):
+        own = self.base if part not in self.components else None
+        if problem := (own and entry_problem(folder, own)) or place_problem(folder):
+            yield Finding(part, problem)
+            return
+        file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        is_alone = part in self.components and part != "tokenizer"
+        if is_alone and not file.is_file() and (folder.name != part or find_saved_model(folder)):
+            yield self._absence(part, folder)
+            return
+        if problem := links_problem(folder):
             yield Finding(part, problem)
             return
         if part == "tokenizer":
             if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
                 # transformers would make up a vocabulary without a word.
                 yield Finding(part, f"{folder} has no vocabulary (spiece.model); download the model again")
-            return
-        file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        if part in self.components and not file.is_file() and (folder.name != part or find_saved_model(folder)):
-            yield self._absence(part, folder)
             return
         try:
             config = self.read(file)
@@ -208,7 +228,7 @@ class SavedModel(os.PathLike):
             return
         if problem := config_problem(config, part, self.facts):
             yield Finding(part, f"{folder} {problem}", is_other=True)
-        elif part != "scheduler" and (problem := folder_weights_problem(folder, self.read)):
+        elif part != "scheduler" and (problem := folder_weights_problem(folder, config, self.read)):
             yield Finding(part, problem)
 
     def _absence(self, part: str, folder: Path) -> Finding:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.backbones.files import component_files
+from framebridge_plugin.backbones.files import component_files, read_json
 from framebridge_plugin.errors import FrameBridgeError
 
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
@@ -70,10 +70,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _settings_digest(path: Path) -> str:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-        content = {key: value for key, value in content.items() if not key.startswith("_") and key not in _WRITERS}
-    return digest_of(json.dumps(content, sort_keys=True).encode())
+    content = read_json(path).items()
+    said = {key: value for key, value in content if not key.startswith("_") and key not in _WRITERS}
+    return digest_of(json.dumps(said, sort_keys=True).encode())
 
 
 _WRITERS = ("transformers_version", "dtype", "torch_dtype")

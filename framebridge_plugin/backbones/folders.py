@@ -1,22 +1,19 @@
-"""Finding models on the disk, and reading what says what a folder or a file is; `examination` puts it together.
+"""Finding models on the disk, and what says what a folder or a file is; `examination` puts it together.
 
 Needs the standard library alone, so that a wrong path costs a second and not a minute.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
-
-Reader = Callable[[Path], dict[str, Any]]
-"""`read_json`, or one that remembers what it has read."""
+from framebridge_plugin.backbones.files import Reader, read_if_whole, read_json
 
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -25,7 +22,6 @@ EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 TWO_FILE_LORA = "two-file-lora"
 """What `finetrainers convert --from` calls the LoRA folders of that version."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
-_WEIGHTS = ("*.safetensors", "*.bin")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -34,27 +30,6 @@ def local_path(name: str) -> Path | None:
     path = Path(name)
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError that names the file for anything else."""
-    if not path.is_file():  # a named pipe would be waited for
-        raise ValueError(f"{path} is {'not a file' if path.exists() else 'missing'}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return content
-
-
-def read_if_whole(path: Path, read: Reader = read_json) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if the file is missing or damaged, which is said elsewhere."""
-    try:
-        return read(path)
-    except ValueError:
-        return {}
 
 
 def backbone_of(folder: Path, read: Reader = read_json) -> BackboneFacts | None:
@@ -181,49 +156,3 @@ def place_problem(path: Path) -> str | None:
     if not any(path.iterdir()):
         return f"{path} is empty"
     return two_file_problem(find_saved_model(path) or path)
-
-
-def safetensors_header(path: Path) -> dict[str, Any] | None:
-    """Type, shape and place of each tensor by name, and `__metadata__`; None for another or a cut off file."""
-    # 8 bytes with the header's length, the header in JSON, and the tensors' bytes.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= path.stat().st_size else None
-        except ValueError:
-            header = None
-    return header if isinstance(header, dict) else None
-
-
-def weights_problem(path: Path) -> str | None:
-    """What is wrong with an existing file of weights."""
-    size = path.stat().st_size
-    if size == 0:
-        return f"{path} is empty; download it again"
-    if path.suffix != ".safetensors":
-        return None
-    header = safetensors_header(path)
-    if header is None:
-        return f"{path} is no safetensors file, or cut off in its header; download it again"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    with path.open("rb") as file:
-        expected = 8 + int.from_bytes(file.read(8), "little") + max(ends, default=0)
-    if size != expected:
-        return f"{path} has {size} bytes, its header announces {expected}; download it again"
-    return None
-
-
-def folder_weights_problem(folder: Path, read: Reader = read_json) -> str | None:
-    """What is wrong with the weights in a component's folder."""
-    for index in folder.glob("*.index.json"):
-        try:
-            names = set(read(index).get("weight_map", {}).values())
-        except ValueError as error:
-            return str(error)
-        for name in sorted(names):
-            if not (folder / name).is_file():
-                return f"{folder / name} is missing, although {index.name} lists it; download the model again"
-    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
-    if not weights:
-        return f"{folder} holds no weights ({' or '.join(_WEIGHTS)}); download the model again"
-    return next((problem for file in weights if (problem := weights_problem(file)) is not None), None)

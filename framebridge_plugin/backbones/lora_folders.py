@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.files import Reader, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
-from framebridge_plugin.backbones.folders import (
-    LORA_FILE,
-    LORA_INFO_FILE,
-    Reader,
-    read_json,
-    safetensors_header,
-    two_file_problem,
-    weights_problem,
-)
+from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE, two_file_problem
 from framebridge_plugin.errors import FrameBridgeError
 
 HOW_TO_SAY_BASE = "--base, in Python base_model"

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from framebridge_plugin.backbones.examination import SavedModel, examine
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
-from framebridge_plugin.backbones.folders import find_saved_model, local_path, read_json
+from framebridge_plugin.backbones.files import read_json
+from framebridge_plugin.backbones.folders import find_saved_model, local_path
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
 from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line

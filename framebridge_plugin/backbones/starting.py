@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framebridge_plugin.backbones.facts import BackboneFacts
+from framebridge_plugin.backbones.files import Reader, read_json, safetensors_header
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
     LORA_FILE,
     LORA_INFO_FILE,
-    Reader,
     backbone_of,
     find_saved_model,
     local_path,
-    read_json,
-    safetensors_header,
     two_file_problem,
 )
 from framebridge_plugin.backbones.lora_folders import read_lora_info

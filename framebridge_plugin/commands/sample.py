@@ -11,7 +11,8 @@ import torch
 
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.folders import find_part, pipeline_class, read_if_whole
+from framebridge_plugin.backbones.files import read_if_whole
+from framebridge_plugin.backbones.folders import find_part, pipeline_class
 from framebridge_plugin.backbones.opening import (
     find_folder,
     find_model,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import ClipRule
-from framebridge_plugin.backbones.folders import local_path, read_json, writing_problem
+from framebridge_plugin.backbones.files import read_json
+from framebridge_plugin.backbones.folders import local_path, writing_problem
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.layouts import find_clips
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, TextError, csv_files, read_table

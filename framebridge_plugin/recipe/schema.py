@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
-from framebridge_plugin.backbones.folders import local_path, read_json
+from framebridge_plugin.backbones.files import read_json
+from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.backbones.starting import find_start, goes_on
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings import finetrainers as host

@@ -1,13 +1,18 @@
-"""Which files belong to a component, and that nothing in a stranger's model leads elsewhere."""
+"""A stranger's model: what belongs to a component, that nothing leads out of it, and that no file eats the machine."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from framebridge_plugin.backbones.files import component_files
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.examination import SavedModel
+from framebridge_plugin.backbones.files import component_files, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.errors import FrameBridgeError
 from tests.cogvideox_files import write_model_folder
@@ -72,3 +77,97 @@ def test_folders_pipes_and_sockets(tmp_path):
     os.mkfifo(vae / "inside" / "a.jinja")
     with pytest.raises(FrameBridgeError, match=r"a.jinja is neither a file nor a folder; remove it"):
         component_files(vae)
+
+
+def problem_of(model: Path) -> str:
+    (finding,) = SavedModel(COGVIDEOX, model).findings()
+    return finding.message
+
+
+def test_a_model_that_leads_elsewhere(tmp_path):
+    model, other = (write_model_folder(tmp_path / name) for name in ("model", "other"))
+    (tmp_path / "named").symlink_to(model)
+    assert not list(SavedModel(COGVIDEOX, tmp_path / "named").findings())
+    (model / "vae").rename(tmp_path / "vae")
+    (model / "vae").symlink_to(tmp_path / "vae")
+    assert "vae is a link to" in problem_of(model)
+    assert not list(SavedModel(COGVIDEOX, model, {"vae": model / "vae"}).findings())  # the user named it
+    (other / "model_index.json").rename(tmp_path / "index.json")
+    (other / "model_index.json").symlink_to(tmp_path / "index.json")
+    assert "model_index.json is a link to" in problem_of(other)
+
+
+@pytest.mark.parametrize(
+    "entry", [["os", "system"], ["evil", "T5EncoderModel"], ["diffusers", "FluxTransformer2DModel"], ["diffusers"]]
+)
+def test_classes_that_a_model_may_not_name(tmp_path, entry):
+    model = write_model_folder(tmp_path)
+    index = {"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "CogVideoXTransformer3DModel"]}
+    write(model / "model_index.json", json.dumps(index))
+    assert not list(SavedModel(COGVIDEOX, model).findings())
+    write(model / "model_index.json", json.dumps(index | {"transformer": entry}))
+    assert f"its transformer is {entry}, not a CogVideoXTransformer3DModel of diffusers" in problem_of(model)
+
+
+def test_json_that_is_too_deep_or_too_large(tmp_path):
+    for depth in (60, 100_000):
+        write(tmp_path / "deep.json", '{"a":' * depth + "1" + "}" * depth)
+        with pytest.raises(ValueError, match=r"deep.json is not readable JSON \(it is nested too deeply\)"):
+            read_json(tmp_path / "deep.json")
+    write(tmp_path / "shallow.json", json.dumps({"a": [[[[1]]]] * 1000}))
+    assert len(read_json(tmp_path / "shallow.json")["a"]) == 1000
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="it has more than 64 MiB"):
+        read_json(tmp_path / "large.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="pipe.json is not a file"):
+        read_json(tmp_path / "pipe.json")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}',
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}',
+        '{"a": 1}',
+        "[]",
+        '{"a":' * 100_000,
+    ],
+)
+def test_headers_that_are_none(tmp_path, header):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    assert safetensors_header(file) is None
+    assert "is no safetensors file" in str(weights_problem(file))
+    with file.open("wb") as opened:  # a header of 1 TiB, in a file that takes no room
+        opened.write((2**40).to_bytes(8, "little"))
+        opened.truncate(2**41)
+    assert safetensors_header(file) is None
+
+
+def test_weights_that_are_a_pickle_or_lie_elsewhere(tmp_path):
+    model = write_model_folder(tmp_path)
+    vae = model / "vae"
+    index = write(
+        vae / "model.safetensors.index.json", json.dumps({"weight_map": {"a": "../transformer/model.safetensors"}})
+    )
+    assert "is missing, although model.safetensors.index.json lists it" in problem_of(model)
+    write(index, "[]")
+    assert "model.safetensors.index.json lists no files" in problem_of(model)
+    index.unlink()
+    (vae / "model.safetensors").rename(vae / "diffusion_pytorch_model.bin")
+    assert "holds weights as a pickle alone, which could run code" in problem_of(model)
+
+
+def test_a_config_that_the_weights_cannot_be_of(tmp_path):
+    model = write_model_folder(tmp_path)
+    file = model / "transformer/config.json"
+    config = json.loads(file.read_text())
+    for name, value, is_wrong in (("num_layers", 1, False), ("num_layers", 2, True), ("text_embed_dim", 10**9, True)):
+        write(file, json.dumps(config | {name: value}))
+        assert bool(list(SavedModel(COGVIDEOX, model).findings())) == is_wrong
+    save_file({str(number): np.zeros(1) for number in range(3)}, model / "transformer/model.safetensors")
+    write(file, json.dumps(config | {"num_layers": 3}))
+    assert not list(SavedModel(COGVIDEOX, model).findings())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from framebridge_plugin.backbones.folders import read_json
+from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.cli import main
 from framebridge_plugin.data import UCF101_CLASSES
 from tests.latte_reference import HEADS, reference_weights, write_checkpoint
