@@ -84,10 +84,10 @@ class BackboneAdapter:
 
     def load_part_config(self, part: str, component_class: Any) -> FrozenDict:
         """The config of a component, refused if it is of another kind."""
-        source, subfolder = self.source.place(part)
-        config = load_config(component_class, source, subfolder, self.expected, **self.source.hub)
+        place = self.source.place(part)
+        config = load_config(component_class, self.source, place, self.expected)
         if problem := self.facts.config_problem(part, config):
-            raise cannot_load(part, source, f"it {problem}", self.expected)
+            raise cannot_load(part, place[0], f"it {problem}", self.expected)
         return config
 
     def read_network_config(self) -> FrozenDict:
@@ -117,13 +117,12 @@ class BackboneAdapter:
 
     def load_part(self, part: str, component_class: Any, dtype: torch.dtype) -> Any:
         """A component with its weights."""
-        source, subfolder = self.source.place(part)
         what = {"vae": "autoencoder", "text_encoder": "text encoder"}.get(part, part)
-        return load_weights(component_class, what, source, subfolder, self.expected, dtype, **self.source.hub)
+        return load_weights(component_class, what, self.source, self.source.place(part), self.expected, dtype=dtype)
 
     def load_backbone(self) -> Any:
         """The scheduler of the model's own process; None for a bridge that was trained without one."""
-        backbone = load_backbone_scheduler(self.source.name_or_path, self.facts, self.expected, **self.source.hub)
+        backbone = load_backbone_scheduler(self.source, self.facts, self.expected)
         if backbone is None or self.backbone_class is None:
             return backbone
         return self.backbone_class.from_config(backbone.config)
@@ -134,9 +133,7 @@ class BackboneAdapter:
 
     def load_condition_models(self, dtype: torch.dtype) -> dict[str, Any]:
         """What encodes captions."""
-        tokenizer = load_tokenizer(
-            self.tokenizer_class, *self.source.place("tokenizer"), self.expected, **self.source.hub
-        )
+        tokenizer = load_tokenizer(self.tokenizer_class, self.source, self.expected)
         return {"tokenizer": tokenizer, "text_encoder": self.load_part("text_encoder", self.text_encoder_class, dtype)}
 
     def own_components(self) -> dict[str, Any]:

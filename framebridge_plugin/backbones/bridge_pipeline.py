@@ -15,6 +15,7 @@ import torch
 from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
+from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.opening import find_model, load_components, opening
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
@@ -79,7 +80,7 @@ class BridgePipeline:
             if info is not None and info.fps is not None and "fps" not in kwargs:
                 pipeline.register_to_config(fps=info.fps)
             if saved.lora is not None:
-                pipeline.load_lora_weights(saved.lora)
+                pipeline.load_lora_weights(saved.lora, weight_name=LORA_FILE, use_safetensors=True)
         return pipeline
 
     @classmethod
@@ -89,7 +90,7 @@ class BridgePipeline:
             expected = inspect.signature(cls.__init__).parameters
             return cls(**{name: value for name, value in components.items() if name in expected})
         parent: Any = super()
-        return parent.from_pretrained(saved.base, **components)
+        return parent.from_pretrained(saved.base, **components, use_safetensors=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the pipeline as diffusers does; refuses LoRA layers, which nothing would open."""

@@ -23,7 +23,7 @@ _JSON_BYTES = 64 * 2**20  # the largest that is needed, a tokenizer of 256,000 p
 _HEADER_BYTES = 16 * 2**20  # safetensors allows 100 MB; 100 bytes for each of 10,000 tensors make one
 _JSON_DEPTH = 50
 _LARGEST_NUMBER = 10**7
-_COMPONENT_FILES = (
+COMPONENT_FILES = (
     *("config.json", "*_config.json", "*.safetensors.index.json"),
     *("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
     *("*.model", "vocab.txt", "merges.txt"),
@@ -50,7 +50,7 @@ def component_files(folder: Path) -> list[tuple[str, Path]]:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError as error:
         raise FrameBridgeError(f"cannot read {folder}: {error}; check that it is a whole model") from error
-    names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPONENT_FILES)]
+    names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPONENT_FILES)]
     return [(name, (folder / name).resolve()) for name in names]
 
 

@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
-from framebridge_plugin.backbones.saving import local_folder
+from framebridge_plugin.backbones.files import (
+    COMPONENT_FILES,
+    entry_problem,
+    folder_weights_problem,
+    links_problem,
+    read_json,
+)
+from framebridge_plugin.backbones.folders import config_problem, find_saved_model, local_path, two_file_problem
+from framebridge_plugin.backbones.hub import commit_of, local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -37,6 +43,7 @@ class ModelSource:
     name_or_path: str
     replaced: Mapping[str, str] = field(default_factory=dict)
     hub: Mapping[str, Any] = field(default_factory=dict)
+    _commits: dict[str, str] = field(default_factory=dict, compare=False)
 
     def place(self, part: str) -> tuple[str, str]:
         """Folder or id that a component comes from, and the subfolder in it ("" for a component alone)."""
@@ -47,10 +54,23 @@ class ModelSource:
         """The folder of a component on this machine."""
         return self.local(*self.place(part))
 
-    def local(self, source: str, subfolder: str) -> Path:
-        """A subfolder of a folder or id on this machine."""
-        patterns = [f"{subfolder}/*"] if subfolder else None
-        return local_folder(source, patterns=patterns, **self.hub) / subfolder
+    def local(self, source: str, subfolder: str, *, settings_only: bool = False) -> Path:
+        """A subfolder of a folder or id on this machine, refused if something in it leads elsewhere.
+
+        An id is taken at the same commit each time.
+        """
+        names = ["*.json"] if settings_only else COMPONENT_FILES
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
+        hub = {**self.hub, "ignore_patterns": None if subfolder else ["*/*"]}
+        if source in self._commits:
+            hub["revision"] = self._commits[source]
+        root = local_folder(source, patterns=patterns, **hub)
+        if local_path(source) is None:
+            self._commits[source] = commit_of(root)
+        folder = root / subfolder
+        if problem := (subfolder and entry_problem(folder, root)) or links_problem(folder):
+            raise FrameBridgeError(problem)
+        return folder
 
 
 def cannot_load(what: str, source: str, reason: BaseException | str, expected: str) -> FrameBridgeError:
@@ -73,23 +93,24 @@ def loading(what: str, source: str, expected: str) -> Iterator[None]:
         raise cannot_load(what, source, error, expected) from error
 
 
-def load_config(component_class: Any, source: str, subfolder: str, expected: str, **hub: Any) -> FrozenDict:
-    """A component's config, refused if it is of another class."""
-    name = component_class.__name__
+def load_config(component_class: Any, model: ModelSource, place: tuple[str, str], expected: str) -> FrozenDict:
+    """The config of a component at a place (see `ModelSource`), refused if it is of another class."""
+    name, source = component_class.__name__, place[0]
     with loading(name, source, expected):
-        config = component_class.load_config(source, subfolder=subfolder, **hub)
+        config = read_json(model.local(*place, settings_only=True) / "config.json")
     if config.get("_class_name") != name:
         raise cannot_load(name, source, f"it is of the class {config.get('_class_name')}", expected)
     return FrozenDict(**config)
 
 
-def load_backbone_scheduler(source: str, facts: BackboneFacts, expected: str, **hub: Any) -> Any:
+def load_backbone_scheduler(model: ModelSource, facts: BackboneFacts, expected: str) -> Any:
     """The process that a model was pretrained on, by its own scheduler.
 
     Of a bridge, whose settings are left out, it is the one that it was fine-tuned from; None for one that has none.
     """
+    source = model.name_or_path
     with loading("scheduler", source, expected):
-        config = FrameBridgeScheduler.load_config(source, subfolder="scheduler", **hub)
+        config = read_json(model.local(source, "scheduler", settings_only=True) / "scheduler_config.json")
     if problem := config_problem(config, "scheduler", facts):
         raise cannot_load("scheduler", source, f"it {problem}", expected)
     if config.get("_class_name") == FrameBridgeScheduler.__name__:
@@ -97,10 +118,11 @@ def load_backbone_scheduler(source: str, facts: BackboneFacts, expected: str, **
     return build_backbone(config)
 
 
-def load_tokenizer(tokenizer_class: Any, source: str, subfolder: str, expected: str, **hub: Any) -> Any:
-    """A tokenizer with its vocabulary; the subfolder is empty for a tokenizer alone."""
+def load_tokenizer(tokenizer_class: Any, model: ModelSource, expected: str) -> Any:
+    """A model's tokenizer, with its vocabulary."""
+    source, _ = model.place("tokenizer")
     with loading("tokenizer", source, expected):
-        tokenizer = tokenizer_class.from_pretrained(source, subfolder=subfolder, **hub)
+        tokenizer = tokenizer_class.from_pretrained(model.folder("tokenizer"))
     # Without its file, transformers makes up a vocabulary of special tokens and one more.
     if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
         raise cannot_load("tokenizer", source, "it has no vocabulary (spiece.model)", expected)
@@ -108,8 +130,12 @@ def load_tokenizer(tokenizer_class: Any, source: str, subfolder: str, expected: 
 
 
 def load_weights(
-    component_class: Any, what: str, source: str, subfolder: str, expected: str, dtype: torch.dtype, **hub: Any
+    component_class: Any, what: str, model: ModelSource, place: tuple[str, str], expected: str, **settings: Any
 ) -> Any:
-    """A model of diffusers or transformers."""
+    """A model of diffusers or transformers at a place, by its `from_pretrained` with these settings."""
+    source = place[0]
     with loading(what, source, expected):
-        return component_class.from_pretrained(source, subfolder=subfolder, dtype=dtype, **hub)
+        folder = model.local(*place)
+        if problem := folder_weights_problem(folder, read_json(folder / "config.json")):
+            raise cannot_load(what, source, problem, expected)
+        return component_class.from_pretrained(folder, use_safetensors=True, **settings)

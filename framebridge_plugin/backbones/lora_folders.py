@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.files import Reader, read_json, safetensors_header, weights_problem
+from framebridge_plugin.backbones.files import Reader, links_problem, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE, two_file_problem
 from framebridge_plugin.errors import FrameBridgeError
@@ -86,11 +86,9 @@ def other_base_error(folder: Path, base: str, difference: str) -> str:
 
 def lora_problem(folder: Path, facts: BackboneFacts) -> str | None:
     """What is wrong with the LoRA file of a folder that our trainer saved."""
-    if (problem := two_file_problem(folder)) is not None:
+    if (problem := two_file_problem(folder) or links_problem(folder)) is not None:
         return problem
     file, layer = folder / LORA_FILE, facts.input_projection
-    if not file.is_file():
-        return f"{file} is missing; copy the folder again"
     if (problem := weights_problem(file)) is not None:
         return problem
     names = safetensors_header(file) or {}

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from framebridge_plugin.backbones.examination import SavedModel, examine
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.folders import find_saved_model, local_path
+from framebridge_plugin.backbones.hub import local_folder, say
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
-from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -125,7 +124,7 @@ def load_components(
                 raise FrameBridgeError(f"{os.fspath(saved)}: its {name} is not on this machine; give its folder or id")
             continue
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-        precision = {} if name == "tokenizer" else {"dtype": dtype or torch.float32}
+        precision = {} if name == "tokenizer" else {"dtype": dtype or torch.float32, "use_safetensors": True}
         load = getattr(loaders[name], "from_pretrained", loaders[name])
         components[name] = load(folder, **precision)
     if saved.lora is not None and "scheduler" in saved.facts.parts:
@@ -139,8 +138,3 @@ def load_scheduler(folder: Path) -> Any:
     if config.get("_class_name") == FrameBridgeScheduler.__name__:
         return FrameBridgeScheduler.from_pretrained(folder)
     return build_backbone(config)
-
-
-def say(text: str) -> None:
-    """Says to the user what was chosen for them."""
-    print(text, file=sys.stderr)

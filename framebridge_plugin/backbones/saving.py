@@ -14,34 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub
 import torch
 from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
-from framebridge_plugin.backbones.folders import LORA_FILE, file_problem, local_path
+from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.backbones.hub import commit_of
 from framebridge_plugin.backbones.lora_folders import LoraInfo
-from framebridge_plugin.errors import FrameBridgeError, first_line
-
-
-def local_folder(name_or_path: str, *, patterns: list[str] | None = None, **hub_settings: Any) -> Path:
-    """The folder of a model: a path as it is, a hub id downloaded (or found in the cache)."""
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    if os.path.isfile(name_or_path):
-        raise FrameBridgeError(file_problem(Path(name_or_path)))
-    if local_path(name_or_path) is not None:
-        raise FrameBridgeError(f"no such folder: {name_or_path!r}; check the name")
-    try:
-        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, **hub_settings))
-    except (OSError, HFValidationError, ValueError) as error:
-        raise FrameBridgeError(
-            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); "
-            "check the name, or download it and give the folder"
-        ) from error
 
 
 def save_model_folder(
@@ -109,7 +90,7 @@ def save_lora_file(
 
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
     """What a LoRA remembers of the model that it is trained on."""
-    commits = {name: _commit(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
+    commits = {name: commit_of(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
     replaced = {name: source for name, (source, _) in components.items() if source != base_model}
     return {
         "base_model": _absolute(base_model),
@@ -134,12 +115,6 @@ def link_or_copy_tree(source: Path, destination: Path) -> None:
                 os.link(origin, copy)
             except OSError:
                 shutil.copyfile(origin, copy)
-
-
-def _commit(folder: Path) -> str:
-    """The commit of a folder in the hub's cache: <cache>/models--owner--name/snapshots/<commit>/..."""
-    parts = folder.absolute().parts
-    return parts[len(parts) - parts[::-1].index("snapshots")]
 
 
 def _absolute(source: str) -> str:

@@ -19,7 +19,8 @@ from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
 from framebridge_plugin.backbones.encoding import decode_video, encode_still
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.folders import two_file_problem
-from framebridge_plugin.backbones.opening import load_components, say
+from framebridge_plugin.backbones.hub import say
+from framebridge_plugin.backbones.opening import load_components
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
     call_defaults,

@@ -13,14 +13,14 @@ from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.files import read_if_whole
 from framebridge_plugin.backbones.folders import find_part, pipeline_class
+from framebridge_plugin.backbones.hub import local_folder, say
+from framebridge_plugin.backbones.loading import ModelSource, load_weights
 from framebridge_plugin.backbones.opening import (
     find_folder,
     find_model,
     load_scheduler,
     opening,
-    say,
 )
-from framebridge_plugin.backbones.saving import local_folder
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, write_video
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -118,7 +118,11 @@ def _load_fine_tuned(source: str, facts: BackboneFacts, torch_dtype: torch.dtype
     # Of a whole model on the hub these parts alone.
     patterns = ["config.json", "model_index.json", "diffusion_pytorch_model*", f"{facts.network}/*", "scheduler/*"]
     folder = find_part(local_folder(source, patterns=patterns), facts.network)
-    network = facts.load_adapter().network_class.from_pretrained(folder, dtype=torch_dtype)
+    adapter, expected = facts.load_adapter(), f"a fine-tuned {facts.network}, or a run's or a model's folder"
+    place = (str(folder), "")
+    network = load_weights(
+        adapter.network_class, facts.network, ModelSource(place[0]), place, expected, dtype=torch_dtype
+    )
     found: dict[str, Any] = {facts.network: network}
     index = read_if_whole(folder.parent / "model_index.json")
     if pipeline_class(index) == facts.load_pipeline().__name__:

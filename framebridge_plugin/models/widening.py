@@ -14,8 +14,8 @@ from diffusers import CogVideoXTransformer3DModel, ModelMixin
 from torch import nn
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION, config_problem
+from framebridge_plugin.backbones.loading import ModelSource, load_config, load_weights
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.whole_weights import whole_weights
 
 NetworkT = TypeVar("NetworkT", bound=ModelMixin)
 
@@ -72,10 +72,10 @@ def load_bridge_transformer(
         FrameBridgeError: If it is a CogVideoX 1.5, has another number of channels, or its weights lack a tensor.
     """
     source = pretrained_model_name_or_path
-    where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-    config = CogVideoXTransformer3DModel.load_config(source, subfolder=subfolder, **where)
+    model = ModelSource(source, hub={name: kwargs.pop(name) for name in ("revision", "cache_dir") if name in kwargs})
+    place, expected = (source, subfolder or ""), "a CogVideoX model in diffusers format, or its transformer/ alone"
+    config = load_config(CogVideoXTransformer3DModel, model, place, expected)
     if problem := config_problem("transformer", config):  # before a long download
         raise FrameBridgeError(f"{source} {problem}")
-    with whole_weights():
-        transformer = CogVideoXTransformer3DModel.from_pretrained(source, subfolder=subfolder, **kwargs)
+    transformer = load_weights(CogVideoXTransformer3DModel, "transformer", model, place, expected, **kwargs)
     return widen_input_channels(transformer, INPUT_PROJECTION)

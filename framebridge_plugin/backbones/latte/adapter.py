@@ -85,19 +85,19 @@ class LatteAdapter(BackboneAdapter):
         """The config of a component, refused if it is of another kind."""
         if part != "vae":
             return super().load_part_config(part, component_class)
-        source, subfolder = self.source.place("vae")
-        if not source:
+        place = self.source.place("vae")
+        if not place[0]:
             raise UsageError(
                 "a Latte network from scratch needs an autoencoder; give vae_id, for example stabilityai/sd-vae-ft-ema"
             )
-        return load_config(component_class, source, subfolder, _AUTOENCODER, **self.source.hub)
+        return load_config(component_class, self.source, place, _AUTOENCODER)
 
     def read_network_config(self) -> FrozenDict:
         """The network's config, of a seed or of a saved model."""
         if self.is_from_scratch:
             self._blank_network = blank_network(self._new_config())
         else:
-            self._blank_network = read_network(self.source.place(self.facts.network), self.stage, **self.source.hub)
+            self._blank_network = read_network(self.source, self.source.place(self.facts.network), self.stage)
         if not self.is_from_scratch or self.clip_shape is not None:
             # Else the trainer has yet to say which clips the network is for; then it is checked when it is loaded.
             self._check_network()
@@ -139,7 +139,7 @@ class LatteAdapter(BackboneAdapter):
             raise UsageError("neural_prior: objective=diffusion starts from noise; leave neural_prior out")
         if self._takes_neural_prior or self.neural_prior is not None:
             places["neural_prior"] = self.place("neural_prior")
-            configs["neural_prior"] = read_network(places["neural_prior"], "neural_prior", **self.source.hub).config
+            configs["neural_prior"] = read_network(self.source, places["neural_prior"], "neural_prior").config
         for part, problem in self.facts.problems(configs):
             raise FrameBridgeError(f"{Path(*places[part])} {problem}")
 
@@ -153,9 +153,9 @@ class LatteAdapter(BackboneAdapter):
             self.network_config = self._blank_network.config
             network = LatteTransformer.from_scratch(self.network_config, self.seed).to(dtype)
         else:
-            network = load_network(self.source.place(self.facts.network), self.stage, dtype, **self.source.hub)
+            network = load_network(self.source, self.source.place(self.facts.network), self.stage, dtype)
         if self._takes_neural_prior and self.prior_network is None:
-            prior = load_network(self.place("neural_prior"), "neural_prior", torch.float32, **self.source.hub)
+            prior = load_network(self.source, self.place("neural_prior"), "neural_prior", torch.float32)
             self.prior_network = prior.requires_grad_(False).eval()
         return network
 
@@ -258,10 +258,7 @@ class LatteAdapter(BackboneAdapter):
 
     def folder(self, part: str) -> Path:
         """The folder of a component on this machine."""
-        if part == "neural_prior" and self.stage == "bridge" and self.neural_prior is not None:
-            source, subfolder = self.place(part)
-            return self.source.local(source, subfolder)
-        return super().folder(part)
+        return self.source.local(*self.place(part))
 
     def place(self, part: str) -> tuple[str, str]:
         """Folder or id that a component comes from, and its subfolder in it."""

@@ -25,12 +25,12 @@ from framebridge_plugin.backbones.folders import (
     find_saved_model,
     two_file_problem,
 )
+from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.lora_folders import read_lora_info
 from framebridge_plugin.backbones.saving import (
     describe_base,
-    local_folder,
     save_lora_file,
     save_model_folder,
 )

@@ -12,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler
 
 from framebridge_plugin.backbones.folders import file_problem, find_part, local_path
 from framebridge_plugin.backbones.latte.rules import config_problem
-from framebridge_plugin.backbones.loading import cannot_load, load_config, loading
+from framebridge_plugin.backbones.loading import ModelSource, cannot_load, load_config, load_weights, loading
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import unrounded_time
 from framebridge_plugin.models.latte import LatteTransformer
@@ -28,7 +28,7 @@ EXPECTED = {
 """What the folder of a network's model should be, by its stage, for errors."""
 
 
-def read_network(place: tuple[str, str], stage: str, **hub: Any) -> LatteTransformer:
+def read_network(model: ModelSource, place: tuple[str, str], stage: str) -> LatteTransformer:
     """A saved network without its weights, refused if it is of another class or stage; `place`: see `ModelSource`."""
     source, subfolder = place
     other = next(folder for name, folder in FOLDERS.items() if name != stage)
@@ -37,7 +37,7 @@ def read_network(place: tuple[str, str], stage: str, **hub: Any) -> LatteTransfo
             f"cannot load {subfolder}/ from {source}: it has only {other}/, as a model of another stage; check that "
             f"the folder is {EXPECTED[stage]}"
         )
-    config = load_config(LatteTransformer, source, subfolder, EXPECTED[stage], **hub)
+    config = load_config(LatteTransformer, model, place, EXPECTED[stage])
     if problem := config_problem(FOLDERS[stage], config):
         raise FrameBridgeError(f"{Path(source, subfolder)} {problem}; give {EXPECTED[stage]}")
     with loading("LatteTransformer", source, EXPECTED[stage]):
@@ -50,18 +50,17 @@ def blank_network(config: Mapping[str, Any]) -> LatteTransformer:
         return LatteTransformer.from_config(dict(config))
 
 
-def load_network(place: tuple[str, str], stage: str, dtype: torch.dtype, **hub: Any) -> LatteTransformer:
+def load_network(model: ModelSource, place: tuple[str, str], stage: str, dtype: torch.dtype) -> LatteTransformer:
     """A network with its weights, refused if these are not those of its config."""
-    source, subfolder = place
-    with loading("LatteTransformer", source, EXPECTED[stage]):
-        network, found = LatteTransformer.from_pretrained(
-            source, subfolder=subfolder, dtype=dtype, output_loading_info=True, **hub
-        )
+    what, expected = "LatteTransformer", EXPECTED[stage]
+    network, found = load_weights(
+        LatteTransformer, what, model, place, expected, dtype=dtype, output_loading_info=True
+    )
     # diffusers only warns of these.
     wrong = sorted(missing_tensors(network, found) | set(found["unexpected_keys"]))
     if wrong:
         reason = f"its weights are not those of its config, {len(wrong)} names differ, first {wrong[0]}"
-        raise cannot_load("LatteTransformer", source, reason, EXPECTED[stage])
+        raise cannot_load(what, place[0], reason, expected)
     return network
 
 

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
+from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.loading import cannot_load, loading
 from framebridge_plugin.backbones.wan.facts import WAN, config_problem
 from framebridge_plugin.models.calling import unrounded_time
@@ -31,7 +32,7 @@ class WanAdapter(BackboneAdapter):
         """The network's config; refuses a Wan 2.2 as well, whose first network looks like one of 2.1."""
         source = self.source.name_or_path
         with loading("model", source, self.expected):
-            index = WanPipeline.load_config(source, **self.source.hub)
+            index = read_json(self.source.local(source, "", settings_only=True) / "model_index.json")
         if problem := config_problem("model_index.json", index):
             raise cannot_load("model", source, f"it {problem}", self.expected)
         return super().read_network_config()

@@ -97,7 +97,7 @@ def resolve_start(args: Any) -> None:
     name = args.start_from
     if name is None:
         return
-    from framebridge_plugin.backbones.saving import local_folder
+    from framebridge_plugin.backbones.hub import local_folder
 
     if (
         goes_on(args.output_dir, args.resume_from_checkpoint)

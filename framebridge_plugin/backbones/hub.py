@@ -1,0 +1,77 @@
+"""A name becomes a folder: as it is, or by a download from the Hugging Face Hub, which is announced."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+
+from framebridge_plugin.backbones.files import COMPONENT_FILES
+from framebridge_plugin.backbones.folders import (
+    EXTRA_WEIGHTS_FILE,
+    LORA_FILE,
+    LORA_INFO_FILE,
+    file_problem,
+    local_path,
+)
+from framebridge_plugin.errors import FrameBridgeError, first_line
+
+_INDICES = ("model_index.json", LORA_INFO_FILE)
+_MODEL_FILES = (
+    *_INDICES,
+    *(f"*/{name}" for name in (*_INDICES, *COMPONENT_FILES)),
+    *(LORA_FILE, EXTRA_WEIGHTS_FILE, "config.json", "*model*.safetensors", "*.safetensors.index.json"),
+)
+"""What is read of a repository with a whole model, a LoRA, or a component alone."""
+
+_announced: set[tuple[str, str]] = set()
+
+
+def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, **hub_settings: Any) -> Path:
+    """The folder of a model: a path as it is, a hub id downloaded (or found in the cache).
+
+    Args:
+        name_or_path: A folder, or an id: `owner/name`, where no folder `owner` is here.
+        patterns: What is downloaded.
+        **hub_settings: `revision`, `cache_dir`, `token`, ... as in `huggingface_hub`.
+
+    Returns:
+        The folder; of an id that of one commit, which `commit_of` tells.
+
+    Raises:
+        FrameBridgeError: If there is no such folder, or the hub does not have it.
+    """
+    if (path := local_path(name_or_path)) is not None:
+        if path.is_dir():
+            return path
+        raise FrameBridgeError(
+            file_problem(path) if path.is_file() else f"no such folder: {name_or_path!r}; check the name"
+        )
+    revision = hub_settings.get("revision") or "main"
+    if (name_or_path, revision) not in _announced and os.environ.get("RANK", "0") == "0":
+        say(f"{name_or_path} is no folder here: it is taken from the Hugging Face Hub, revision {revision}")
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns), **hub_settings))
+    except (OSError, HFValidationError, ValueError) as error:
+        raise FrameBridgeError(
+            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); "
+            "check the name, or download it and give the folder"
+        ) from error
+    _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
+    return folder
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a folder in the hub's cache: <cache>/models--owner--name/snapshots/<commit>/..."""
+    parts = folder.absolute().parts
+    return parts[len(parts) - parts[::-1].index("snapshots")]
+
+
+def say(text: str) -> None:
+    """Says to the user what was chosen for them."""
+    print(text, file=sys.stderr)
