@@ -15,8 +15,7 @@ import torch
 from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
-from framebridge_plugin.backbones.folders import LORA_FILE
-from framebridge_plugin.backbones.opening import find_model, load_components, opening
+from framebridge_plugin.backbones.opening import find_model, load_components, load_lora, opening
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -80,7 +79,7 @@ class BridgePipeline:
             if info is not None and info.fps is not None and "fps" not in kwargs:
                 pipeline.register_to_config(fps=info.fps)
             if saved.lora is not None:
-                pipeline.load_lora_weights(saved.lora, weight_name=LORA_FILE, use_safetensors=True)
+                load_lora(pipeline, saved.lora, saved.facts.network)
         return pipeline
 
     @classmethod

@@ -6,17 +6,30 @@ Needs the standard library alone.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.files import Reader, links_problem, read_json, safetensors_header, weights_problem
+from framebridge_plugin.backbones.files import (
+    Reader,
+    links_problem,
+    parse_json,
+    read_json,
+    safetensors_header,
+    weights_problem,
+)
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE, two_file_problem
 from framebridge_plugin.errors import FrameBridgeError
 
+TARGETS_KEY = "target_modules"
+"""In the header of a LoRA file: the layers as the recipe named them, in JSON, to be compared and not matched."""
+
+_LAYER = re.compile(r"(\w+)\.([\w.]+)\.(lora_[AB]\.(?:weight|bias))")
+_LONGEST_NAME, _MOST_LAYERS = 300, 10_000
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
 
@@ -91,27 +104,74 @@ def lora_problem(folder: Path, facts: BackboneFacts) -> str | None:
     file, layer = folder / LORA_FILE, facts.input_projection
     if (problem := weights_problem(file)) is not None:
         return problem
-    names = safetensors_header(file) or {}
-    if layer is not None and f"{facts.network}.{layer}.lora_B.weight" not in names:
+    if layer is not None and f"{facts.network}.{layer}.lora_B.weight" not in (safetensors_header(file) or ()):
         return (
             f"{file} lacks the layer of {layer}, without which the network cannot see the image; take the folder as "
             "it was written"
         )
+    try:
+        adapter_settings(folder, facts.network)
+    except FrameBridgeError as error:
+        return str(error)
     return None
 
 
-def lora_settings(folder: Path, facts: BackboneFacts) -> dict[str, Any]:
-    """`rank`, `lora_alpha` and `target_modules` (sorted names, or one expression) that a LoRA file says it has, if
-    any.
+def adapter_settings(folder: Path, network: str) -> dict[str, Any]:
+    """The arguments of peft's `LoraConfig` for the layers of a LoRA file; refuses a file with something else in it.
+
+    They follow from its tensors. Of what it says itself only numbers are taken: patterns may be for ever in matching,
+    and other settings name modules to import and files to read.
     """
+    file = folder / LORA_FILE
+    header = safetensors_header(file) or {}
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        match = _LAYER.fullmatch(name) if len(name) < _LONGEST_NAME else None
+        if match is None or match[1] != network:
+            raise FrameBridgeError(f"{file} holds {name[:60]!r}, which is no layer of a LoRA for the {network}")
+        found.setdefault(match[2], {})[match[3]] = entry["shape"]
+    ranks = {layer: shapes["lora_A.weight"][0] for layer, shapes in found.items() if shapes.get("lora_A.weight")}
+    if not ranks or ranks.keys() != found.keys() or len(ranks) > _MOST_LAYERS:
+        raise FrameBridgeError(f"{file} holds no whole layers of a LoRA, or absurdly many; copy the folder again")
+    said = _said_settings(header, network)
+    rank, alphas = said.get("r"), said.get("alpha_pattern")
+    rank = rank if rank in ranks.values() else max(ranks.values())
+    alphas = alphas if isinstance(alphas, dict) else {}
+    numbers = [said.get("lora_alpha", rank), *alphas.values()]
+    if not all(type(number) in (int, float) for number in numbers) or said.get("use_rslora") or said.get("use_dora"):
+        raise FrameBridgeError(f"{file} has layers of another kind than this package writes; take one that it wrote")
+    return {
+        "r": rank,
+        "lora_alpha": numbers[0],
+        "target_modules": sorted(ranks),
+        "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
+        "alpha_pattern": {layer: alphas[layer] for layer in ranks if layer in alphas},
+        "lora_bias": any("lora_B.bias" in shapes for shapes in found.values()),
+    }
+
+
+def lora_settings(folder: Path, facts: BackboneFacts) -> dict[str, Any]:
+    """`rank`, `lora_alpha` and `target_modules` that a LoRA's run had, if its file says them."""
     header = safetensors_header(folder / LORA_FILE) or {}
+    said = _said_settings(header, facts.network)
     try:
-        content = json.loads(header["__metadata__"]["lora_adapter_metadata"])
-        settings = {key.partition(".")[2]: value for key, value in content.items()}
-        targets = settings["target_modules"]
+        targets = parse_json(header["__metadata__"][TARGETS_KEY]) if TARGETS_KEY in header["__metadata__"] else None
+        if targets is None:  # of an earlier version
+            targets = said["target_modules"]
         if isinstance(targets, str):
             targets = [targets.removesuffix(f"|{facts.input_projection}")]
         names = sorted({*targets} - {facts.input_projection})
-        return {"rank": settings["r"], "lora_alpha": settings["lora_alpha"], "target_modules": names}
+        return {"rank": said["r"], "lora_alpha": said["lora_alpha"], "target_modules": names}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _said_settings(header: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """What a LoRA file says of its layers."""
+    try:
+        content = parse_json(header["__metadata__"]["lora_adapter_metadata"]).items()
+        return {key.removeprefix(f"{network}."): value for key, value in content}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}

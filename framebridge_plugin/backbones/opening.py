@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.examination import SavedModel, examine
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
 from framebridge_plugin.backbones.files import read_json
-from framebridge_plugin.backbones.folders import find_saved_model, local_path
+from framebridge_plugin.backbones.folders import LORA_FILE, find_saved_model, local_path
 from framebridge_plugin.backbones.hub import local_folder, say
+from framebridge_plugin.backbones.lora_folders import adapter_settings
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.whole_weights import whole_weights
@@ -130,6 +132,15 @@ def load_components(
     if saved.lora is not None and "scheduler" in saved.facts.parts:
         components["scheduler"] = settings.get("scheduler") or load_scheduler(saved.lora / "scheduler")
     return components
+
+
+def load_lora(pipeline: Any, folder: Path, network: str) -> None:
+    """Loads the layers of a LoRA folder into the network that they were trained on."""
+    settings = {f"{network}.{name}": value for name, value in adapter_settings(folder, network).items()}
+    layers = load_file(folder / LORA_FILE)
+    getattr(pipeline, network).load_lora_adapter(
+        layers, prefix=network, metadata=settings, low_cpu_mem_usage=True, _pipeline=pipeline
+    )
 
 
 def load_scheduler(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.hub import commit_of
-from framebridge_plugin.backbones.lora_folders import LoraInfo
+from framebridge_plugin.backbones.lora_folders import TARGETS_KEY, LoraInfo
 
 
 def save_model_folder(
@@ -76,8 +76,14 @@ def save_lora_file(
     file: Path, network_name: str, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> None:
     """Writes LoRA layers as diffusers does, with the settings of their `LoraConfig` in the header."""
-    prefixed = {f"{network_name}.{key}": value for key, value in settings.items()}
-    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
+    # Names, whatever the recipe says: a reader should have no pattern to match.
+    layers = sorted({name.rpartition(".lora_")[0] for name in state_dict})
+    prefixed = {f"{network_name}.{key}": value for key, value in {**settings, "target_modules": layers}.items()}
+    header = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True),
+        TARGETS_KEY: json.dumps(settings["target_modules"]),
+    }
     if settings["lora_alpha"] != settings["r"]:
         exceptions = "".join(f", except {name}: by 1" for name in settings.get("rank_pattern", {}))
         header["scale"] = (

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ _REFERENCE_NAMES = {
 # Stored by the authors, computed by us.
 _TABLES = ("pos_embed", "temp_embed")
 _LISTED_KEYS = 20
+_MOST_KEYS, _LONGEST_KEY, _MOST_BLOCKS = 20_000, 300, 500
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,13 @@ def list_keys(keys: Sequence[str]) -> str:
 
 
 def _load_weights(checkpoint: str | os.PathLike) -> tuple[str, dict[str, torch.Tensor]]:
+    size = 0
     try:
+        size = os.path.getsize(checkpoint)
+        if zipfile.is_zipfile(checkpoint):
+            with zipfile.ZipFile(checkpoint) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > size:
+                    raise ValueError("it is compressed, which torch.save does not do")
         # Files of torch before 1.6 are no archives, and cannot be mapped.
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
     except FileNotFoundError as error:
@@ -143,20 +150,36 @@ def _load_weights(checkpoint: str | os.PathLike) -> tuple[str, dict[str, torch.T
             f"{checkpoint}: refused, for it holds more than weights, and unpickling that could run code; "
             "save its dictionary 'ema' or 'model' alone"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, MemoryError, zipfile.BadZipFile) as error:
         raise FrameBridgeError(
             f"{checkpoint}: not a whole file of torch.save ({first_line(error)}); download it again"
         ) from error
     for weights in ("ema", "model"):
         state_dict = content.get(weights) if isinstance(content, dict) else None
         if isinstance(state_dict, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+            if problem := _problem_of(state_dict, size):
+                raise FrameBridgeError(f"{checkpoint}: {problem}; take the file as the authors saved it")
             return weights, state_dict
     raise FrameBridgeError(
         f"{checkpoint}: expected a dictionary with the weights under 'ema' or 'model', as the authors save it"
     )
 
 
-def _count_blocks(state_dict: Mapping[str, torch.Tensor]) -> int:
+def _problem_of(state_dict: dict[Any, torch.Tensor], size: int) -> str | None:
+    """What no checkpoint of this size in bytes has."""
+    names, tensors = list(state_dict), state_dict.values()
+    if len(names) > _MOST_KEYS or any(not isinstance(name, str) or len(name) > _LONGEST_KEY for name in names):
+        return "its keys are none of a network"
+    if any(tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized for tensor in tensors):
+        return "it has tensors that are not dense"
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > size:
+        return "its tensors are larger than the file, parts of which they repeat"
+    if _count_blocks(name.removeprefix(PRIOR_PREFIX) for name in names) > _MOST_BLOCKS:
+        return f"it numbers more than {_MOST_BLOCKS} blocks"
+    return None
+
+
+def _count_blocks(state_dict: Iterable[str]) -> int:
     numbers = [int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1
 
@@ -174,7 +197,12 @@ def _convert(
     if missing:
         raise FrameBridgeError(f"keys are missing: {list_keys(missing)}; take the file as the authors saved it")
 
-    config = _infer_config(state_dict, num_layers, stage, num_attention_heads)
+    try:
+        config = _infer_config(state_dict, num_layers, stage, num_attention_heads)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        if isinstance(error, FrameBridgeError):
+            raise
+        raise FrameBridgeError("its shapes are not those of a Latte; take the file as the authors saved it") from error
     if class_names is not None and len(class_names) == config["num_classes"]:
         config["class_names"] = list(class_names)
     with torch.device("meta"):
@@ -254,9 +282,13 @@ def _infer_config(
 def _check_tables(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any]) -> None:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     rows, num_steps = config["sample_height"] // config["patch_size"], state_dict["temp_embed"].shape[1]
-    ours = {"pos_embed": spatial_positions(rows, rows, width), "temp_embed": temporal_positions(num_steps, width)}
-    for name, table in ours.items():
-        theirs = state_dict[name][0].float()
+    shapes = {"pos_embed": (1, rows**2, width), "temp_embed": (1, num_steps, width)}
+    tables = {
+        "pos_embed": lambda: spatial_positions(rows, rows, width),
+        "temp_embed": lambda: temporal_positions(num_steps, width),
+    }
+    for name, table in tables.items():
+        theirs = state_dict[name]
         # Wide enough for a table stored in bfloat16.
-        if theirs.shape != table.shape or not torch.allclose(theirs, table, rtol=0, atol=5e-3):
+        if theirs.shape != shapes[name] or not torch.allclose(theirs[0].float(), table(), rtol=0, atol=5e-3):
             raise FrameBridgeError(f"{name} is not the table of sines and cosines that the authors' Latte has")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,7 @@ def test_class_names_are_taken_where_there_are_as_many(tmp_path, count, kept):
 def test_full_size_checkpoints(tmp_path, stage):
     shapes = json.loads((DATA / "latte_s2_keys.json").read_text())["stages"][stage]["state_dict"]
     prefix = "nwarp_model." if stage == "nwarp" else ""
-    # One number stands for all of a weight in the file.
-    weights = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     weights[f"{prefix}pos_embed"] = spatial_positions(16, 16, 384)[None]
     weights[f"{prefix}temp_embed"] = temporal_positions(shapes[f"{prefix}temp_embed"][1], 384)[None]
     checkpoint = read_reference_checkpoint(write_checkpoint(tmp_path / "checkpoint.pt", weights))
@@ -246,6 +246,37 @@ def test_a_truncated_file_is_refused(tmp_path, kept, is_archive):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
     assert "not a whole file of torch.save" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"more": torch.zeros(()).expand(2**40)}, "its tensors are larger than the file"),
+        ({f"copy {number}": "x_embedder.proj.weight" for number in range(50)}, "its tensors are larger than the file"),
+        ({"blocks.999999999.attn.qkv.weight": torch.zeros(1)}, "it numbers more than 500 blocks"),
+        ({"nwarp_model.blocks.999999999.a": torch.zeros(1)}, "it numbers more than 500 blocks"),
+        ({"a" * 301: torch.zeros(1)}, "its keys are none of a network"),
+        ({1: torch.zeros(1)}, "its keys are none of a network"),
+        (dict.fromkeys(map(str, range(20_000)), torch.zeros(0)), "its keys are none of a network"),
+        ({"a": torch.zeros(1).to_sparse()}, "it has tensors that are not dense"),
+        ({"x_embedder.proj.weight": torch.zeros(4)}, "its shapes are not those of a Latte"),
+        ({"x_embedder.proj.weight": torch.zeros(0, 0, 0, 0)}, "its shapes are not those of a Latte"),
+        ({"pos_embed": torch.zeros(1)}, "its shapes are not those of a Latte"),
+        ({"pos_embed": torch.zeros(1, 10**6, 0)}, "pos_embed is not the table"),
+    ],
+)
+def test_a_file_that_would_eat_the_machine(tmp_path, changes, message):
+    weights = reference_weights("bridge")
+    changes = {name: weights[value] if isinstance(value, str) else value for name, value in changes.items()}
+    assert message in refusal(write_checkpoint(tmp_path / "checkpoint.pt", weights | changes))
+
+
+def test_a_file_that_is_compressed(tmp_path):
+    file = write_checkpoint(tmp_path / "plain.pt", {"a": torch.zeros(10**6)})
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert "it is compressed" in refusal(tmp_path / "a.pt")
 
 
 def test_a_missing_file_is_named(tmp_path):

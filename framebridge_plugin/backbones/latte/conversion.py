@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
 from framebridge_plugin.backbones.examination import SavedModel
+from framebridge_plugin.backbones.files import component_files
 from framebridge_plugin.backbones.folders import (
     EXTRA_WEIGHTS_FILE,
     LORA_FILE,
@@ -28,7 +28,7 @@ from framebridge_plugin.backbones.folders import (
 from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
-from framebridge_plugin.backbones.lora_folders import read_lora_info
+from framebridge_plugin.backbones.lora_folders import adapter_settings, read_lora_info
 from framebridge_plugin.backbones.saving import (
     describe_base,
     save_lora_file,
@@ -95,13 +95,13 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
     names = ("transformer", "tokenizer", "text_encoder", "vae")
     sources = {name: info.replaced_components.get(name, info.base_model) for name in names}
     try:
-        folders = {name: local_folder(source) for name, source in sources.items()}
+        revisions = {name: info.replaced_revisions.get(name) for name in info.replaced_components}
+        folders = {
+            name: local_folder(source, revision=revisions.get(name, info.revision)) for name, source in sources.items()
+        }
         folders = {name: folder / name if (folder / name).is_dir() else folder for name, folder in folders.items()}
-        layers, metadata = CogVideoXPipeline.lora_state_dict(
-            found, weight_name=LORA_FILE, return_lora_metadata=True, local_files_only=True
-        )
-        layers = {name.removeprefix("transformer."): tensor for name, tensor in layers.items()}
-        settings = {name.removeprefix("transformer."): value for name, value in metadata.items()}
+        settings = adapter_settings(found, "transformer")
+        layers = {name.removeprefix("transformer."): tensor for name, tensor in load_file(found / LORA_FILE).items()}
         trained = load_file(found / EXTRA_WEIGHTS_FILE)
         base = load_bridge_transformer(str(folders["transformer"]), dtype=torch.float32).state_dict()
         weight, bias = (
@@ -124,7 +124,9 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
     settings |= full_rank_settings(INPUT_PROJECTION, weight[0].numel(), settings["target_modules"])
     settings["lora_bias"] = True
     with _whole_or_not_there(Path(folder)) as partial:
-        shutil.copytree(found, partial, ignore=shutil.ignore_patterns(EXTRA_WEIGHTS_FILE, LORA_FILE))
+        (partial / "scheduler").mkdir(parents=True)
+        for name, file in component_files(found / "scheduler"):
+            shutil.copyfile(file, partial / "scheduler" / name)
         save_lora_file(partial / LORA_FILE, "transformer", layers, settings)
         components = {name: (sources[name], folders[name]) for name in sources}
         dataclasses.replace(info, **describe_base(info.base_model, components)).write(partial)
