@@ -191,7 +191,7 @@ class SavedModel(os.PathLike):
 
     def _index_problem(self, index: Mapping[str, Any]) -> str | None:
         """That it is to be put together of other classes than those of its backbone, which diffusers would load."""
-        libraries = ("diffusers", "transformers", self.facts.adapter.partition(".")[0])
+        libraries = ("diffusers", "transformers", "framebridge_plugin", self.facts.adapter.partition(".")[0])
         for part, wanted in {**self.facts.parts, **self.facts.optional_parts}.items():
             if not is_present(part, index):
                 continue
