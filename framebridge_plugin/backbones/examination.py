@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from framebridge_plugin.backbones.facts import BackboneFacts, ClipRule, KnownClasses
+from framebridge_plugin.backbones.facts import BackboneFacts, ClipRule, KnownClasses, broken_backbones
 from framebridge_plugin.backbones.files import (
     Reader,
     entry_problem,
@@ -295,9 +295,18 @@ def examine(
 
 def _unknown_kind(folder: Path, info: LoraInfo | None, read: Reader) -> str:
     if info is not None:
-        return f"{folder} is a LoRA for a {info.pipeline_class}, which is no FrameBridge model"
-    try:
-        name = pipeline_class(read(folder / "model_index.json"))
-    except ValueError as error:
-        return f"{error}; copy the model again"
-    return f"{folder} holds a {name}, which is no FrameBridge model"
+        what, name, index = "is a LoRA for a", info.pipeline_class, {}
+    else:
+        try:
+            index = read(folder / "model_index.json")
+        except ValueError as error:
+            return f"{error}; copy the model again"
+        what, name = "holds a", pipeline_class(index)
+    if not str(name).startswith("FrameBridge"):
+        return f"{folder} {what} {name}, which is no FrameBridge model"
+    packages = {str(entry[0]).partition(".")[0] for entry in index.values() if isinstance(entry, list) and entry}
+    packages -= {"None", "diffusers", "transformers", "framebridge_plugin"}
+    remedy = (
+        "; ".join(broken_backbones()) or f"install the package that brings it{''.join(f' ({p})' for p in packages)}"
+    )
+    return f"{folder} {what} {name}, whose backbone is not installed or does not work here: {remedy}"

@@ -229,30 +229,43 @@ def find_backbone(name: str) -> BackboneFacts:
     """
     places = [_OWN[name]] if name in _OWN else []
     places += [point.value for point in _entry_points() if point.name == name]
+    packages = ["framebridge-plugin"] if name in _OWN else []
+    packages += [point.dist.name if point.dist else "unknown" for point in _entry_points() if point.name == name]
     if not places:
         names = backbone_names()
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UsageError(f"no backbone {name!r}; use one of {', '.join(names)}{hint}")
     if len(places) > 1:
-        raise UsageError(f"{len(places)} backbones are named {name!r}: {', '.join(places)}; uninstall all but one")
+        listed = ", ".join(f"{place} of {package}" for place, package in zip(places, packages, strict=True))
+        raise UsageError(f"{len(places)} backbones are named {name!r}: {listed}; uninstall all but one")
+    where = f"{name!r} ({places[0]} of {packages[0]})"
     try:
         facts = _load(places[0])
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise FrameBridgeError(f"backbone {name!r} ({places[0]}) cannot be imported: {reason}; mend that") from error
+        raise FrameBridgeError(f"backbone {where} cannot be imported: {reason}; mend that") from error
     if not isinstance(facts, BackboneFacts) or facts.name != name:
-        raise FrameBridgeError(f"backbone {name!r} ({places[0]}) is no BackboneFacts of that name; mend its package")
+        raise FrameBridgeError(f"backbone {where} is no BackboneFacts of that name; mend its package")
     return facts
 
 
 def working_backbones() -> Iterator[BackboneFacts]:
-    """The facts of all backbones but those that cannot be imported, this package's first."""
+    """The facts of all backbones but those of `broken_backbones`, this package's first."""
+    return (found for found in _backbones() if isinstance(found, BackboneFacts))
+
+
+def broken_backbones() -> list[str]:
+    """What is wrong with each backbone that cannot be imported, or shares its name with another, and what to do."""
+    return [str(found) for found in _backbones() if isinstance(found, FrameBridgeError)]
+
+
+def _backbones() -> Iterator[BackboneFacts | FrameBridgeError]:
     for name in backbone_names():
         try:
             yield find_backbone(name)
-        except FrameBridgeError:
-            continue  # said to whoever asks for it by name
+        except FrameBridgeError as error:
+            yield error
 
 
 @functools.cache

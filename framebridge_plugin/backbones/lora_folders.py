@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,19 @@ class LoraInfo:
         """Write it into a LoRA folder."""
         (folder / LORA_INFO_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
+    def without_places(self) -> LoraInfo:
+        """The same with the name alone of each folder, whose place says where somebody keeps their models."""
+        replaced = {part: _name_of(source) for part, source in self.replaced_components.items()}
+        return replace(self, base_model=_name_of(self.base_model), replaced_components=replaced)
+
     def other_base_problem(self, folders: Mapping[str, Path]) -> str | None:
         """Where folders of components differ first from those that it was trained on, as far as it knows."""
         known = {part: files for part, files in self.fingerprint.items() if part in folders}
         return first_difference(known, {part: component_fingerprint(folders[part]) for part in known})
+
+
+def _name_of(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def read_lora_info(folder: Path, read: Reader = read_json) -> LoraInfo:

@@ -39,8 +39,10 @@ def save_model_folder(
 ) -> None:
     """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens."""
     folder = Path(directory)
+    # Where the network was loaded from says where somebody keeps their models.
+    config = {name: value for name, value in network_config.items() if name != "_name_or_path"}
     with torch.device("meta"):
-        network = network_class.from_config(dict(network_config))
+        network = network_class.from_config(config)
     network.load_state_dict(dict(network_state_dict), strict=True, assign=True)
     network.save_pretrained(folder / network_name)
     index = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}

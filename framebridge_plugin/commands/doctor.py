@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from packaging.requirements import Requirement
 
 from framebridge_plugin import library_messages
+from framebridge_plugin.backbones.facts import broken_backbones
 from framebridge_plugin.errors import FrameBridgeError
 
 DISTRIBUTION = "framebridge-plugin"
@@ -34,6 +35,7 @@ def run_doctor() -> int:
     _report_devices(problems)
     _report_decoders(problems)
     _report_repairs(problems)
+    problems.other.extend(broken_backbones())
     _report_held_back()
     if not problems.preventing and not problems.other:
         print("\nNo problems found.")

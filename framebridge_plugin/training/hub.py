@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from framebridge_plugin.backbones.folders import LORA_INFO_FILE
+from framebridge_plugin.backbones.lora_folders import read_lora_info
 from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, first_line
 
 
@@ -39,7 +42,7 @@ def make_repository(name: str, *, private: bool) -> str:
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Uploads a folder.
+    """Uploads a folder, as it is `to_share`.
 
     Args:
         folder: That of the model, or of the LoRA.
@@ -48,6 +51,7 @@ def upload(folder: Path, repository: str) -> None:
     Raises:
         FinishedRunError: If the hub does not take it, with the hub's answer, the folder, and a command to try again.
     """
+    folder = to_share(folder)
     try:
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:
@@ -56,6 +60,16 @@ def upload(folder: Path, repository: str) -> None:
             f"hub.push_to_hub: {repository} was not uploaded: {_answer(error)}; the model lies in {folder}; to try "
             f"again: {again}"
         ) from error
+
+
+def to_share(folder: Path) -> Path:
+    """A model's folder as it is; of a LoRA, whose own says where its base model lies here, a copy that does not."""
+    if not (folder / LORA_INFO_FILE).is_file():
+        return folder
+    shared = folder.with_name(f"{folder.name}-to-share")
+    shutil.copytree(folder, shared, dirs_exist_ok=True)
+    read_lora_info(folder).without_places().write(shared)
+    return shared
 
 
 def _answer(error: Exception) -> str:

@@ -5,6 +5,7 @@ The steps are those of "Add a backbone" in CONTRIBUTING.md; the package is in te
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framebridge_plugin.backbones.examination import examine
 from framebridge_plugin.backbones.facts import backbone_names
+from framebridge_plugin.errors import FrameBridgeError
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "tests/data/outside_backbone"
@@ -105,8 +108,8 @@ def packages(tmp_path: Path) -> tuple[Path, ...]:
         ("raising_bridge", ["raising_module:FACTS", "OSError: no licence"]),
         ("other_bridge", ["other_module:FACTS", "no BackboneFacts"]),
         ("renamed_bridge", ["mini_bridge.facts:MINI", "no BackboneFacts of that name"]),
-        ("mini_bridge", ["2 backbones", "mini_bridge.facts:MINI", "second_module:FACTS"]),
-        ("cogvideox_bridge", ["2 backbones", "backbones.cogvideox.facts:COGVIDEOX", "own_module:FACTS"]),
+        ("mini_bridge", ["2 backbones", "mini_bridge.facts:MINI of mini", "second_module:FACTS of second"]),
+        ("cogvideox_bridge", ["2 backbones", "COGVIDEOX of framebridge-plugin", "own_module:FACTS of own"]),
         ("raisin_bridge", ["did you mean raising_bridge?"]),
     ],
 )
@@ -124,3 +127,14 @@ def test_a_wrong_backbone_leaves_the_others_alone(packages):
     program = "from framebridge_plugin.backbones.facts import *; print(*(facts.name for facts in working_backbones()))"
     found = run("-c", program, packages=packages).stdout.split()
     assert found == [name for name in backbone_names() if name != "cogvideox_bridge"]
+
+
+def test_a_model_of_a_backbone_that_is_twice_there_or_not_at_all(packages, tmp_path):
+    index = {"_class_name": "FrameBridgeMiniPipeline", "transformer": ["mini_bridge.network", "MiniTransformer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(FrameBridgeError, match=r"install the package that brings it \(mini_bridge\)"):
+        examine(tmp_path)
+    command = ("-m", "framebridge_plugin", "sample", "--model", tmp_path, "--image", tmp_path, "--output", "a.mp4")
+    told = run(*command, packages=(packages[0], packages[4])).stderr
+    assert "2 backbones are named 'mini_bridge': mini_bridge.facts:MINI of mini" in told
+    assert "does not work here" in told

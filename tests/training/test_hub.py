@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE
+from framebridge_plugin.backbones.lora_folders import LoraInfo, read_lora_info
+from framebridge_plugin.training.hub import to_share
 from tests.hub_server import Hub, serve_hub
 from tests.training.run_results import succeeded
 
@@ -77,3 +80,20 @@ def test_a_repository_that_will_not_do_ends_the_run_before_its_first_update(
     assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "run/model").exists()
     assert "Training:" not in result.stderr
+
+
+def test_what_is_shared_names_no_place_of_this_machine(tmp_path):
+    lora, model = tmp_path / "lora", tmp_path / "model"
+    lora.mkdir()
+    (lora / LORA_FILE).write_bytes(b"layers")
+    info = LoraInfo("/home/me/CogVideoX-2b", replaced_components={"vae": "/home/me/vae", "text_encoder": "owner/t5"})
+    info.write(lora)
+    shared = to_share(lora)
+    assert sorted(path.name for path in shared.iterdir()) == [LORA_INFO_FILE, LORA_FILE]
+    found = read_lora_info(shared)
+    assert (found.base_model, found.replaced_components) == (
+        "CogVideoX-2b",
+        {"vae": "vae", "text_encoder": "owner/t5"},
+    )
+    assert read_lora_info(lora) == info
+    assert to_share(model) == model
