@@ -30,6 +30,8 @@ _MODEL_FILES = (
 """What is read of a repository with a whole model, a LoRA, or a component alone."""
 
 _announced: set[tuple[str, str]] = set()
+downloaded: dict[str, str] = {}
+"""The commit of each name that this process took from the hub."""
 
 
 def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, **hub_settings: Any) -> Path:
@@ -63,6 +65,7 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
             "check the name, or download it and give the folder"
         ) from error
     _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
+    downloaded[name_or_path] = folder.name
     return folder
 
 

@@ -29,7 +29,7 @@ TARGETS_KEY = "target_modules"
 """In the header of a LoRA file: the layers as the recipe named them, in JSON, to be compared and not matched."""
 
 _LAYER = re.compile(r"(\w+)\.([\w.]+)\.(lora_[AB]\.(?:weight|bias))")
-_LONGEST_NAME, _MOST_LAYERS = 300, 10_000
+_LONGEST_NAME, _MOST_LAYERS, _LARGEST_ALPHA = 300, 10_000, 1e6
 HOW_TO_SAY_BASE = "--base, in Python base_model"
 HOW_TO_ALLOW_BASE = "--allow-other-base, in Python allow_other_base=True"
 
@@ -149,7 +149,8 @@ def adapter_settings(folder: Path, network: str) -> dict[str, Any]:
     rank = rank if rank in ranks.values() else max(ranks.values())
     alphas = alphas if isinstance(alphas, dict) else {}
     numbers = [said.get("lora_alpha", rank), *alphas.values()]
-    if not all(type(number) in (int, float) for number in numbers) or said.get("use_rslora") or said.get("use_dora"):
+    are_numbers = all(type(number) in (int, float) and 0 <= number < _LARGEST_ALPHA for number in numbers)
+    if not are_numbers or said.get("use_rslora") or said.get("use_dora"):
         raise FrameBridgeError(f"{file} has layers of another kind than this package writes; take one that it wrote")
     return {
         "r": rank,
@@ -166,9 +167,8 @@ def lora_settings(folder: Path, facts: BackboneFacts) -> dict[str, Any]:
     header = safetensors_header(folder / LORA_FILE) or {}
     said = _said_settings(header, facts.network)
     try:
-        targets = parse_json(header["__metadata__"][TARGETS_KEY]) if TARGETS_KEY in header["__metadata__"] else None
-        if targets is None:  # of an earlier version
-            targets = said["target_modules"]
+        as_named = header["__metadata__"].get(TARGETS_KEY)  # not in files of an earlier version
+        targets = said["target_modules"] if as_named is None else parse_json(as_named)
         if isinstance(targets, str):
             targets = [targets.removesuffix(f"|{facts.input_projection}")]
         names = sorted({*targets} - {facts.input_projection})

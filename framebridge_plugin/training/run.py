@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framebridge_plugin.backbones.facts import find_backbone
+from framebridge_plugin.backbones.hub import downloaded
 from framebridge_plugin.errors import FinishedRunError, UsageError
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
@@ -106,6 +107,8 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[
 
     def publish() -> None:
         names = {"recipe.yaml": "recipe-resumed.yaml"} if trainer.progress.step else {}
+        if is_first() and downloaded:
+            (staging / "downloads.json").write_text(json.dumps(downloaded, indent=2) + "\n")
         # Every rank its own, as in `write_run_files`.
         for path in staging.iterdir():
             path.replace(output_dir / names.get(path.name, path.name))

@@ -118,7 +118,8 @@ def test_a_run_of_a_backbone_of_another_package_starts_from_an_earlier_one(recip
     save_file({"x": np.zeros(1, np.float32)}, lora / "pytorch_lora_weights.safetensors")
     use_lora = [f"framebridge.start_from={lora}", "training.training_type=lora"]
     assert "lacks the layer of stem, without which" in problems_of(recipe, *use_lora)[0]
-    save_file({"transformer.stem.lora_B.weight": np.zeros(1, np.float32)}, lora / "pytorch_lora_weights.safetensors")
+    layer = {f"transformer.stem.lora_{name}.weight": np.zeros((1, 1), np.float32) for name in "AB"}
+    save_file(layer, lora / "pytorch_lora_weights.safetensors")
     load_recipe(recipe, use_lora)
 
 

@@ -179,7 +179,7 @@ def lora(tmp_path):
         folder = tmp_path / "run" / "lora"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "framebridge.json").write_text(json.dumps(info))
-        layer = {"transformer.patch_embed.proj.lora_B.weight": np.zeros(4, np.float32)}
+        layer = {f"transformer.patch_embed.proj.lora_{name}.weight": np.zeros((4, 4), np.float32) for name in "AB"}
         save_file(layer, folder / "pytorch_lora_weights.safetensors")
         return str(tmp_path / "run")
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.examination import examine
@@ -197,6 +200,44 @@ def test_a_lora_that_is_a_pickle(inputs, tmp_path, marker):
         with pytest.raises(FrameBridgeError, match="is missing|is no safetensors file"):
             FrameBridgeCogVideoXPipeline.from_pretrained(run)
         (run / name).unlink()
+
+
+def test_a_lora_is_loaded_by_its_tensors_whatever_its_header_says(inputs, tmp_path, marker):
+    expected = FrameBridgeCogVideoXPipeline.from_pretrained(inputs / "lora").transformer
+    lora = shutil.copytree(inputs / "lora/lora", tmp_path / "lora")
+    file = lora / LORA_FILE
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.target_modules"] == sorted(
+        {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in tensors}
+    )
+    endless = "(transformer_?b?l?o?c?k?s?.?)+" * 20 + "!"
+    settings |= {
+        "transformer.target_modules": endless,
+        "transformer.exclude_modules": endless,
+        "transformer.rank_pattern": {endless: 10**9},
+        "transformer.alpha_pattern": {**settings["transformer.alpha_pattern"], endless: 1},
+        "transformer.r": 10**9,
+        "transformer.megatron_config": {"a": 1},
+        "transformer.megatron_core": "evil",
+        "transformer.init_lora_weights": "corda",
+        "transformer.corda_config": {"cache_file": str(tmp_path / "cwd/evil.py")},
+    }
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    found = FrameBridgeCogVideoXPipeline.from_pretrained(lora).transformer
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    for layer in (module for module in found.modules() if isinstance(module, LoraLayer)):
+        assert layer.scaling == expected.get_submodule(found_name(found, layer)).scaling
+    for name in ("transformer.(a+)+.lora_A.weight", "vae.a.lora_A.weight", "transformer.a.weight", "a" * 10**5):
+        save_file({**tensors, name: torch.zeros(1)}, file)
+        with pytest.raises(FrameBridgeError, match="which is no layer of a LoRA for the transformer"):
+            FrameBridgeCogVideoXPipeline.from_pretrained(lora)
+
+
+def found_name(network: torch.nn.Module, layer: torch.nn.Module) -> str:
+    return next(name for name, module in network.named_modules() if module is layer)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.ckpt"])
