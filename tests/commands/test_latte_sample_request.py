@@ -183,7 +183,8 @@ def lora(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         info = {"pipeline_class": "FrameBridgeLattePipeline", "network_name": network, **info}
         (folder / "framebridge.json").write_text(json.dumps(info))
-        save_file({"weight": np.zeros(4, np.float32)}, folder / "pytorch_lora_weights.safetensors")
+        layer = {f"{network}.proj_out.lora_{name}.weight": np.zeros((4, 4), np.float32) for name in "AB"}
+        save_file(layer, folder / "pytorch_lora_weights.safetensors")
         return str(tmp_path / "run")
 
     return write
