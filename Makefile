@@ -1,10 +1,13 @@
-# Each of these goals does everything on a fresh machine: virtual environment, constraints, and the job itself.
+# Each of these goals does everything on a fresh machine: virtual environment, exact versions, and the job itself.
 #   make quickstart       the main job: fine-tune a tiny CogVideoX into a FrameBridge model on real clips, and sample
 #   make ucf101-example   from scratch: neural prior, bridge, and bridge on the neural prior, on clips with classes
 #   make test             lint, types, docstrings and all tests
 #   make wheel            dist/framebridge_plugin-*.whl, which `pip install` takes after torch
+#   make pins             after a version in requirements/ was changed by hand: the hashes of its files
 
 PYTHON ?= python3.11
+# torch's own requirements are pinned too, but for the libraries that its CUDA build brings: --no-deps leaves those out.
+TORCH_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +16,7 @@ DIST := dist
 # Threads that wait asleep: with other programs on the machine, spinning ones take ten times as long.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart ucf101-example test lint wheel clean
+.PHONY: quickstart ucf101-example test lint wheel pins clean
 
 # The first frame of the scene that nothing was trained on.
 quickstart: IMAGE = quickstart-data/images/carphone_pristine-040-centre.png
@@ -65,13 +68,21 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
 	@ls $(DIST)/*.whl
 
-# torch first: pip then takes the build that fits this machine, and the packages that need it find it there.
-$(STAMP): pyproject.toml constraints.txt
+# What is installed has the hash that is written here. torch has none: pip takes the build that fits this machine.
+$(STAMP): pyproject.toml requirements/runtime.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/runtime.txt -r requirements/test.txt
+	$(BIN)/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+pins: export UV_CUSTOM_COMPILE_COMMAND = make pins
+pins: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	for file in requirements/runtime.txt requirements/test.txt; do \
+		grep -oE '^[[:alnum:]._-]+==[^ ]+' $$file > $(VENV)/pins.in && $(BIN)/uv pip compile --quiet --no-deps \
+			--generate-hashes --no-annotate --python-version 3.11 --output-file $$file $(VENV)/pins.in || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(DIST) runs quickstart-data ucf101-data
