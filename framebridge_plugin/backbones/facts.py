@@ -233,9 +233,9 @@ def find_backbone(name: str) -> BackboneFacts:
     packages += [point.dist.name if point.dist else "unknown" for point in _entry_points() if point.name == name]
     if not places:
         names = backbone_names()
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"no backbone {name!r}; use one of {', '.join(names)}{hint}")
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        hint = f"did you mean {nearest[0]}?" if nearest else "install the one that does"
+        raise UsageError(f"no installed package brings a backbone {name!r}, there are {', '.join(names)}; {hint}")
     if len(places) > 1:
         listed = ", ".join(f"{place} of {package}" for place, package in zip(places, packages, strict=True))
         raise UsageError(f"{len(places)} backbones are named {name!r}: {listed}; uninstall all but one")

@@ -268,7 +268,7 @@ def _message(error: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         if (found := WITHOUT_EFFECT.get(path.rpartition(".")[2])) is not None:
             return f"finetrainers has it, and here it has no effect: {found[1]}; remove it"
-        return f"unknown key; the nearest is {_nearest_key(path)}"
+        return f"unknown key; {_hint(path)}"
     if kind == "missing":
         return "is required"
     if kind in ("model_type", "model_attributes_type"):
@@ -302,21 +302,16 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from _keys(option, f"{prefix}{name}.")
 
 
-def _nearest_key(path: str) -> str:
+def _hint(path: str) -> str:
+    """The key that is meant by one that there is not, else those of its section."""
     known = list(_keys(Recipe))
     parent, _, name = path.rpartition(".")
-    same_name = [key for key in known if key.rpartition(".")[2] == name.lower()]
-    if same_name:
-        return same_name[0]  # the right key in the wrong section
-    if meant := synonym_of(name):
-        return meant
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    for keys, cutoff in ((siblings, 0.6), (known, 0.75), (siblings or known, 0.0)):
-        by_name = {key.rpartition(".")[2]: key for key in keys}
-        matches = difflib.get_close_matches(name, by_name, n=1, cutoff=cutoff)
-        if matches:
-            return by_name[matches[0]]
-    return known[0]
+    same_name = [key for key in known if key.rpartition(".")[2] == name.lower()]  # in the wrong section
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    meant = [*same_name, *filter(None, [synonym_of(name)])]
+    for keys, cutoff in ((siblings, 0.6), ({key.rpartition(".")[2]: key for key in known}, 0.75)):
+        meant += [keys[match] for match in difflib.get_close_matches(name, keys, n=1, cutoff=cutoff)]
+    return f"the nearest is {meant[0]}" if meant else f"{parent or 'a recipe'} has {', '.join(siblings)}"
 
 
 def _line_of(document: Document, overridden: set[str], where: str) -> int:
