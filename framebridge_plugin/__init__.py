@@ -5,11 +5,11 @@ Importing this package imports neither torch nor finetrainers: its attributes lo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from framebridge_plugin import imports, library_messages, torchvision_repair
 
+# ruff: noqa: F401 (for type checkers alone)
 if TYPE_CHECKING:
     from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
     from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
@@ -24,31 +24,15 @@ library_messages.hold_back()
 torchvision_repair.repair_on_import()
 imports.defer_imports()
 
-_MODULE_OF_ATTRIBUTE = {
-    "FrameBridgeCogVideoXPipeline": "framebridge_plugin.backbones.cogvideox.pipeline",
-    "FrameBridgeLTXPipeline": "framebridge_plugin.backbones.ltx.pipeline",
-    "FrameBridgeLattePipeline": "framebridge_plugin.backbones.latte.pipeline",
-    "FrameBridgeScheduler": "framebridge_plugin.schedulers.framebridge_scheduler",
-    "FrameBridgeWanPipeline": "framebridge_plugin.backbones.wan.pipeline",
-    "register": "framebridge_plugin.training.finetrainers.registration",
-}
-
-__all__ = [
-    "FrameBridgeCogVideoXPipeline",
-    "FrameBridgeLTXPipeline",
-    "FrameBridgeLattePipeline",
-    "FrameBridgeScheduler",
-    "FrameBridgeWanPipeline",
-    "__version__",
-    "register",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF_ATTRIBUTE:
-        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, _names = imports.lazy_attributes(
+    __name__,
+    {
+        "backbones.cogvideox.pipeline": ("FrameBridgeCogVideoXPipeline",),
+        "backbones.latte.pipeline": ("FrameBridgeLattePipeline",),
+        "backbones.ltx.pipeline": ("FrameBridgeLTXPipeline",),
+        "backbones.wan.pipeline": ("FrameBridgeWanPipeline",),
+        "schedulers.framebridge_scheduler": ("FrameBridgeScheduler",),
+        "training.finetrainers.registration": ("register",),
+    },
+)
+__all__ = sorted(["__version__", *_names])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.machinery
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Packages that most runs never use. diffusers and peft import bitsandbytes, and with it torch's compiler; finetrainers
@@ -29,6 +30,30 @@ def without_collection() -> Iterator[None]:
         gc.freeze()  # what has been imported stays
         if was_enabled:
             gc.enable()
+
+
+def lazy_attributes(
+    package: str, modules: Mapping[str, Sequence[str]], prepare: Callable[[str], None] = lambda module: None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose attributes load on first use.
+
+    Args:
+        package: Its name.
+        modules: The attributes' names by the module that has them, which is named from the package on.
+        prepare: Called with that module's name before it is imported.
+
+    Returns:
+        What the package assigns to these names.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        prepare(module_of[name])
+        return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *module_of}), sorted(module_of)
 
 
 def defer_imports() -> None:

@@ -6,8 +6,9 @@ listed before torch is loaded.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from framebridge_plugin.imports import lazy_attributes
 
 # ruff: noqa: F401 (for type checkers alone)
 if TYPE_CHECKING:
@@ -21,27 +22,17 @@ if TYPE_CHECKING:
     from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, ucf101_class_names
     from framebridge_plugin.data.webvid import load_webvid
 
-_MODULES = {
-    "bad_files": ("BadFilePolicy", "BadFileTracker", "load_bad_file_policy"),
-    "clips": ("ClipSettings", "read_clip"),
-    "decoding.errors": ("ClipError",),
-    "decoding.exact": ("read_frames",),
-    "folders": ("ClipIndex", "index_dataset", "load_dataset_config"),
-    "stream": ("ClipStream", "Sample"),
-    "ucf101": ("load_ucf101",),
-    "ucf101_classes": ("UCF101_CLASSES", "ucf101_class_names"),
-    "webvid": ("load_webvid",),
-}
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "bad_files": ("BadFilePolicy", "BadFileTracker", "load_bad_file_policy"),
+        "clips": ("ClipSettings", "read_clip"),
+        "decoding.errors": ("ClipError",),
+        "decoding.exact": ("read_frames",),
+        "folders": ("ClipIndex", "index_dataset", "load_dataset_config"),
+        "stream": ("ClipStream", "Sample"),
+        "ucf101": ("load_ucf101",),
+        "ucf101_classes": ("UCF101_CLASSES", "ucf101_class_names"),
+        "webvid": ("load_webvid",),
+    },
+)

@@ -9,9 +9,9 @@ import copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -82,6 +82,8 @@ def load_recipe(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    *,
+    needed: Callable[[str], bool] = lambda where: True,
 ) -> Recipe:
     """Read a recipe, apply overrides, and check the whole.
 
@@ -91,6 +93,7 @@ def load_recipe(
             value or `null` takes a key (or a whole section) away.
         environment: Environment variables of a launch (`os.environ`) to check the number of processes against;
             None leaves that out.
+        needed: Whether the file or folder at a dotted path has to be there; all of them by default.
 
     Returns:
         The checked recipe.
@@ -98,9 +101,9 @@ def load_recipe(
     Raises:
         UsageError: With every error on a line of its own: file and line, dotted path, what is wrong, what to do.
     """
-    recipe, missing = resolve_recipe(name_or_path, overrides, environment)
-    if missing:
-        raise UsageError(*missing)
+    recipe, problems = _examine(name_or_path, overrides, environment)
+    if recipe is None or not all(problem.on_disk and not needed(problem.where) for problem in problems):
+        raise UsageError(*(problem.text for problem in problems if not problem.on_disk or needed(problem.where)))
     return recipe
 
 
@@ -124,15 +127,22 @@ def resolve_recipe(
         UsageError: As `load_recipe`, if anything else is wrong.
     """
     recipe, problems = _examine(name_or_path, overrides, environment)
-    if recipe is None or not all(on_disk for _, on_disk in problems):
-        raise UsageError(*(text for text, _ in problems))
-    return recipe, [text for text, _ in problems]
+    lines = [problem.text for problem in problems]
+    if recipe is None or not all(problem.on_disk for problem in problems):
+        raise UsageError(*lines)
+    return recipe, lines
+
+
+class _Line(NamedTuple):
+    where: str
+    text: str
+    on_disk: bool
 
 
 def _examine(
     name_or_path: str | Path, overrides: Sequence[str], environment: Mapping[str, str] | None
-) -> tuple[Recipe | None, list[tuple[str, bool]]]:
-    """The recipe as far as it can be read; a line for each problem, and whether it is one of the disk alone."""
+) -> tuple[Recipe | None, list[_Line]]:
+    """The recipe as far as it can be read, and what is wrong with it, in the order of its lines."""
     path = find_recipe(name_or_path)
     document = _read(path)
     data = {} if document.data is None else document.data
@@ -150,19 +160,16 @@ def _examine(
     # Without the model's name, which most of the rules depend on, they would be those of another model.
     if recipe is not None and not reported & {"model", "model.model_name"}:
         launched = launch_problems(recipe, environment) if environment is not None else ()
-        found = [*recipe_problems(recipe), *(problem._replace(on_disk=True) for problem in launched)]
-        problems += [problem for problem in found if not _is_within(problem.where, reported)]
-    located = [
-        (_line_of(document, overridden, where), f"{where}: {message}", on_disk) for where, message, on_disk in problems
+        rules = [*recipe_problems(recipe), *(problem._replace(on_disk=True) for problem in launched)]
+        problems += [problem for problem in rules if not _is_within(problem.where, reported)]
+    found = [(_line_of(document, overridden, problem.where), *problem) for problem in problems]
+    found += [
+        (line, where, f"stands here again, after line {first}", False) for where, line, first in document.duplicates
     ]
-    located += [
-        (line, f"{where}: stands here again, after line {first}", False) for where, line, first in document.duplicates
+    return recipe, [
+        _Line(where, f"{f'{path}:{line}' if line else 'command line'}: {where}: {message}", on_disk)
+        for line, where, message, on_disk in sorted(set(found))
     ]
-    lines = {
-        f"{path}:{line}: {text}" if line else f"command line: {text}": on_disk
-        for line, text, on_disk in sorted(located)
-    }
-    return recipe, list(lines.items())
 
 
 def _secret_problems(data: Any, where: str = "") -> Iterator[Problem]:

@@ -11,9 +11,11 @@ The attributes load on first use, after `framebridge_plugin.register()` has made
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from framebridge_plugin.imports import lazy_attributes
+
+# ruff: noqa: F401 (for type checkers alone)
 if TYPE_CHECKING:
     from framebridge_plugin.testing.command import run_conformance
     from framebridge_plugin.testing.for_pytest import SpecificationConformance
@@ -22,44 +24,23 @@ if TYPE_CHECKING:
     from framebridge_plugin.testing.subject import Subject
     from framebridge_plugin.testing.suite import CHECKS
 
-_MODULE_OF_ATTRIBUTE = {
-    "CHECKS": "suite",
-    "Check": "outcome",
-    "ConformanceFailure": "outcome",
-    "KNOWN_FAULTS": "known_faults",
-    "KnownFault": "outcome",
-    "Result": "outcome",
-    "SpecificationConformance": "for_pytest",
-    "Subject": "subject",
-    "run_check": "outcome",
-    "run_conformance": "command",
-}
 
-__all__ = [
-    "CHECKS",
-    "KNOWN_FAULTS",
-    "Check",
-    "ConformanceFailure",
-    "KnownFault",
-    "Result",
-    "SpecificationConformance",
-    "Subject",
-    "run_check",
-    "run_conformance",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF_ATTRIBUTE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULE_OF_ATTRIBUTE[name]
-    if module != "command":
-        # The command checks its arguments before anything heavy is imported.
+def _register(module: str) -> None:
+    if module != "command":  # which checks its arguments before anything heavy is imported
         from framebridge_plugin.training.finetrainers.registration import register
 
         register()
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "suite": ("CHECKS",),
+        "outcome": ("Check", "ConformanceFailure", "KnownFault", "Result", "run_check"),
+        "known_faults": ("KNOWN_FAULTS",),
+        "for_pytest": ("SpecificationConformance",),
+        "subject": ("Subject",),
+        "command": ("run_conformance",),
+    },
+    _register,
+)

@@ -5,9 +5,11 @@ The attributes load on first use, after `registration.register()` has made finet
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from framebridge_plugin.imports import lazy_attributes
+
+# ruff: noqa: F401 (for type checkers alone)
 if TYPE_CHECKING:
     from framebridge_plugin.training.specifications import (
         CogVideoXBridgeSpecification,
@@ -18,33 +20,24 @@ if TYPE_CHECKING:
     )
     from framebridge_plugin.training.trainer import FrameBridgeTrainer
 
-_MODULE_OF_ATTRIBUTE = {
-    "CogVideoXBridgeSpecification": "framebridge_plugin.training.specifications",
-    "FrameBridgeTrainer": "framebridge_plugin.training.trainer",
-    "LTXBridgeSpecification": "framebridge_plugin.training.specifications",
-    "LatteBridgeSpecification": "framebridge_plugin.training.specifications",
-    "NeuralPriorSpecification": "framebridge_plugin.training.specifications",
-    "WanBridgeSpecification": "framebridge_plugin.training.specifications",
-}
 
-__all__ = [
-    "CogVideoXBridgeSpecification",
-    "FrameBridgeTrainer",
-    "LTXBridgeSpecification",
-    "LatteBridgeSpecification",
-    "NeuralPriorSpecification",
-    "WanBridgeSpecification",
-]
+def _register(module: str) -> None:
+    from framebridge_plugin.training.finetrainers.registration import register
+
+    register()
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF_ATTRIBUTE:
-        from framebridge_plugin.training.finetrainers.registration import register
-
-        register()
-        return getattr(importlib.import_module(_MODULE_OF_ATTRIBUTE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "specifications": (
+            "CogVideoXBridgeSpecification",
+            "LTXBridgeSpecification",
+            "LatteBridgeSpecification",
+            "NeuralPriorSpecification",
+            "WanBridgeSpecification",
+        ),
+        "trainer": ("FrameBridgeTrainer",),
+    },
+    _register,
+)

@@ -113,6 +113,7 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
         ("train_steps=10", "train_steps", "optimization.train_steps"),
         ("training.lr=10", "training.lr", "optimization.lr"),
         ("zzz=10", "zzz", "unknown key; a recipe has model, framebridge, dataset, "),
+        ("model.model_name=mochi_bridge", "model.model_name", "no installed package brings a backbone 'mochi_bridge'"),
         ("lora.use_dora=true", "lora.use_dora", "unknown key; lora has rank, lora_alpha, target_modules"),
         ("learning_rate=1", "learning_rate", "the nearest is optimization.lr"),
         ("LR=1", "LR", "the nearest is optimization.lr"),
