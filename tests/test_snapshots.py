@@ -154,7 +154,7 @@ def run(kind: str, training_type: str, folder: Path) -> dict[str, Any]:
         "training": {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 7},
         "optimization": {"train_steps": 3, "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 0},
         "precision": precision,
-        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 2, "checkpointing_limit": 1},
+        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 2, "checkpointing_limit": 2},
         "validation": {"validation_dataset_file": str(folder / "validation.csv"), "validation_steps": 2},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -14,6 +14,7 @@ from typing import Any
 
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
 from framebridge_plugin.backbones.files import Reader, read_if_whole, read_json
+from framebridge_plugin.backbones.manifest import whole_checkpoints
 
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -124,9 +125,7 @@ def find_saved_model(folder: Path) -> Path | None:
     for candidate in (folder, folder / "model", folder / "lora"):
         if (candidate / "model_index.json").is_file() or (candidate / LORA_INFO_FILE).is_file():
             return candidate
-    checkpoints = [path for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")), default=None)
-    return None if newest is None else find_saved_model(newest)
+    return next(map(find_saved_model, whole_checkpoints(folder / "checkpoints")), None)
 
 
 def two_file_problem(folder: Path) -> str | None:

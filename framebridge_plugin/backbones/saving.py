@@ -1,14 +1,13 @@
 """Writing and opening what a training run leaves behind: diffusers folders, and LoRA files with what belongs to them.
 
-A model folder is complete, so that the pipeline's `from_pretrained` opens it alone. The parts that training does not
-change are hard links to the files that they came from where the file system allows it, copies elsewhere.
+A model folder is complete, so that the pipeline's `from_pretrained` opens it alone, and shares no file with the model
+that it came from. Models and LoRAs carry a manifest of their files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,17 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from framebridge_plugin.backbones.copying import copy_tree, link_run_copy
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.hub import commit_of
 from framebridge_plugin.backbones.lora_folders import TARGETS_KEY, LoraInfo
+from framebridge_plugin.backbones.manifest import FileFacts, write_manifest
+from framebridge_plugin.backbones.tensor_files import write_tensors
 
 
 def save_model_folder(
@@ -34,20 +38,25 @@ def save_model_folder(
     network_config: Mapping[str, Any],
     network_state_dict: Mapping[str, torch.Tensor],
     scheduler: SchedulerMixin | None,
-    linked_components: Mapping[str, tuple[str, str, Path]],
+    components: Mapping[str, tuple[str, str, Path]],
+    are_run_copies: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens."""
+    """Writes a complete diffusers folder, which the pipeline's `from_pretrained` opens.
+
+    The `components`, by name their library, class and folder, are copied, or linked if they are each a `run_copy`.
+    """
     folder = Path(directory)
     # Where the network was loaded from says where somebody keeps their models.
     config = {name: value for name, value in network_config.items() if name != "_name_or_path"}
     with torch.device("meta"):
         network = network_class.from_config(config)
     network.load_state_dict(dict(network_state_dict), strict=True, assign=True)
-    network.save_pretrained(folder / network_name)
+    known = _save_network(network, folder / network_name)
     index = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}
-    for name, (library, class_name, source) in linked_components.items():
-        link_or_copy_tree(source, folder / name)
+    for name, (library, class_name, source) in components.items():
+        files = (link_run_copy if are_run_copies else copy_tree)(source, folder / name)
+        known |= {f"{name}/{file}": facts for file, facts in files.items()}
         index[name] = [library, class_name]
     index[network_name] = [_library_of(network_class), network_class.__name__]
     if scheduler is not None:
@@ -55,6 +64,24 @@ def save_model_folder(
         index["scheduler"] = [_library_of(type(scheduler)), type(scheduler).__name__]
     index |= settings or {}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_manifest(folder, known)
+
+
+def _save_network(network: Any, folder: Path) -> dict[str, FileFacts]:
+    """What diffusers' `save_pretrained` writes of a network; returns what a manifest says of the files of weights."""
+    network.save_config(folder)
+    tensors = network.state_dict()
+    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size="10GB", filename_pattern=pattern)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return {
+        f"{folder.name}/{file}": write_tensors(
+            folder / file, {name: tensors[name] for name in names}, {"format": "pt"}
+        )
+        for file, names in split.filename_to_tensors.items()
+    }
 
 
 def save_lora_folder(
@@ -72,6 +99,7 @@ def save_lora_folder(
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
     info.write(folder)
+    write_manifest(folder)
 
 
 def save_lora_file(
@@ -107,22 +135,6 @@ def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -
         "replaced_revisions": {name: commits[name] for name in replaced if name in commits},
         "fingerprint": {name: component_fingerprint(folder) for name, (_, folder) in components.items()},
     }
-
-
-def link_or_copy_tree(source: Path, destination: Path) -> None:
-    """Makes `destination` equal to the folder `source` by hard links, or by copies where links are not possible."""
-    for folder, _, files in os.walk(source, followlinks=True):
-        target = destination / Path(folder).relative_to(source)
-        target.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            origin, copy = os.path.realpath(os.path.join(folder, file)), target / file
-            if copy.exists() and os.path.samefile(origin, copy):
-                continue
-            copy.unlink(missing_ok=True)
-            try:
-                os.link(origin, copy)
-            except OSError:
-                shutil.copyfile(origin, copy)
 
 
 def _absolute(source: str) -> str:

@@ -72,6 +72,12 @@ def _check_inside(value: str) -> str:
     return value
 
 
+def _check_limit(value: Any) -> int | None:
+    if value is None or (type(value) is int and value >= 2):
+        return value
+    raise ValueError("should be 2 or more: a checkpoint written just before a NaN holds what leads to it")
+
+
 def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
         component, _, provider = value.partition(":")
@@ -239,7 +245,9 @@ class CheckpointsSection(Section):
 
     output_dir: PathText = Field(description="folder of the run: model, checkpoints, logs, the resolved recipe")
     checkpointing_steps: Count = Field(default=500, description="updates between checkpoints")
-    checkpointing_limit: Count | None = Field(default=None, description="checkpoints to keep; none: all")
+    checkpointing_limit: Annotated[int | None, BeforeValidator(_check_limit)] = Field(
+        default=3, description="checkpoints to keep, 2 or more; none: all"
+    )
     resume_from_checkpoint: Annotated[int | str, BeforeValidator(_check_resume)] = Field(
         default="auto",
         description="auto: go on from the last checkpoint, or start where there is none (latest: the same, and says "

@@ -6,26 +6,29 @@
         trainer/ema.safetensors     their average in float32 (EMA only)
         trainer/optimizer.safetensors
         trainer/state.json          step, samples seen, numbers of the optimizer, the settings that a resume compares
+        manifest.json               size and SHA-256 of every file, written last
+        next_update_was_finite      an empty file, there once that is known
 
-A checkpoint is written beside its final name and renamed when everything is on disk. Weights are gathered whole, so
-that a run can be resumed with another number of processes.
+A checkpoint is written beside its final name and renamed when everything is on disk; what is older goes after that.
+Tensors are gathered whole, one by one, so that a run can be resumed with another number of processes. What is read
+is compared with the manifest while it is read; a checkpoint that is not as it was written is set aside, and the one
+before it taken.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import re
+import logging
+import resource
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,9 +37,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from framebridge_plugin.backbones.copying import partial_folder, put_in_place, remove_folder, sync, tidy
 from framebridge_plugin.backbones.folders import two_file_problem
+from framebridge_plugin.backbones.manifest import (
+    DamagedError,
+    Manifest,
+    folder_problem,
+    read_checked,
+    read_manifest,
+    step_folder,
+    step_folders,
+    whole_checkpoints,
+    write_manifest,
+)
+from framebridge_plugin.backbones.tensor_files import read_tensors, tensor_bytes, whole_tensor, write_tensors
 from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.training.abandoned import remove_abandoned, set_aside
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.packing import pack, unpack
 from framebridge_plugin.training.resume_settings import (
     Groups,
     setting_differences,
@@ -44,7 +62,13 @@ from framebridge_plugin.training.resume_settings import (
     tensors_difference,
 )
 
-_FOLDER = re.compile(r"step_(\d{6,})")
+logger = logging.getLogger("finetrainers")
+
+T = TypeVar("T")
+_STATE = "trainer/state.json"
+_FINITE = "next_update_was_finite"
+_MARGIN = 64 << 20
+"""Bytes that a save needs beside its tensors: small files, and what the file system takes for itself."""
 
 
 @dataclass
@@ -72,7 +96,7 @@ class Checkpointer:
     trainable_only: bool
     """Whether a checkpoint holds the trained parameters alone (LoRA)."""
     limit: int | None
-    """How many checkpoints to keep; None for all."""
+    """How many checkpoints to keep, 2 or more; None for all."""
     settings: Groups
     """What a resumed run has in common with the stored one: see `run_settings`."""
     allowed: Collection[str] = ()
@@ -82,149 +106,298 @@ class Checkpointer:
     network_name: str
     """Folder of the network in what `export` writes for a full fine-tune."""
     is_main_process: bool
-    barrier: Callable[[], None]
-    """Waits for all ranks."""
+    changes: dict[str, str] = field(default_factory=dict, init=False)
+    """The groups in which the run does differ from the checkpoint that it goes on from, and what that has."""
+    _unproven: Path | None = field(default=None, init=False)
+    """The checkpoint whose next update is not made yet."""
 
-    def __post_init__(self) -> None:
-        self.changes: dict[str, str] = {}
-        """The groups in which the run does differ from the checkpoint that it goes on from, and what that has."""
+    # Saving
 
     def save(self, state: TrainingState) -> Path:
-        """Writes the checkpoint of a step and returns its folder; then removes the oldest beyond the limit."""
+        """Writes the checkpoint of a step and returns its folder; then removes the oldest beyond the limit.
+
+        Ranks other than 0 return as soon as the last tensor is gathered: what they do next waits for rank 0 anyway.
+        """
+        started, folder = time.monotonic(), step_folder(self.root, state.step)
+        # The live tensors: they are gathered and copied one by one, as they are written.
         weights: dict[str, Any] = get_model_state_dict(
-            self.model,
-            options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trainable_only),
+            self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only)
         )
-        optimizer_state = get_optimizer_state_dict(
-            self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        averages = self.average.tensors if self.average is not None else {}
+        tensors: dict[str, torch.Tensor] = {}
+        packed = pack(get_optimizer_state_dict(self.model, self.optimizer), "optimizer", tensors)
+        files: dict[str, Mapping[str, Any]] = {"trainer/optimizer.safetensors": tensors}
+        if self._stores_weights:
+            files["trainer/weights.safetensors"] = weights
+        if averages:
+            files["trainer/ema.safetensors"] = averages
+        size = sum(map(tensor_bytes, (weights, *files.values())))
+        if not self.is_main_process:
+            self._gather_exported(weights, averages)
+            for content in files.values():
+                write_tensors(None, content)
+            return folder
+        self._check_room(size)
+        try:
+            partial = partial_folder(folder)
+            (partial / "trainer").mkdir()
+            self.export(partial, self._gather_exported(weights, averages))
+            facts = {name: write_tensors(partial / name, content) for name, content in files.items()}
+            content = {
+                "step": state.step,
+                "samples_seen": state.samples_seen,
+                "optimizer": packed,
+                "settings": self.settings,
+            }
+            (partial / _STATE).write_text(json.dumps(content, default=float))
+            last = max((manifest.written for manifest in whole_checkpoints(self.root).values()), default=0)
+            write_manifest(partial, facts, written=last + 1)
+            put_in_place(partial, folder)
+        except OSError as error:
+            tidy(self.root)
+            raise FrameBridgeError(
+                f"cannot write checkpoint {folder}: {error}; free disk space or lower "
+                "checkpoints.checkpointing_limit, then resume from the last checkpoint"
+            ) from error
+        self._unproven = folder
+        self._remove_oldest()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        logger.info(
+            f"Saved {folder.name}: {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s; main memory of this "
+            f"process at most {peak:.1f} GiB so far"
         )
-        average = self.average.gather(keep=self.is_main_process) if self.average is not None else {}
-        folder = self.root / f"step_{state.step:06d}"
-        if self.is_main_process:
-            partial = folder.with_name(f".{folder.name}.partial")
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / "trainer").mkdir(parents=True)
-                self.export(partial, weights | {name: mean.to(weights[name].dtype) for name, mean in average.items()})
-                if self._stores_weights:
-                    save_file(_plain_tensors(weights), partial / "trainer" / "weights.safetensors")
-                if average:
-                    save_file(_plain_tensors(average), partial / "trainer" / "ema.safetensors")
-                tensors: dict[str, torch.Tensor] = {}
-                packed = _pack(optimizer_state, "optimizer", tensors)
-                save_file(_plain_tensors(tensors), partial / "trainer" / "optimizer.safetensors")
-                content = {
-                    "step": state.step,
-                    "samples_seen": state.samples_seen,
-                    "optimizer": packed,
-                    "settings": self.settings,
-                }
-                (partial / "trainer" / "state.json").write_text(json.dumps(content, default=float))
-                _flush_to_disk(partial)
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-            except (OSError, SafetensorError) as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise FrameBridgeError(
-                    f"cannot write checkpoint {folder}: {error}; free disk space or lower "
-                    "checkpoints.checkpointing_limit, then resume from the last checkpoint"
-                ) from error
-            self._remove_oldest()
-        self.barrier()
+        if (free := shutil.disk_usage(self.root).free) < size + _MARGIN:
+            logger.warning(
+                f"The next checkpoint will not fit: it takes {size / 1e9:.2f} GB and {self.root} has "
+                f"{free / 1e9:.2f} GB free"
+            )
         return folder
 
-    def resume(self, which: int | str) -> TrainingState | None:
-        """Loads a step's checkpoint, or the last ("latest", "auto"); None if there is none at all."""
-        if which in ("auto", "latest") and not _complete_checkpoints(self.root):
-            return None
-        return self.load(find_checkpoint(self.root, which))
+    def mark_finite(self) -> None:
+        """Notes that the update after the last checkpoint was finite: what that holds is no poison.
 
-    def load(self, folder: Path) -> TrainingState:
+        The last checkpoint of which this is known is kept whatever the limit.
+        """
+        if self.is_main_process and self._unproven is not None:
+            (self._unproven / _FINITE).touch()
+            sync(self._unproven)
+        self._unproven = None
+
+    def _gather_exported(
+        self, weights: Mapping[str, torch.Tensor], averages: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The weights that sampling takes, whole, in main memory; nothing on other ranks than 0."""
+        exported = {}
+        for name, tensor in weights.items():
+            whole = whole_tensor(averages.get(name, tensor))
+            if self.is_main_process:
+                exported[name] = whole.cpu().to(tensor.dtype)
+        return exported
+
+    def _check_room(self, size: int) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < size + _MARGIN:
+            raise FrameBridgeError(
+                f"cannot write a checkpoint: it takes {size / 1e9:.2f} GB and {self.root} has {free / 1e9:.2f} GB "
+                "free; free disk space or lower checkpoints.checkpointing_limit, then resume from the last checkpoint"
+            )
+
+    def _remove_oldest(self) -> None:
+        if self.limit is None:
+            return
+        found = list(whole_checkpoints(self.root))
+        proven = next((folder for folder in found if (folder / _FINITE).exists()), None)
+        for folder in found[self.limit :]:
+            if folder != proven:
+                remove_folder(folder)
+        remove_abandoned(self.root.parent, max(self.limit - len(found), 0))
+
+    # Resuming
+
+    def resume(self, which: int | str | None) -> TrainingState | None:
         """Restores weights, their average and the optimizer's moments; returns the progress.
 
         Learning rate, weight decay, betas and whatever else a parameter group says stay those of the run that resumes.
+        What came after the checkpoint, and what is not whole, is set aside: see `abandoned`.
+
+        Args:
+            which: A step; or "latest" or "auto", the one that was written last and is whole; or None, to start anew.
+
+        Returns:
+            The progress; None if there is no checkpoint at all.
+
+        Raises:
+            FrameBridgeError: If the step has no whole checkpoint, none of several is whole, or the checkpoint is of a
+                run with other settings.
         """
-        self.changes = check_settings(folder, stored_settings(folder), self.settings, self.allowed)
+        folders = self._from_main(lambda: self._to_try(which))
+        found = self._load_best(folders, which) if which is not None and folders else None
+        if found is None:
+            self._from_main(lambda: self._leave(None, 0))
+            return None
+        folder, state = found
+        self._from_main(lambda: self._leave(folder, state.step))
+        self._unproven = None if (folder / _FINITE).exists() else folder
+        return state
+
+    def _load_best(self, folders: Sequence[Path], which: int | str) -> tuple[Path, TrainingState] | None:
+        """Loads the first checkpoint that turns out whole; returns it, and its progress."""
+        for folder in folders:
+            try:
+                return folder, self._load(folder)
+            except DamagedError as error:
+                if folder == folders[-1]:
+                    raise _damaged(folder, error, which) from error
+                if self.is_main_process:
+                    logger.warning(f"{error}: {folder.name} is set aside, and the checkpoint before it taken")
+            except FrameBridgeError:
+                raise
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise _cannot_resume(folder, error) from error
+        return None
+
+    def _to_try(self, which: int | str | None) -> list[Path]:
+        if which is None:
+            return []
+        tidy(self.root)
+        for folder in set(step_folders(self.root).values()) - set(whole_checkpoints(self.root)):
+            logger.warning(f"{folder.name} is not whole: {folder_problem(folder)}")
+        return find_checkpoints(self.root, which)
+
+    def _leave(self, folder: Path | None, step: int) -> None:
+        """Sets aside what came after the checkpoint in `folder`, and what is not whole."""
+        whole = whole_checkpoints(self.root)
+        last = 0 if folder is None else whole[folder].written
+        others = sorted(step_folders(self.root).items(), reverse=True)
+        later = [path for _, path in others if path not in whole or whole[path].written > last]
+        aside = set_aside(self.root.parent, step, later)
+        if aside is not None and later:
+            logger.info(f"What came after step {step} is in {aside}: {', '.join(path.name for path in later)}")
+
+    def _load(self, folder: Path) -> TrainingState:
+        manifest, content = self._together(lambda: _read_state(folder))
+        self.changes = check_settings(folder, content["settings"], self.settings, self.allowed)
+        stored = self._together(lambda: self._read_weights(folder, manifest))
+        # What is not stored would silently stay as it is in the fresh network.
+        expected: dict[str, Any] = get_model_state_dict(
+            self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only)
+        )
+        difference = tensors_difference(stored, expected)
+        if difference is not None:
+            raise ValueError(f"its weights are of another network: {difference}")
+        set_model_state_dict(
+            self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
+        )
+        del stored
+        if self.average is not None:
+            self.average.load(self._together(lambda: read_tensors(folder, "trainer/ema.safetensors", manifest)))
+        tensors = self._together(lambda: read_tensors(folder, "trainer/optimizer.safetensors", manifest))
+        own = [
+            copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+            for group in self.optimizer.param_groups
+        ]
+        # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
+        live = get_optimizer_state_dict(self.model, self.optimizer)
+        set_optimizer_state_dict(
+            self.model,
+            self.optimizer,
+            unpack(content["optimizer"], "optimizer", tensors, live),
+            options=StateDictOptions(full_state_dict=True),
+        )
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):  # other objects than before
+            group.update(values)
+        return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
+
+    def _read_weights(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
+        beginning = "trainer/weights" if self._stores_weights else f"model/{self.network_name}/"
+        files = [name for name in manifest.files if name.startswith(beginning) and name.endswith(".safetensors")]
+        return {name: tensor for file in files for name, tensor in read_tensors(folder, file, manifest).items()}
+
+    def _together(self, read: Callable[[], T]) -> T:
+        """What every rank reads for itself; what one of them finds damaged is damaged for all."""
+        result, problem = None, None
         try:
-            content = json.loads((folder / "trainer" / "state.json").read_text())
-            stored = self._read_weights(folder)
-            # What is not stored would silently stay as it is in the fresh network.
-            expected: dict[str, Any] = get_model_state_dict(
-                self.model, options=StateDictOptions(ignore_frozen_params=self.trainable_only)
-            )
-            difference = tensors_difference(stored, expected)
-            if difference is not None:
-                raise ValueError(f"its weights are of another network: {difference}")
-            set_model_state_dict(
-                self.model, stored, options=StateDictOptions(full_state_dict=True, strict=not self.trainable_only)
-            )
-            if self.average is not None:
-                self.average.load(load_file(folder / "trainer" / "ema.safetensors"))
-            own = [
-                copy.deepcopy({name: value for name, value in group.items() if name != "params"})
-                for group in self.optimizer.param_groups
-            ]
-            # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
-            live = get_optimizer_state_dict(self.model, self.optimizer)
-            tensors = load_file(folder / "trainer" / "optimizer.safetensors")
-            set_optimizer_state_dict(
-                self.model,
-                self.optimizer,
-                _unpack(content["optimizer"], "optimizer", tensors, live),
-                options=StateDictOptions(full_state_dict=True),
-            )
-            for group, values in zip(self.optimizer.param_groups, own, strict=True):  # other objects than before
-                group.update(values)
-            return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
-        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _cannot_resume(folder, error) from error
+            result = read()
+        except DamagedError as error:
+            problem = str(error)
+        problem = next(filter(None, _of_all_ranks(problem)), None)
+        if problem is not None:
+            raise DamagedError(problem)
+        return result  # type: ignore[return-value]
+
+    def _from_main(self, work: Callable[[], T]) -> T:
+        """What rank 0 does and finds, or fails with, on every rank."""
+        result: Any = None
+        if self.is_main_process:
+            try:
+                result = work()
+            except FrameBridgeError as error:
+                result = error
+            except OSError as error:
+                result = FrameBridgeError(f"{self.root}: {error}; see that the folder can be written into")
+        result = _of_all_ranks(result)[0]
+        if isinstance(result, FrameBridgeError):
+            raise result
+        return result
 
     @property
     def _stores_weights(self) -> bool:
         """Whether what is exported is not all that is trained, or not as it is trained."""
         return self.trainable_only or self.average is not None
 
-    def _read_weights(self, folder: Path) -> dict[str, Any]:
-        parts = folder / "trainer" if self._stores_weights else folder / "model" / self.network_name
-        files = sorted(parts.glob("weights.safetensors" if self._stores_weights else "*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{parts} has no weights")
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
-    def _remove_oldest(self) -> None:
-        if self.limit is None or self.limit <= 0:
-            return
-        found = _complete_checkpoints(self.root)
-        for step in sorted(found)[: -self.limit]:
-            shutil.rmtree(found[step], ignore_errors=True)
+_NEWEST = ("latest", "auto")
 
 
-def find_checkpoint(root: Path, which: int | str) -> Path:
-    """The folder in `root` of a step's checkpoint, or of the "latest"; it is complete, since it has its final name."""
-    found = _complete_checkpoints(root)
-    if which in ("auto", "latest"):
-        if found:
-            return found[max(found)]
-    elif int(which) in found:
-        return found[int(which)]
-    available = ", ".join(map(str, sorted(found))) or "none"
-    raise FrameBridgeError(
-        f"no checkpoint {which!r} in {root} (steps there: {available}); give one of these steps as "
-        "checkpoints.resume_from_checkpoint, or choose another checkpoints.output_dir to start anew"
-    )
+def find_checkpoints(root: Path, which: int | str) -> list[Path]:
+    """The folders in `root` to resume from, the best first: of a step, or of the "latest" (or "auto") those that are
+    whole as far as sizes tell; none if there are no checkpoints at all.
+    """
+    folders, whole = step_folders(root), list(whole_checkpoints(root))
+    for folder in folders.values():
+        if (problem := two_file_problem(folder / "lora")) is not None:
+            raise FrameBridgeError(
+                f"cannot resume from {folder}, whose optimizer is of an earlier version; sample from its LoRA, "
+                f"or merge it and begin a new run on that: {problem}"
+            )
+    if which in _NEWEST:
+        if folders and not whole:
+            newest = folders[max(folders)]
+            raise _damaged(newest, folder_problem(newest), which)
+        return whole
+    if int(which) not in folders:
+        available = ", ".join(map(str, sorted(folders))) or "none"
+        raise FrameBridgeError(
+            f"no checkpoint {which!r} in {root} (steps there: {available}); give one of these steps as "
+            "checkpoints.resume_from_checkpoint, or choose another checkpoints.output_dir to start anew"
+        )
+    folder = folders[int(which)]
+    if (problem := folder_problem(folder)) is not None:
+        raise _damaged(folder, problem, which)
+    return [folder]
 
 
 def stored_settings(folder: Path) -> Groups:
     """The `run_settings` that a checkpoint was trained with."""
-    if (problem := two_file_problem(folder / "lora")) is not None:
-        raise FrameBridgeError(
-            f"cannot resume from {folder}, whose optimizer is of an earlier version; sample from its LoRA, "
-            f"or merge it and begin a new run on that: {problem}"
-        )
     try:
-        return json.loads((folder / "trainer" / "state.json").read_text())["settings"]
-    except (OSError, KeyError, ValueError) as error:
+        return _read_state(folder)[1]["settings"]
+    except (DamagedError, KeyError) as error:
         raise _cannot_resume(folder, error) from error
+
+
+def _read_state(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    manifest = read_manifest(folder)
+    return manifest, json.loads(read_checked(folder, _STATE, manifest))
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    """The values of all ranks, on each."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def check_settings(folder: Path, stored: Groups, settings: Groups, allowed: Collection[str] = ()) -> dict[str, str]:
@@ -238,66 +411,15 @@ def check_settings(folder: Path, stored: Groups, settings: Groups, allowed: Coll
     return changes
 
 
-def _complete_checkpoints(root: Path) -> dict[int, Path]:
-    folders = root.iterdir() if root.is_dir() else ()
-    return {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
+def _damaged(folder: Path, problem: object, which: int | str) -> FrameBridgeError:
+    if which in _NEWEST:
+        remedy = "no checkpoint is whole: restore one from a copy, or start anew in another folder"
+    else:
+        remedy = "give another step as checkpoints.resume_from_checkpoint, or latest"
+    return FrameBridgeError(f"cannot resume from {folder}: {problem}; {remedy}")
 
 
 def _cannot_resume(folder: Path, reason: BaseException | str) -> FrameBridgeError:
     return FrameBridgeError(
-        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml, or, "
-        "if the folder is damaged, remove it to go on from the checkpoint before it"
+        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml"
     )
-
-
-def _plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors refuses tensors that share memory or are views.
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Turns an optimizer's state into what JSON can say; its tensors go into `tensors` under their paths.
-
-    Quantised states (torchao's 8-bit AdamW) are tensor subclasses made of plain tensors, stored one by one.
-    """
-    if isinstance(value, dict):
-        return {"dict": {key: _pack(item, f"{name}/{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
-    if hasattr(value, "__tensor_flatten__"):
-        parts, _ = value.__tensor_flatten__()
-        tensors.update({f"{name}/{part}": getattr(value, part) for part in parts})
-        return {"quantised": parts}
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    return value
-
-
-def _unpack(packed: Any, name: str, tensors: Mapping[str, torch.Tensor], live: Any) -> Any:
-    """The inverse of `_pack`; `live` is the present state, which knows the classes of quantised tensors."""
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, content),) = packed.items()
-    if kind == "dict":
-        present = live if isinstance(live, dict) else {}
-        return {key: _unpack(item, f"{name}/{key}", tensors, present.get(key)) for key, item in content.items()}
-    if kind in ("list", "tuple"):
-        items = [_unpack(item, f"{name}/{i}", tensors, None) for i, item in enumerate(content)]
-        return items if kind == "list" else tuple(items)
-    if kind == "quantised":
-        _, context = live.__tensor_flatten__()
-        inner = {part: tensors[f"{name}/{part}"] for part in content}
-        return type(live).__tensor_unflatten__(inner, context, live.size(), live.stride())
-    return tensors[content]
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Asks the disk to have every file before the rename makes the checkpoint count."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -46,20 +46,13 @@ class WeightAverage:
             else:
                 average.copy_(weights)
 
-    def gather(self, keep: bool) -> dict[str, torch.Tensor]:
-        """Float32 tensors of the whole average in main memory, by the network's own names; all ranks call it together.
-
-        Ranks that do not `keep` it get an empty dictionary.
-        """
-        whole = {}
-        for name, average in self._averages.items():
-            tensor = average.full_tensor() if isinstance(average, DTensor) else average
-            if keep:
-                whole[name] = tensor.cpu()
-        return whole
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The float32 average, sharded as the weights are, by the network's own names."""
+        return self._averages
 
     def load(self, stored: Mapping[str, torch.Tensor]) -> None:
-        """Continues from what `gather` returned, the same on every rank; ValueError if it is of another network."""
+        """Continues from whole `tensors`, the same on every rank; ValueError if it is of another network."""
         difference = tensors_difference(stored, self._averages)
         if difference is not None:
             raise ValueError(f"the average of the weights is of another network: {difference}")

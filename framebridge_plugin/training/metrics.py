@@ -10,25 +10,22 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from framebridge_plugin.training.abandoned import METRICS_FILE
 from framebridge_plugin.training.validation import ValidationVideo
 
 
 class MetricsLogger:
     """Writes metrics on the main process; on the others it does nothing.
 
-    A resumed run goes on with the same files: lines of steps after the checkpoint, which will be done again, are
-    dropped. `settings` is Markdown for TensorBoard.
+    A resumed run goes on with the same files, which are only added to: lines of steps after the checkpoint were set
+    aside. `settings` is Markdown for TensorBoard.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int = 0, settings: str = "") -> None:
-        self.path = output_dir / "metrics.jsonl"
+        self.path = output_dir / METRICS_FILE
         self._enabled = enabled
         if not enabled:
             return
-        kept = []
-        if first_step and self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a")
         self._tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=first_step + 1)
         if settings:
@@ -70,11 +67,3 @@ class MetricsLogger:
         if self._enabled:
             self._file.close()
             self._tensorboard.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a line that a kill cut short counts as one after every checkpoint."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

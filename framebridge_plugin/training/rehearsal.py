@@ -8,7 +8,6 @@ from typing import Any
 
 from peft import LoraConfig
 
-from framebridge_plugin.backbones.starting import goes_on
 from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
@@ -38,7 +37,7 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) 
     refuse_start(recipe)
     register()  # before finetrainers is imported
 
-    from framebridge_plugin.training.checkpoints import check_settings, find_checkpoint, stored_settings
+    from framebridge_plugin.training.checkpoints import check_settings, find_checkpoints, stored_settings
     from framebridge_plugin.training.trainer import refuse_unsupported
 
     args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
@@ -55,8 +54,7 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) 
     check_samples(args, specification, datasets)
     settings = run_settings(args, specification, datasets)
     check_run(Path(args.output_dir), settings, allowed)
-    if goes_on(args.output_dir, args.resume_from_checkpoint):
-        checkpoint = find_checkpoint(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)
+    for checkpoint in find_checkpoints(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)[:1]:
         check_settings(checkpoint, stored_settings(checkpoint), settings, allowed)
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.copying import run_copy
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.loading import ModelSource, cannot_load
 from framebridge_plugin.backbones.lora_folders import LoraInfo
@@ -95,6 +96,7 @@ class BridgeSpecification(ModelSpecification):
             raise UsageError("processors: the backbone's adapter encodes captions and clips; leave them out")
         self.objective = objective or parsed_objective(self.model_name)
         self.clip_rate: float | None = None
+        self._run_copies: dict[str, Path] = {}
         self._make_adapter = functools.partial(
             adapter_class, objective=self.objective, clip_shape=clip_shape, **settings
         )
@@ -328,6 +330,11 @@ class BridgeSpecification(ModelSpecification):
         names = [self.network_name] if training_type == "lora" else []
         return {name: self.adapter.folder(name) for name in [*names, *self.adapter.frozen_parts()]}
 
+    def keep_components(self, folder: Path) -> None:
+        """Copies what training leaves as it is into `folder`, unless it is there; models are saved with that."""
+        frozen = self.frozen_components("full-finetune")
+        self._run_copies = {name: run_copy(folder, name, source) for name, source in frozen.items()}
+
     def _save_model(
         self, directory: str, transformer: Any, transformer_state_dict: Any = None, scheduler: Any = None
     ) -> None:
@@ -339,10 +346,11 @@ class BridgeSpecification(ModelSpecification):
             network_config=transformer.config,
             network_state_dict=transformer_state_dict,
             scheduler=scheduler if "scheduler" in self.adapter.facts.parts else None,
-            linked_components={
+            components={
                 name: (*self.adapter.part_class(name), folder)
-                for name, folder in self.frozen_components("full-finetune").items()
+                for name, folder in (self._run_copies or self.frozen_components("full-finetune")).items()
             },
+            are_run_copies=bool(self._run_copies),
             settings=self.adapter.pipeline_settings() | self._rate_setting,
         )
 

@@ -25,14 +25,15 @@ from finetrainers.trainer import SFTTrainer
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from framebridge_plugin.backbones.saving import link_or_copy_tree
+from framebridge_plugin.backbones.copying import link_tree, partial_folder, put_in_place
+from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
-from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState, find_checkpoint
+from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loading import explained_reading_errors
@@ -195,10 +196,11 @@ class FrameBridgeTrainer(SFTTrainer):
             average=self.average,
             network_name=self.model_specification.network_name,
             is_main_process=self.state.parallel_backend.is_main_process,
-            barrier=self.state.parallel_backend.wait_for_everyone,
         )
         self._resume()
         self._schedule_rates()
+        if not self._is_lora and self.state.parallel_backend.is_main_process:
+            self.model_specification.keep_components(Path(self.args.output_dir) / "components")
         self._on_prepared()
         if self.state.parallel_backend.is_main_process:
             write_run(output_dir, settings)
@@ -270,6 +272,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
                 loss, grad_norm = self._update(batches, step)
+                self.checkpointer.mark_finite()
                 progress.step = step
                 progress.samples_seen += clips_per_update
 
@@ -293,7 +296,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
                     self._validate(step, metrics)
         if saved_step == progress.step:
-            return find_checkpoint(self.checkpointer.root, progress.step)
+            return step_folder(self.checkpointer.root, progress.step)
         return self.checkpointer.save(progress)
 
     def _update(self, batches: TrainingBatches, step: int) -> tuple[float, float]:
@@ -359,7 +362,10 @@ class FrameBridgeTrainer(SFTTrainer):
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
         """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
         if self.state.parallel_backend.is_main_process:
-            link_or_copy_tree(checkpoint / self._export_name, output_dir / self._export_name)
+            published = output_dir / self._export_name
+            partial = partial_folder(published)
+            link_tree(checkpoint / self._export_name, partial)
+            put_in_place(partial, published)
         self.state.parallel_backend.wait_for_everyone()
 
     @property

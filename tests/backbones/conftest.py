@@ -34,7 +34,7 @@ def make_trained_folder(folder: Path, base: Path, objective: str = "bridge", num
         network_config=transformer.config,
         network_state_dict=transformer.state_dict(),
         scheduler=bridge if objective == "bridge" else backbone,
-        linked_components={name: (*source, base / name) for name, source in LINKED.items()},
+        components={name: (*source, base / name) for name, source in LINKED.items()},
         settings={"num_frames": num_frames, "height": 64, "width": 64},
     )
     return folder

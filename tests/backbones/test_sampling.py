@@ -27,6 +27,7 @@ from framebridge_plugin.training import FrameBridgeTrainer
 from tests.backbones.conftest import make_trained_folder
 from tests.tiny_models import make_tiny_cogvideox, make_tiny_latte
 from tests.training.bridge_runs import SIZE, make_inputs, make_specification, run_trainer
+from tests.training.run_results import accept_changes
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +159,13 @@ def test_the_rate_of_the_file_can_be_given(sample):
 
 def test_the_newest_checkpoint_of_an_unfinished_run_is_sampled(sample, inputs, tmp_path):
     unfinished = tmp_path / "unfinished/checkpoints"
-    copy_of(inputs / "full/checkpoints/step_000002", unfinished / "step_000010")
-    (unfinished / "step_000009").mkdir()
+    newest = copy_of(inputs / "full/checkpoints/step_000002", unfinished / "step_000010")
+    # What was written last, whatever its number; not what is not whole.
+    accept_changes(newest, written=2)
+    accept_changes(copy_of(newest, unfinished / "step_000020"), written=1)
+    accept_changes(copy_of(newest, unfinished / "step_000030"), written=3)
+    (unfinished / "step_000030/trainer/state.json").unlink()
+    (unfinished / "step_000040").mkdir()
     (unfinished / ".step_000011.partial").mkdir()
     result = sample(unfinished.parent)
     assert len(result.videos()) == 1

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
+from framebridge_plugin.backbones.manifest import write_manifest
 from framebridge_plugin.commands.sample_request import SampleRequest
 from framebridge_plugin.errors import UsageError
 from tests.cogvideox_files import write_model_folder
@@ -139,6 +140,7 @@ def test_a_damaged_model(arguments, tmp_path):
 def test_the_model_of_a_run(arguments, tmp_path, where):
     run = tmp_path / "run"
     write_latte_folder(run / where, bridge={"num_frames": 8})
+    write_manifest((run / where).parent)
     for model in (run, run / where):
         SampleRequest(**arguments | {"model": str(model), "num_frames": 8})
         assert "trained on 8" in problems_of(arguments, model=str(model), num_frames=16)[0]
@@ -147,6 +149,7 @@ def test_the_model_of_a_run(arguments, tmp_path, where):
 def test_rows_of_a_runs_data(arguments, tmp_path):
     run = tmp_path / "run"
     model = write_latte_folder(run / "checkpoints/step_000900/model")
+    write_manifest(model.parent)
     rows = {"images": (), "class_names": (), "data_rows": (0, 5)}
     for place in (run, model.parent, model):
         (problem,) = problems_of(arguments, model=str(place), **rows)

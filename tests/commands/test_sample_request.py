@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.manifest import write_manifest
 from framebridge_plugin.commands.sample_request import SampleRequest
 from framebridge_plugin.errors import UsageError
 from tests.cogvideox_files import write_model_folder
@@ -116,8 +117,10 @@ def test_the_model_of_a_run(arguments, tmp_path):
 
 def test_a_run_that_has_not_ended(arguments, tmp_path):
     run = tmp_path / "run"
-    write_model_folder(run / "checkpoints" / "step_000900" / "model", in_channels=32)
-    write_model_folder(run / "checkpoints" / "step_001000" / "model", temporal_compression=2, in_channels=32)
+    for step, compression in ((900, 4), (1000, 2)):
+        checkpoint = run / f"checkpoints/step_{step:06d}"
+        write_model_folder(checkpoint / "model", temporal_compression=compression, in_channels=32)
+        write_manifest(checkpoint, written=step)
     SampleRequest(**arguments | {"model": str(run), "num_frames": 5})
     assert "4 k + 1" in problems_of(arguments, model=str(run), num_frames=7)[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from framebridge_plugin.backbones.tensor_files import whole_tensor
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training.bridge_runs import make_trainer
 
@@ -15,7 +16,8 @@ OPTIONS = ("--parallel_backend=ptd", "--batch_size=1", "--train_steps=3", "--ema
 class WithRankFiles(FrameBridgeTrainer):
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
         super()._publish(checkpoint, output_dir)
-        save_file(self.average.gather(keep=True), output_dir / f"rank{self.state.parallel_backend.rank}.safetensors")
+        whole = {name: whole_tensor(tensor) for name, tensor in self.average.tensors.items()}
+        save_file(whole, output_dir / f"rank{self.state.parallel_backend.rank}.safetensors")
 
 
 def main(inputs: str, output: str, kind: str, *options: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from framebridge_plugin.backbones.manifest import read_manifest, write_manifest
 from framebridge_plugin.data import ClipStream, load_dataset_config
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.objective import ObjectiveSettings
@@ -52,6 +53,14 @@ def assert_same_weights(first: Path, second: Path) -> None:
     expected, actual = weights(first), weights(second)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+def accept_changes(checkpoint: Path, written: int | None = None) -> None:
+    """Writes the manifests of a changed checkpoint anew, as if it had been written as it is now."""
+    written = read_manifest(checkpoint).written if written is None else written
+    for export in checkpoint.glob("*/manifest.json"):
+        write_manifest(export.parent)
+    write_manifest(checkpoint, written=written)
 
 
 def write_one_clip(clips_folder: Path, folder: Path) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,30 +17,54 @@ from framebridge_plugin import folder_lock
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.folder_lock import FolderLock
 from tests.training.conftest import small_files_only
-from tests.training.run_results import CONSTANT_RATE, losses, metrics, succeeded
+from tests.training.run_results import CONSTANT_RATE, accept_changes, losses, metrics, succeeded
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(train, tmp_path):
     with small_files_only():
         result = train()
     assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: cannot copy")
+    assert list((tmp_path / "run/components").iterdir()) == []
+    assert succeeded(train("optimization.train_steps=2"))
+    with small_files_only():
+        result = train("checkpoints.resume_from_checkpoint=latest")
+    assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write checkpoint")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(train, tmp_path, monkeypatch):
+    def nearly_full(path: Path) -> Any:
+        return disk_usage(path)._replace(free=64 * 2**20)
+
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    result = train()
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: cannot write a checkpoint: it takes 0.00 GB and ")
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(train, tmp_path, monkeypatch):
-    flushed, fsync = set(), os.fsync
+    flushed, fsync = [], os.fsync
 
     def noting(descriptor: int) -> None:
         fsync(descriptor)
-        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     monkeypatch.setattr(os, "fsync", noting)
     assert succeeded(train("optimization.train_steps=1"))
     folder = tmp_path / "run/checkpoints/step_000001"
-    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    paths = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {"manifest.json", "model/transformer", "trainer/optimizer.safetensors"} < paths
     partial = str(folder.with_name(".step_000001.partial"))
-    assert {file.removeprefix(f"{partial}/") for file in flushed if file.startswith(partial)} == files
+    order = [path.removeprefix(partial).removeprefix("/") for path in flushed if path.startswith(partial)]
+    assert {*order} == {*paths, ""}
+    # A folder after what is in it, then the folder that has the new name in it.
+    assert all(order.index(path) < order.index(str(Path(path).parent).removeprefix(".")) for path in paths)
+    assert flushed.index(str(folder.parent)) > flushed.index(partial)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_last_is_resumed_whatever_their_digits(train, tmp_path):
@@ -50,6 +76,7 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_resumed_whatever_their_
         renamed = (folder / f"step_{step:06d}").rename(folder / f"step_{later:06d}")
         state = json.loads((renamed / "trainer/state.json").read_text())
         (renamed / "trainer/state.json").write_text(json.dumps(state | {"step": later}))
+        accept_changes(renamed)
     resume = ("checkpoints.resume_from_checkpoint=latest", "optimization.train_steps=1000001")
     assert succeeded(train(*options, *resume, "checkpoints.checkpointing_limit=2"))
     assert {path.name for path in folder.iterdir()} == {"step_1000000", "step_1000001"}

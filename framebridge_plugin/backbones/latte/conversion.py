@@ -79,7 +79,7 @@ def convert_reference_checkpoint(
             network_config=main.config,
             network_state_dict=main.state_dict,
             scheduler=FrameBridgeScheduler(target="eps_psi", grid="linspace") if main_name == "transformer" else None,
-            linked_components=linked,
+            components=linked,
             settings=LATTE_BRIDGE.default_call if main_name == "transformer" else None,
         )
     return reference

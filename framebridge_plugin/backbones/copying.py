@@ -1,0 +1,148 @@
+"""Copies and hard links of folders, and folders that are whole or not there at all. The standard library alone."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from framebridge_plugin.backbones.files import component_files
+from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
+from framebridge_plugin.backbones.manifest import (
+    MANIFEST_FILE,
+    FileFacts,
+    file_facts,
+    folder_problem,
+    read_manifest,
+    write_manifest,
+)
+from framebridge_plugin.errors import FrameBridgeError
+
+_FICLONE = 0x40049409
+"""Linux' request for a copy that shares its blocks until either is written to."""
+_CHUNK = 1 << 23
+_PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
+"""How the hidden names end of a folder that is being written, of the one that it replaces, and of one that goes."""
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a folder is written before it gets its name; what an earlier writer left there is removed."""
+    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def copy_file(source: Path, destination: Path) -> FileFacts:
+    """Copies a file, sharing blocks where the file system can; returns what a manifest says of it."""
+    with source.open("rb") as original, destination.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())
+        except OSError:
+            size, digest = 0, hashlib.sha256()
+            while chunk := original.read(_CHUNK):
+                copy.write(chunk)
+                size += len(chunk)
+                digest.update(chunk)
+            return FileFacts(size, digest.hexdigest())
+    return file_facts(destination)
+
+
+def copy_tree(source: Path, destination: Path) -> dict[str, FileFacts]:
+    """Copies a component's folder, so that no file of the copy shares its bytes with the original; returns what a
+    manifest says of the files.
+    """
+    if destination.is_dir() and destination.samefile(source):
+        return {}
+    destination.mkdir(parents=True, exist_ok=True)
+    return {name: copy_file(path, destination / name) for name, path in component_files(source)}
+
+
+def link_tree(source: Path, destination: Path) -> None:
+    """Fills the folder `destination` with hard links to the files of `source`, or with copies where the file system
+    has none.
+    """
+    if not source.is_dir():
+        raise FrameBridgeError(f"{source} is gone: nothing can be taken from it")
+    shutil.copytree(source, destination, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def run_copy(parent: Path, name: str, source: Path) -> Path:
+    """The run's own copy of a component in the folder `parent`, made once, with its manifest: `link_run_copy` takes
+    it from checkpoint to checkpoint. Its name says what it is a copy of.
+    """
+    folder = parent / f"{name}-{short_digest(component_fingerprint(source))}"
+    if not folder.is_dir() or folder_problem(folder) is not None:
+        try:
+            partial = partial_folder(folder)
+            write_manifest(partial, copy_tree(source, partial))
+            put_in_place(partial, folder)
+        except OSError as error:
+            tidy(parent)
+            raise FrameBridgeError(f"cannot copy {source} to {folder}: {error}; free disk space") from error
+    return folder
+
+
+def link_run_copy(source: Path, destination: Path) -> dict[str, FileFacts]:
+    """Links the files of a `run_copy`; returns what its manifest says of them."""
+    link_tree(source, destination)
+    (destination / MANIFEST_FILE).unlink()
+    return dict(read_manifest(source).files)
+
+
+# Whole or not there at all
+
+
+def sync_tree(folder: Path) -> None:
+    """Asks the disk to have every file of a folder, and the folders from the innermost to itself."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for path in (*(Path(parent, file) for file in files), Path(parent)):
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Asks the disk to have a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Gives a finished folder its name once the disk has it; what had the name before is removed after that."""
+    sync_tree(new)
+    old = folder.with_name(f".{folder.name}{_OLD}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that a kill must not leave half there."""
+    removed = folder.with_name(f".{folder.name}{_REMOVED}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def tidy(parent: Path) -> None:
+    """Ends what a kill interrupted in a folder of folders: the names that they had are theirs again."""
+    for path in sorted(parent.glob(".*")):
+        folder = parent / path.name[1:].removesuffix(_OLD)
+        if path.name.endswith(_OLD) and not folder.exists():
+            path.rename(folder)
+        elif path.name.endswith((_OLD, _PARTIAL, _REMOVED)):
+            shutil.rmtree(path, ignore_errors=True)
