@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         saved but not validated or uploaded at the end, 130 after Ctrl-C.
     """
     debug = os.environ.get("FRAMEBRIDGE_DEBUG", "0") not in ("", "0")
+    library_messages.escape()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         adopt_slurm(os.environ)

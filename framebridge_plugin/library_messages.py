@@ -11,6 +11,8 @@ import re
 import warnings
 from collections.abc import Iterator
 
+from framebridge_plugin.errors import escaped
+
 # Logger, beginning of its message, and what it means. No version of torchao goes without: 0.17 and later try their
 # CUDA kernels beside every torch, earlier ones say that they do not fit this torch.
 _MEANINGS = {
@@ -44,6 +46,21 @@ def show() -> None:
     """Lets all messages through again."""
     global _show
     _show = True
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return "\n".join(map(escaped, super().getMessage().split("\n")))
+
+
+def escape() -> None:
+    """Has warnings, and what anybody logs, shown `escaped` from here on; what is logged keeps its lines."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(message: object, category: type[Warning], file: str, line: int, text: str | None = None) -> str:
+    return f"{file}:{line}: {category.__name__}: {escaped(message)}\n"
 
 
 @contextlib.contextmanager

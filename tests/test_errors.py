@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -34,6 +36,19 @@ def test_a_command_line(capsys, tmp_path):
     assert main(["sample", "--model", str(tmp_path), "--prompt=x", "--image", NAME, f"--output={tmp_path}/x.mp4"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert f"error: --image {SHOWN}: no such file" in lines
+
+
+def test_what_libraries_say_in_the_command_is_escaped_and_holds_no_token():
+    code = (
+        "import logging, sys, warnings\nfrom framebridge_plugin.cli import main\nassert main(['recipes']) == 0\n"
+        "name = sys.argv[1]\nwarnings.warn(name)\nlogging.getLogger('library').warning('%s', name)\n"
+        "logging.getLogger('library').warning('https://me:pass@example.org hf_secretsecret ' + '%d', 3)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code, NAME], capture_output=True, text=True, check=True).stderr
+    warning, *logged = said.splitlines()
+    assert warning.endswith(f": UserWarning: {SHOWN}")
+    shown = SHOWN.replace("\\n", "\n").splitlines()  # what is logged keeps its lines
+    assert logged == [*shown, "https://***@example.org *** 3"]
 
 
 @pytest.mark.parametrize("layout", ["pairs", "classes"])
