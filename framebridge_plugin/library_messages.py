@@ -59,7 +59,9 @@ def escape() -> None:
     warnings.formatwarning = _format_warning
 
 
-def _format_warning(message: object, category: type[Warning], file: str, line: int, text: str | None = None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], file: str, line: int, text: str | None = None
+) -> str:
     return f"{file}:{line}: {category.__name__}: {escaped(message)}\n"
 
 
