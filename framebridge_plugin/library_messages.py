@@ -60,9 +60,9 @@ def escape() -> None:
 
 
 def _format_warning(
-    message: Warning | str, category: type[Warning], file: str, line: int, text: str | None = None
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return f"{file}:{line}: {category.__name__}: {escaped(message)}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {escaped(message)}\n"
 
 
 @contextlib.contextmanager
