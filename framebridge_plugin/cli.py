@@ -104,14 +104,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _precompute(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.commands.precompute import precompute_request
+    from framebridge_plugin.recipe import load_recipe
 
-    recipe, store = precompute_request(arguments.recipe, arguments.overrides, arguments.output)
+    ours = "framebridge.precomputed"  # the folder need not be there yet
+    recipe = load_recipe(arguments.recipe, arguments.overrides, needed=lambda where: where != ours)
+    named = arguments.output or recipe.framebridge.precomputed
+    store = Path(named or Path(recipe.checkpoints.output_dir, "precomputed"))
     if starts_processes(arguments.nproc):
         return launch(arguments.argv, arguments.nproc)
 
     from framebridge_plugin.training.precomputation.precompute import precompute
 
+    settings = recipe.framebridge.model_copy(update={"precomputed": None})
+    recipe = recipe.model_copy(update={"framebridge": settings})
     precompute(recipe, store, variants=arguments.variants, shard_size=arguments.shard_size)
     return 0
 
