@@ -17,11 +17,12 @@ from framebridge_plugin.errors import FrameBridgeError
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
 
 
-def component_fingerprint(folder: Path) -> dict[str, str]:
+def component_fingerprint(folder: Path, *, whole: bool = False) -> dict[str, str]:
     """The fingerprint of a model's component.
 
     Args:
         folder: The component's folder in diffusers' or transformers' format.
+        whole: Read all of the weights, and not blocks of them: the SHA-256 of each file.
 
     Returns:
         A digest for each file of settings, vocabulary or weights, by name. Of a settings file it leaves out what says
@@ -31,9 +32,9 @@ def component_fingerprint(folder: Path) -> dict[str, str]:
     Raises:
         FrameBridgeError: If a file cannot be read, or leads out of the folder.
     """
-    files = component_files(folder)
+    files, weights = component_files(folder), _sha256 if whole else _weights_digest
     try:
-        return {name: (_settings_digest if name.endswith(".json") else _weights_digest)(path) for name, path in files}
+        return {name: (_settings_digest if name.endswith(".json") else weights)(path) for name, path in files}
     except (OSError, ValueError) as error:
         raise FrameBridgeError(f"cannot read {folder}: {error}; check that it is a whole model") from error
 
@@ -88,6 +89,11 @@ def _weights_digest(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(data: bytes) -> str:

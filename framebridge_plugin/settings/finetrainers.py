@@ -94,7 +94,7 @@ def _check_providers(providers: tuple[str, ...]) -> AfterValidator:
 class ModelSection(Section):
     """Which pretrained model to start from."""
 
-    on_resume = "base", {"model_name": REFUSED, "cache_dir": ANEW}
+    on_resume = "base", {"model_name": REFUSED, "cache_dir": ANEW, "verify_files": ANEW}
 
     model_name: str = Field(default="cogvideox_bridge", description="which backbone; the error of another lists them")
     pretrained_model_name_or_path: PathText | None = Field(
@@ -109,6 +109,9 @@ class ModelSection(Section):
     transformer_id: PathText | None = Field(default=None, description="folder (a fine-tuned transformer/ alone) or id")
     vae_id: PathText | None = Field(
         default=None, description="folder or id that replaces the model's VAE; required from scratch"
+    )
+    verify_files: bool = Field(
+        default=False, description="compare every byte of its weights on a resume, not blocks of them"
     )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Groups = Mapping[str, Mapping[str, Any]]
 """Values by name, in groups: `REFUSED`, and those of `ALLOWABLE`."""
 
+_WHOLE = " (every byte)"
+"""End of the name of what is read on request, and compared where it was both times."""
+
 _SHOWN = 4
 """Differences that fit into an error's line."""
 
@@ -63,6 +66,10 @@ def _value(args: Any, name: str) -> Any:
 def _base(args: Any, specification: BridgeSpecification) -> dict[str, Any]:
     folders = specification.frozen_components(args.training_type)
     values = {name: f"of digest {short_digest(component_fingerprint(folders[name]))}" for name in folders}
+    if getattr(args, "verify_files", False):
+        for name, folder in folders.items():
+            digest = short_digest(component_fingerprint(folder, whole=True))
+            values[f"{name}{_WHOLE}"] = f"of digest {digest}"
     config = specification.load_scheduler().config
     backbone = {
         name: value for name, value in (config.get("backbone", config) or {}).items() if not name.startswith("_")
@@ -94,7 +101,7 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
     for group in (REFUSED, *ALLOWABLE):
         theirs, ours = stored.get(group) or {}, settings.get(group) or {}
         names = dict.fromkeys([*theirs, *ours])
-        changed = [n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n]]
+        changed = [n for n in names if (theirs[n] != ours[n] if n in theirs and n in ours else not n.endswith(_WHOLE))]
         if changed:
             shown = changed[:_SHOWN]
             present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datasets
 
-from framebridge_plugin.backbones.fingerprint import first_difference
+from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
 
@@ -48,3 +48,14 @@ def test_files_and_captions_are_part_of_the_fingerprint(tmp_path):
         "captions": fingerprint(["a.mp4", "b.mp4"], ["c", "e"]),
     }.items():
         assert first_difference(there, here).startswith(f"{name} is ")
+
+
+def test_what_lies_between_the_blocks_of_weights_is_seen_on_request(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(8_000_000))
+    before = component_fingerprint(tmp_path), component_fingerprint(tmp_path, whole=True)
+    with path.open("r+b") as file:
+        file.seek(6_000)
+        file.write(b"\1")
+    assert component_fingerprint(tmp_path) == before[0]
+    assert component_fingerprint(tmp_path, whole=True) != before[1]

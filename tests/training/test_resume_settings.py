@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from framebridge_plugin.training.checkpoints import stored_settings
 from framebridge_plugin.training.resume_settings import (
     setting_differences,
     settings_refusal,
@@ -34,6 +35,9 @@ def test_settings_of_either_side_alone_are_differences():
     assert difference({}, {"neural_prior": None}) == "without neural_prior"
     stored, ours = {"objective": "bridge", "alpha": 7}, {"objective": "diffusion", "alpha": 7, "rank": 4}
     assert difference(stored, ours) == "with objective 'bridge' and without rank"
+    read_once = {"vae": "a", "vae (every byte)": "b"}
+    assert setting_differences({"base": read_once}, {"base": {"vae": "a"}}) == {}
+    assert setting_differences({"base": {"vae": "a"}}, {"base": read_once}) == {}
     many = "with setting0 0, setting1 1, setting2 2, setting3 3 (2 more settings differ)"
     assert difference({f"setting{number}": number for number in range(6)}, {}) == many
 
@@ -172,12 +176,15 @@ def test_a_resume_on_another_model_is_refused_where_the_checkpoint_does_not_hold
     text = changed(model_folder, tmp_path / "text", "text_encoder/model.safetensors")
     noise = changed(model_folder, tmp_path / "noise", "scheduler/scheduler_config.json")
     resume, moved = "checkpoints.resume_from_checkpoint=latest", shutil.copytree(model_folder, tmp_path / "moved")
-    for kind, refused in (
-        (LORA, {"transformer": network, "vae": vae}),
-        ((), {"text_encoder": text, "noise schedule": noise}),
+    frozen = {"vae", "text_encoder", "tokenizer"}
+    for kind, parts, refused in (
+        (LORA, {"transformer", *frozen}, {"transformer": network, "vae": vae}),
+        ((), frozen, {"text_encoder": text, "noise schedule": noise}),
     ):
         output = f"run{len(kind)}"
-        assert succeeded(train(*kind, "optimization.train_steps=1", output=output))
+        assert succeeded(train(*kind, "optimization.train_steps=1", "model.verify_files=true", output=output))
+        base = stored_settings(tmp_path / output / "checkpoints/step_000001")["base"]
+        assert {name.removesuffix(" (every byte)") for name in base if name.endswith(" (every byte)")} == parts
         for name, option in refused.items():
             for dry_run in ((), ("--dry-run",)):
                 result = train(*kind, *dry_run, option, resume, output=output)
