@@ -105,6 +105,20 @@ def test_a_video_may_be_a_link_to_a_file(tmp_path):
         assert caught.value.kind == "not_regular"
 
 
+def test_a_playlist_is_no_video(tmp_path):
+    write_video(tmp_path / "video.mp4", frames=5)
+    texts = {
+        "concat": "ffconcat version 1.0\nfile video.mp4\n",
+        "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nvideo.mp4\n#EXT-X-ENDLIST\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.mp4").write_text(text)
+        with pytest.raises(ClipError, match="not a video file") as caught:
+            read_clip(str(tmp_path / f"{name}.mp4"), CLIP, torch.Generator())
+        assert caught.value.kind == "not_video"
+
+
 def test_links_in_folders_of_classes(tmp_path, caplog):
     root = tmp_path / "classes"
     for name in ("left/a.mp4", "right/b.mp4"):

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 # that most files are decoded once: a window is drawn only when the length is known.
 HELD_BYTES = 256 * 2**20
 
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,mxf,nut,dv,rm,swf,wtv,"
+    "yuv4mpegpipe,h261,h263,vc1,mjpeg,mjpeg_2000,nsv,nuv,bink,smk,apng,webp_pipe,vob,roq,dirac,avs2,avs3,vvc"
+)
+"""What a video may be, by FFmpeg's names; not a playlist, which has other files opened (concat, hls, dash, sdp)."""
+
 Choose = Callable[[int], Sequence[int]]
 """From the number of frames in a file to the numbers of the wanted ones."""
 
@@ -98,7 +104,7 @@ def opened(path: str, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
     """Open a regular file and choose its video stream; `ClipError` if it is no video that can be decoded."""
     try:
         # Tags in a foreign encoding are no reason to refuse a video.
-        container = av.open(path, metadata_errors="ignore")
+        container = av.open(path, metadata_errors="ignore", options={"format_whitelist": CONTAINERS})
     except PermissionError as error:
         raise ClipError(path, error.strerror or "it may not be read", "unreadable") from error
     except av.FFmpegError as error:
