@@ -17,8 +17,8 @@ def class_names(root: str | os.PathLike[str]) -> list[str]:
     return list(class_folders(root)[0])
 
 
-def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], LeftOut, list[str]]:
-    """The videos of each class relative to the root, both in order, what is left out, and links; at least one class.
+def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], LeftOut]:
+    """The videos of each class relative to the root, both in order, and what is left out; at least one class.
 
     An empty folder is a class, so that the numbers do not depend on which clips are there. No classes are hidden
     folders, those that systems make, those whose names are not UTF-8, links to folders, and those that hold something,
@@ -47,7 +47,6 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
     if not folders:
         but = ", but links to some, which are not followed" if "links to folders" in left_out.counts else ""
         raise FrameBridgeError(f"{root} holds no folders{but}; give a folder with one folder of videos per class")
-    all_links: list[str] = []
     classes: dict[str, list[str]] = {}
     for folder in sorted(folders, key=lambda name: unicodedata.normalize("NFC", name)):
         try:
@@ -59,7 +58,7 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
         names = left_out.usable(held, folder)
         videos = [f"{folder}/{name}" for name in names if is_video(name)]
         if videos or not any(not name.startswith(".") for name in held):
-            all_links += [f"{folder}/{name}" for name in links if is_video(name)]
+            left_out.links += [f"{folder}/{name}" for name in links if is_video(name)]
             classes.setdefault(unicodedata.normalize("NFC", folder), []).extend(videos)
             for name in names:
                 if not is_video(name):
@@ -68,7 +67,7 @@ def class_folders(root: str | os.PathLike[str]) -> tuple[dict[str, list[str]], L
             left_out.add("folders without videos", folder)
     if not classes:
         raise no_videos(root, left_out)
-    return classes, left_out, all_links
+    return classes, left_out
 
 
 def no_videos(root: str | os.PathLike[str], left_out: LeftOut) -> FrameBridgeError:

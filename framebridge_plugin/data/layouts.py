@@ -15,7 +15,6 @@ from framebridge_plugin.data.listing import (
     check_names,
     extension,
     is_video,
-    links_note,
     list_folder,
     name_key,
 )
@@ -102,9 +101,9 @@ def find_clips(root: Path) -> tuple[list[str], list[str], list[str]]:
         raise FrameBridgeError(f"{root} names no clips; give at least one clip with a caption")
     names, captions = (list(texts) for texts in zip(*clips, strict=True))
     check_names(root, names)
-    finder = FileFinder(root)
+    finder = FileFinder(root, left_out.links)
     found = [finder.find(name) for name in names]
-    notes = [note] if (note := links_note(root, finder.links)) else []
+    notes: list[str] = []
     if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
         count = f"{len(missing)} of {len(names)} listed clips are missing, first {missing[0]!r}"
         if len(missing) == len(names):
@@ -112,8 +111,7 @@ def find_clips(root: Path) -> tuple[list[str], list[str], list[str]]:
         notes.append(f"{count}: bad files")
     if empty := [name for name, caption in zip(names, captions, strict=True) if not caption.strip()]:
         notes.append(f"{len(empty)} of {len(names)} clips have an empty caption, first {empty[0]!r}: used as it is")
-    if left_out.counts:
-        notes.append(f"left out: {left_out}")
+    notes += left_out.notes(root)
     return [file or name for name, file in zip(names, found, strict=True)], captions, notes
 
 

@@ -40,9 +40,10 @@ def is_utf8(name: str) -> bool:
 
 
 class LeftOut:
-    """How much of a data set is not used: a count and an example for each reason."""
+    """How much of a data set is not used: a count and an example for each reason; and which videos are links."""
 
     def __init__(self) -> None:
+        self.links: list[str] = []
         self.counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
@@ -64,6 +65,12 @@ class LeftOut:
                 self.add("names not in UTF-8", os.path.join(folder, name))
         return sorted(usable)
 
+    def notes(self, root: str | os.PathLike[str]) -> list[str]:
+        """What is said of it: the links that lead out of the data set, which are used, and what is left out."""
+        links = [name for name in self.links if leads_out(os.path.join(root, name), root)]
+        notes = [f"{len(links)} videos are links to files elsewhere, such as {min(links)!r}"] if links else []
+        return [*notes, f"left out: {self}"] if self.counts else notes
+
     def __str__(self) -> str:
         counted = ((count, reason, escaped(self._examples[reason])) for reason, count in sorted(self.counts.items()))
         return ", ".join(f"{count} {reason} (such as {example})" for count, reason, example in counted)
@@ -74,12 +81,6 @@ def list_folder(path: str | os.PathLike[str]) -> tuple[list[str], set[str]]:
     with os.scandir(path) as scan:
         entries = [(entry.name, entry.is_symlink()) for entry in scan]
     return [name for name, _ in entries], {name for name, is_link in entries if is_link}
-
-
-def links_note(root: str | os.PathLike[str], links: Iterable[str]) -> str | None:
-    """What is said of videos that are links out of their data set, given the names of links in it."""
-    found = [name for name in links if leads_out(os.path.join(root, name), root)]
-    return f"{len(found)} videos are links to files elsewhere, such as {min(found)!r}" if found else None
 
 
 def check_names(root: str | os.PathLike[str], names: Iterable[str]) -> None:
@@ -98,12 +99,11 @@ def linked_folder(path: str | os.PathLike[str]) -> FrameBridgeError:
 
 
 class FileFinder:
-    """Finds files below a folder by names that may differ in Unicode normal form or the case of the extension."""
+    """Finds files below a folder by names that may differ in normal form or the case of the extension; notes links."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, links: list[str]) -> None:
         self._root = root
-        self.links: list[str] = []
-        """Those found that are links."""
+        self._links = links
         self._folders: dict[str, tuple[str, dict[str, str], set[str]]] = {}
 
     def find(self, name: str) -> str | None:
@@ -117,7 +117,7 @@ class FileFinder:
             return None
         path = os.path.join(actual, found)
         if found in links:
-            self.links.append(path)
+            self._links.append(path)
         return path
 
     def _list(self, folder: str) -> tuple[str, dict[str, str], set[str]]:

@@ -11,7 +11,6 @@ from typing import get_args
 import datasets
 
 from framebridge_plugin.data.class_folders import class_folders, no_videos
-from framebridge_plugin.data.listing import links_note
 from framebridge_plugin.data.ucf101_classes import foreign_classes, label_names, read_split, split_list
 from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, get_logger
 from framebridge_plugin.settings.data import Fold, Split
@@ -51,12 +50,12 @@ def load_ucf101(
     if fold not in get_args(Fold):
         raise UsageError(f"fold is {fold!r}; it must be one of {', '.join(map(str, get_args(Fold)))}")
     folder = Path(root).expanduser().absolute()
-    found, left_out, links = class_folders(folder)
+    found, left_out = class_folders(folder)
     labels = {file: label for label, files in found.items() for file in files}
     if not labels:
         raise no_videos(folder, left_out)
     classes = label_names(list(found))
-    notes = [note] if (note := links_note(folder, links)) else []
+    notes = []
     if foreign := foreign_classes(classes):
         notes.append(
             f"most of its folders are classes of UCF-101, but not {', '.join(foreign[:5])}"
@@ -78,8 +77,7 @@ def load_ucf101(
         for name in missing:
             if label := present.get(_key(name.partition("/")[0])):
                 labels[name] = label
-    if left_out.counts:
-        notes.append(f"left out: {left_out}")
+    notes += left_out.notes(folder)
     for note in notes:
         logger.warning("%s: %s", folder, note)
     groups = [_GROUP.search(file) for file in labels]

@@ -24,7 +24,6 @@ from framebridge_plugin.data.listing import (
     extension,
     is_utf8,
     linked_folder,
-    links_note,
     list_folder,
 )
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, csv_files, read_table
@@ -130,7 +129,7 @@ def _counts(total: int, without_file: int, without_caption: int, used: int) -> s
 
 
 def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iterator[pa.Table]:
-    folders, others, left_out, links, linked_folders = _list_videos(root)
+    folders, others, left_out, linked_folders = _list_videos(root)
     total = without_file = without_caption = 0
     any_use = False
     for block in (block for path in files for block in read_table(path, WEBVID_COLUMNS, OPTIONAL_WEBVID_COLUMNS)):
@@ -163,14 +162,13 @@ def _rows(files: Sequence[Path], root: Path, info: datasets.DatasetInfo) -> Iter
         without_caption += has_caption.count(False)
         table = pa.table([pa.array(cells, pa.string()) for cells in (*block, paths)], schema=_FEATURES.arrow_schema)
         yield table if all(has_caption) else table.filter(pa.array(has_caption))
-    left = f"; left out of {root}: {left_out}" if left_out.counts else ""
+    left = "".join(f"; {note}" for note in left_out.notes(root))
     if not any_use:
         raise FrameBridgeError(
             f"{files[0]}{', ...' if len(files) > 1 else ''}: none of its {total} rows has both a caption and a file "
             f"{root}/<videoid>.mp4 or {root}/<page_dir>/<videoid>.mp4{left}"
         )
-    note = f"; {note}" if (note := links_note(root, links)) else ""
-    info.description = _counts(total, without_file, without_caption, total - without_caption) + left + note
+    info.description = _counts(total, without_file, without_caption, total - without_caption) + left
 
 
 class _Videos(NamedTuple):
@@ -181,7 +179,6 @@ class _Videos(NamedTuple):
     others: dict[str, str]
     """The paths of all that are called otherwise, by normal form."""
     left_out: LeftOut
-    links: list[str]
     linked_folders: set[str]
     """Links to folders, which are not followed."""
 
@@ -208,7 +205,6 @@ def _list_videos(root: Path) -> _Videos:
     names = [name for name in listed if not _has_video_extension(name) and not name.startswith(".")]
     folders: dict[str, set[str]] = {}
     odd: list[str] = []
-    links: list[str] = []
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         every = ((listed, linked), *threads.map(list_one, names))
         for folder, (found, found_links) in zip(["", *names], every, strict=True):
@@ -217,7 +213,7 @@ def _list_videos(root: Path) -> _Videos:
                 continue
             usable = left_out.usable(filter(_has_video_extension, found), folder)
             folders[folder] = {name for name in usable if name.endswith(_SUFFIX)}
-            links += [os.path.join(folder, name) for name in usable if name in found_links]
+            left_out.links += [os.path.join(folder, name) for name in usable if name in found_links]
             if len(folders[folder]) < len(usable) or not "".join([folder, *usable]).isascii():
                 paths = [os.path.join(folder, name) for name in usable]
                 odd += [path for path in paths if not (path.isascii() and path.endswith(_SUFFIX))]
@@ -228,7 +224,7 @@ def _list_videos(root: Path) -> _Videos:
     others: dict[str, str] = {}
     for name in sorted(odd, key=lambda name: VIDEO_EXTENSIONS.index(extension(name))):
         others.setdefault(_nfc(name.rpartition(".")[0]), name)
-    return _Videos(folders, others, left_out, links, linked_folders)
+    return _Videos(folders, others, left_out, linked_folders)
 
 
 def _has_video_extension(name: str) -> bool:

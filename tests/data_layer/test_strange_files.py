@@ -157,9 +157,9 @@ def test_links_and_names_of_a_webvid(tmp_path):
         return load_webvid(table, root, cache_dir=str(tmp_path / "cache"))
 
     counts = "0 have no file and 0 no caption; 2 are used"
-    left_out = f"left out of {root}: 1 links to folders (such as linked)"
+    left_out = "left out: 1 links to folders (such as linked)"
     note = "1 videos are links to files elsewhere, such as 'page/2.mp4'"
-    assert load().info.description == f"of 2 rows, {counts}; {left_out}; {note}"
+    assert load().info.description == f"of 2 rows, {counts}; {note}; {left_out}"
     with pytest.raises(FrameBridgeError, match=f"{root}/linked is a link to a folder, which is not followed"):
         load("3,c,linked")
     for row in ("3,c,..", "../3,c,", "3,c,page/../.."):
