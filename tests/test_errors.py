@@ -42,6 +42,7 @@ def test_what_libraries_say_in_the_command_is_escaped_and_holds_no_token():
     code = (
         "import logging, sys, warnings\nfrom framebridge_plugin.cli import main\nassert main(['recipes']) == 0\n"
         "name = sys.argv[1]\nwarnings.warn(name)\nlogging.getLogger('library').warning('%s', name)\n"
+        "logging.getLogger('finetrainers').error('Error during training: %s', name)\n"  # the command says it itself
         "logging.getLogger('library').warning('https://me:pass@example.org hf_secretsecret ' + '%d', 3)\n"
     )
     said = subprocess.run([sys.executable, "-c", code, NAME], capture_output=True, text=True, check=True).stderr
