@@ -35,6 +35,8 @@ def outside_effects(recipe: Recipe, *kinds: str) -> Iterator[str]:
 def _sent(recipe: Recipe) -> Iterator[str]:
     if recipe.hub.push_to_hub:
         hub, folder = recipe.hub, recipe.result_folder
+        if recipe.training.training_type == "lora":
+            folder = folder.with_name("lora-to-share")  # which names no place of this machine
         owner = "" if "/" in recipe.hub_repository else ", of the login's account"
         seen_by = "private" if hub.private else "PUBLIC"
         yield f"hub.push_to_hub: at the end {folder} to the {seen_by} repository {recipe.hub_repository}{owner}"

@@ -54,6 +54,8 @@ def test_everything_that_leaves_the_run_is_listed(minimal, tmp_path, monkeypatch
     assert capsys.readouterr().err.splitlines()[:-1] == expected
     public = effects(minimal, *overrides, "hub.private=false", "hub.hub_model_id=x")
     assert public[0].endswith("run/model to the PUBLIC repository x, of the login's account")
+    lora = effects(minimal, *overrides, "training.training_type=lora", "framebridge.start_from=null")
+    assert lora[0] == "sends: hub.push_to_hub: at the end run/lora-to-share to the private repository me/x"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert not any("Weights" in line for line in effects(minimal, *overrides))
 
