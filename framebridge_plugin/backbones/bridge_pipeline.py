@@ -15,7 +15,8 @@ import torch
 from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
-from framebridge_plugin.backbones.opening import find_model, load_components, load_lora, opening
+from framebridge_plugin.backbones.loading import A_MODEL, loading
+from framebridge_plugin.backbones.opening import find_model, load_components, load_lora
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -66,7 +67,7 @@ class BridgePipeline:
             FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
                 one.
         """
-        with opening(pretrained_model_name_or_path):
+        with loading("model", os.fspath(pretrained_model_name_or_path), A_MODEL):
             saved = find_model(
                 pretrained_model_name_or_path,
                 [facts for facts in working_backbones() if facts.title == cls.adapter.facts.title],

@@ -23,6 +23,7 @@ EXTRA_WEIGHTS_FILE = "extra_weights.safetensors"
 TWO_FILE_LORA = "two-file-lora"
 """What `finetrainers convert --from` calls the LoRA folders of that version."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
+_MOST_STEPS = 100_000
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -75,7 +76,8 @@ def _scheduler_problem(config: Mapping[str, Any], facts: BackboneFacts) -> str |
         if config.get("backbone") is None:
             return None
         config = config["backbone"]
-    name, betas = config.get("_class_name"), config.get("beta_schedule")
+    name, betas, steps = (config.get(key) for key in ("_class_name", "beta_schedule", "num_train_timesteps"))
+    steps = 1000 if steps is None else steps
     prediction = config.get("prediction_type", facts.predictions[-1] if is_flow_matching(config) else "epsilon")
     process = "flow_matching" if is_flow_matching(config) else "variance_preserving"
     if name is None or (facts.schedulers and name not in facts.schedulers):
@@ -87,6 +89,8 @@ def _scheduler_problem(config: Mapping[str, Any], facts: BackboneFacts) -> str |
         found = f"has prediction_type {prediction}"
     elif betas is not None and betas not in _BETA_SCHEDULES:
         found = f"has beta_schedule {betas}"
+    elif type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        found = f"has {steps} times (num_train_timesteps)"
     else:
         return None
     known, predictions = " or ".join(facts.schedulers) or "flow-matching scheduler", " or ".join(facts.predictions)

@@ -26,7 +26,8 @@ from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
 
-LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError)
+A_MODEL = "a run's folder, or a complete model in diffusers format"
+LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)
 """What diffusers, transformers and safetensors raise for files that are missing, damaged or of another kind."""
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.examination import SavedModel, examine
@@ -21,8 +19,7 @@ from framebridge_plugin.backbones.folders import LORA_FILE, find_saved_model, lo
 from framebridge_plugin.backbones.hub import local_folder, say
 from framebridge_plugin.backbones.lora_folders import adapter_settings
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
-from framebridge_plugin.errors import FrameBridgeError, first_line
-from framebridge_plugin.models.whole_weights import whole_weights
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
 
@@ -95,21 +92,6 @@ def find_folder(name_or_path: str | os.PathLike, **hub_settings: Any) -> Path:
     if found.parent.parent.name == "checkpoints" and folder not in (found, found.parent):
         say(f"the run has not ended: its newest checkpoint {found.parent} is used")
     return found
-
-
-@contextlib.contextmanager
-def opening(source: str | os.PathLike) -> Iterator[None]:
-    """Turns what diffusers, transformers and safetensors raise, or only warn of, for a damaged model into one line."""
-    try:
-        with whole_weights():
-            yield
-    except FrameBridgeError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise FrameBridgeError(
-            f"cannot open model {str(source)!r}: {first_line(error)}; give a run's folder, or a complete model in "
-            "diffusers format"
-        ) from error
 
 
 def load_components(

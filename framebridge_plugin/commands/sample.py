@@ -14,12 +14,11 @@ from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.files import read_if_whole
 from framebridge_plugin.backbones.folders import find_part, pipeline_class
 from framebridge_plugin.backbones.hub import local_folder, say
-from framebridge_plugin.backbones.loading import ModelSource, load_weights
+from framebridge_plugin.backbones.loading import A_MODEL, ModelSource, load_weights, loading
 from framebridge_plugin.backbones.opening import (
     find_folder,
     find_model,
     load_scheduler,
-    opening,
 )
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import contact_sheet, write_video
@@ -108,7 +107,7 @@ def open_pipeline(
             raise FrameBridgeError(
                 f"{saved.lora} is a LoRA, which goes with the transformer it was trained on; leave --transformer out"
             )
-        with opening(transformer):
+        with loading("model", transformer, A_MODEL):
             replaced = _load_fine_tuned(transformer, saved.facts, torch_dtype)
     return saved.facts.load_pipeline().from_pretrained(saved, dtype=torch_dtype, **replaced)
 

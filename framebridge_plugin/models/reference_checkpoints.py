@@ -137,6 +137,8 @@ def _load_weights(checkpoint: str | os.PathLike) -> tuple[str, dict[str, torch.T
     size = 0
     try:
         size = os.path.getsize(checkpoint)
+        if not os.path.isfile(checkpoint):
+            raise ValueError("it is no file")
         if zipfile.is_zipfile(checkpoint):
             with zipfile.ZipFile(checkpoint) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > size:

@@ -14,7 +14,9 @@ from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.files import component_files, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.loading import ModelSource
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.models.widening import load_bridge_transformer
 from tests.cogvideox_files import write_model_folder
 
 
@@ -171,3 +173,26 @@ def test_a_config_that_the_weights_cannot_be_of(tmp_path):
     save_file({str(number): np.zeros(1) for number in range(3)}, model / "transformer/model.safetensors")
     write(file, json.dumps(config | {"num_layers": 3}))
     assert not list(SavedModel(COGVIDEOX, model).findings())
+
+
+def test_all_parts_of_a_model_are_of_one_commit_of_a_download_that_is_announced(tmp_path, capsys):
+    repository = tmp_path / "models--owner--tiny"
+    for commit in ("1" * 40, "2" * 40):
+        write_model_folder(repository / "snapshots" / commit)
+    write(repository / "refs/main", "1" * 40)
+    model = ModelSource("owner/tiny", {"vae": "owner/tiny"}, {"cache_dir": tmp_path})
+    assert model.local("owner/tiny", "transformer", settings_only=True).parent.name == "1" * 40
+    write(repository / "refs/main", "2" * 40)
+    assert {model.folder(part).parent.name for part in ("transformer", "tokenizer")} == {"1" * 40}
+    assert ModelSource("owner/tiny", hub={"cache_dir": tmp_path}).folder("transformer").parent.name == "2" * 40
+    announced = "owner/tiny is no folder here: it is taken from the Hugging Face Hub, revision main\n"
+    assert capsys.readouterr().err == announced
+
+
+@pytest.mark.parametrize("name", ["runs/mine", "./mine", "~/mine", "/mine", "mine", "../runs/mine"])
+def test_a_path_is_not_asked_for_at_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for load in (ModelSource(name).folder, lambda part: load_bridge_transformer(name, subfolder=part)):
+        with pytest.raises(FrameBridgeError, match="no such folder: "):
+            load("transformer")

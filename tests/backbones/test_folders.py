@@ -106,6 +106,10 @@ FOREIGN_SCHEDULERS = [
         {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "beta_schedule": "sigmoid"},
         "has beta_schedule sigmoid",
     ),
+    (
+        {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 10**12},
+        "has 1000000000000 times (num_train_timesteps)",
+    ),
     ({"prediction_type": "v_prediction"}, "names no scheduler"),
     ({"_class_name": "FrameBridgeScheduler", "backbone": {"_class_name": "DDIMScheduler"}}, "is for a DDIMScheduler"),
 ]

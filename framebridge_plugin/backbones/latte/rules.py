@@ -18,6 +18,7 @@ LATTE_SIZES = {"Ti": (6, 192, 6), "S": (12, 384, 6), "B": (12, 768, 12), "L": (2
 
 _STAGES = {"transformer": "bridge", "neural_prior": "neural_prior"}
 _NAMES = {"bridge": "a bridge", "neural_prior": "a neural prior"}
+_LARGEST = 100_000
 _HUB_COMPRESSION = 8  # Stable Diffusion's autoencoder, where it is not to be seen
 # What a neural prior and the bridge that takes its videos have in common.
 _SHARED = {
@@ -36,10 +37,8 @@ def config_problem(part: str, config: Config) -> str | None:
     found, wanted = config.get("stage"), _STAGES[part]
     if found != wanted:
         return f"holds {_NAMES.get(str(found), f'a network of stage {found!r}')}, not {_NAMES[wanted]}"
-    damaged = [key for key in _SHARED if not isinstance(config.get(key), int)]
-    return (
-        f"has a config without {damaged[0]}, which is not as it was written; copy the model again" if damaged else None
-    )
+    damaged = [key for key in _SHARED if type(size := config.get(key)) is not int or not 0 < size <= _LARGEST]
+    return f"has a config whose {damaged[0]} is not as it was written; copy the model again" if damaged else None
 
 
 def parts_problems(configs: Mapping[str, Config]) -> Iterator[tuple[str, str]]:
