@@ -306,7 +306,6 @@ def _unknown_kind(folder: Path, info: LoraInfo | None, read: Reader) -> str:
         return f"{folder} {what} {name}, which is no FrameBridge model"
     packages = {str(entry[0]).partition(".")[0] for entry in index.values() if isinstance(entry, list) and entry}
     packages -= {"None", "diffusers", "transformers", "framebridge_plugin"}
-    remedy = (
-        "; ".join(broken_backbones()) or f"install the package that brings it{''.join(f' ({p})' for p in packages)}"
-    )
+    brought = f" ({', '.join(sorted(packages))})" if packages else ""
+    remedy = "; ".join(broken_backbones()) or f"install the package that brings it{brought}"
     return f"{folder} {what} {name}, whose backbone is not installed or does not work here: {remedy}"

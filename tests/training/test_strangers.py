@@ -177,8 +177,11 @@ def test_code_in_every_place_of_a_run(inputs, tmp_path, marker, monkeypatch):
     write_module(lora / "evil.py", marker)
     options = (f"--start_from={lora}", "--checkpointing_steps=1")
     run_trainer(FrameBridgeTrainer, folder, folder / "run", "lora", *options)
-    exported = {path.name for path in (folder / "run").rglob("*")}
-    assert not exported & {*PICKLES, "evil.py", "pytorch_lora_weights.bin"}
+    run_trainer(FrameBridgeTrainer, folder, folder / "full", "full")
+    for run in ("run", "full"):
+        written = {path.name for path in (folder / run).rglob("*")}
+        assert not written & {*PICKLES, "evil.py", "pytorch_lora_weights.bin"}
+    assert (folder / "full/model/text_encoder/model.safetensors").is_file()
 
     for file in [*(folder / "run/checkpoints").rglob("*.safetensors")]:
         for suffix in (".bin", ".pt", ".pkl"):
