@@ -23,6 +23,7 @@ _JSON_BYTES = 64 * 2**20  # the largest that is needed, a tokenizer of 256,000 p
 _HEADER_BYTES = 16 * 2**20  # safetensors allows 100 MB; 100 bytes for each of 10,000 tensors make one
 _JSON_DEPTH = 50
 _LARGEST_NUMBER = 10**7
+_QUANTIZERS = ("bitsandbytes", "torchao", "quanto")  # others fetch kernels from the hub
 COMPONENT_FILES = (
     *("config.json", "*_config.json", "*.safetensors.index.json"),
     *("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
@@ -167,9 +168,21 @@ def folder_weights_problem(folder: Path, config: Mapping[str, Any], read: Reader
         return f"{folder} holds {what} (*.safetensors are needed); download the model again"
     if (problem := next(filter(None, map(weights_problem, weights)), None)) is not None:
         return problem
+    if problem := _foreign_code(config):
+        return f"{folder}: its config {problem}; give the component as it was released"
     tensors = sum(len(safetensors_header(file) or ()) for file in weights)
     for name, value in config.items():
         # Modules without end are made before the weights are looked at.
         if type(value) is int and (value > _LARGEST_NUMBER or ("layers" in name and value > tensors)):
             return f"{folder}: its config says {name} {value}, for which its weights are too few; download it again"
     return None
+
+
+def _foreign_code(config: Mapping[str, Any]) -> str | None:
+    """What a config says that makes transformers or diffusers run code from somewhere else."""
+    for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if "/" in str(config.get(name)):
+            return f"has its attention from {config[name]}, code on the hub"
+    quantized = config.get("quantization_config") or {}
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    return f"is quantized by {method}" if quantized and method not in _QUANTIZERS else None

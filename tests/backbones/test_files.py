@@ -175,6 +175,26 @@ def test_a_config_that_the_weights_cannot_be_of(tmp_path):
     assert not list(SavedModel(COGVIDEOX, model).findings())
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"attn_implementation": "owner/kernel"}, "has its attention from owner/kernel, code on the hub"),
+        ({"_attn_implementation": {"": "owner/kernel@main:f"}}, "code on the hub"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized by mxfp4"),
+        ({"quantization_config": "a"}, "is quantized by a"),
+        ({"attn_implementation": "sdpa", "quantization_config": {"quant_method": "bitsandbytes"}}, None),
+    ],
+)
+def test_a_config_that_names_code_elsewhere(tmp_path, values, message):
+    model = write_model_folder(tmp_path)
+    file = model / "text_encoder/config.json"
+    write(file, json.dumps({**json.loads(file.read_text()), **values}))
+    if message is None:
+        assert not list(SavedModel(COGVIDEOX, model).findings())
+    else:
+        assert message in problem_of(model)
+
+
 def test_all_parts_of_a_model_are_of_one_commit_of_a_download_that_is_announced(tmp_path, capsys):
     repository = tmp_path / "models--owner--tiny"
     for commit in ("1" * 40, "2" * 40):

@@ -57,7 +57,7 @@ BROKEN = [
     ("bridge", {"transformer": {"stage": "neural_prior"}}, "transformer", "holds a neural prior, not a bridge"),
     ("neural_prior", {"neural_prior": {"stage": "bridge"}}, "neural_prior", "holds a bridge, not a neural prior"),
     ("bridge", {"transformer": {"stage": None}}, "transformer", "holds a network of stage None"),
-    ("bridge", {"transformer": {"num_frames": None}}, "transformer", "without num_frames"),
+    ("bridge", {"transformer": {"num_frames": None}}, "transformer", "whose num_frames is not as it was written"),
     (
         "bridge",
         {"transformer": {"out_channels": 16, "in_channels": 16}},
