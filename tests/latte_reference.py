@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.latte.reference_checkpoints import read_reference_checkpoint
 from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.models.reference_checkpoints import read_reference_checkpoint
 from tests.reference_vectors import load_vectors
 
 HEADS = 4

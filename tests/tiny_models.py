@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.latte.rules import scratch_config
 from framebridge_plugin.models import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
@@ -204,6 +205,24 @@ def make_tiny_latte_network(
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return network.eval()
+
+
+def latte_config(
+    size: str,
+    *,
+    num_frames: int = 16,
+    sample_height: int = 32,
+    sample_width: int = 32,
+    class_names: Sequence[str] | None = None,
+    num_classes: int = 101,
+    takes_neural_prior: bool = False,
+    stage: str = "bridge",
+) -> dict[str, Any]:
+    """Returns the config of a Latte of a named size, for latents of 4 channels."""
+    parts = frozenset({"neural_prior"} if takes_neural_prior else ())
+    names = None if class_names is None else list(class_names)
+    config = scratch_config(size, {"latent_channels": 4}, (num_frames, sample_height, sample_width), names, parts)
+    return {"num_classes": num_classes, **config, "stage": stage}
 
 
 def make_tiny_image_vae(compression: int = 4, **settings: Any) -> AutoencoderKL:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.backbones.encoding import encode_image, encode_video
+from framebridge_plugin.backbones.encoding import encode_video
 from framebridge_plugin.backbones.sampling_loop import images_to_pixels
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames
@@ -78,7 +78,7 @@ def load_heldout(folder: Path, pipeline: FrameBridgeCogVideoXPipeline) -> HeldOu
         do_classifier_free_guidance=False,
         max_sequence_length=pipeline.transformer.config.max_text_seq_length,
     )
-    z_image = encode_image(pipeline.vae, video[:, 0]).expand_as(z_0)
+    z_image = encode_video(pipeline.vae, (video[:, 0]).unsqueeze(1)).expand_as(z_0)
     return HeldOut([Path(path).stem for path, _ in rows], video, z_0, z_image, text)
 
 
@@ -179,7 +179,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, 
 
     image = images_to_pixels(arguments.image, *samples.shape[-2:])
     written = read_frames(str(arguments.sample), range) / 127.5 - 1.0
-    decoded_image = pipeline.decode_latents(encode_image(pipeline.vae, image)).transpose(1, 2)
+    decoded_image = pipeline.decode_latents(encode_video(pipeline.vae, image.unsqueeze(1))).transpose(1, 2)
     numbers["file: first frame psnr"] = psnr(written[:1], decoded_image[0])
     numbers["file: motion"] = motion(written[None])
 

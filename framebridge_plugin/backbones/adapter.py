@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_still, encode_video
+from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_video
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import (
@@ -57,10 +57,15 @@ class BackboneAdapter:
     vae_class: ClassVar[Any]
     tokenizer_class: ClassVar[Any]
     text_encoder_class: ClassVar[Any]
+    call_network: ClassVar[Callable[..., torch.Tensor]]
+    """Runs the widened network on [B, T, 2 C, h, w], times [B] and conditions by name; float32 [B, T, C, h, w]."""
     text_layer: ClassVar[str]
     """The network's layer that the text goes into; its precision is the network's."""
     backbone_class: ClassVar[Any] = None
     """The class that stands for every scheduler of the backbone; None to take each as it is."""
+    still_is_constant: ClassVar[bool] = False
+    """Whether the latents of a still video are those of one frame, repeated over time: the autoencoder's time axis is
+    padded with the first frame."""
     setting_names: tuple[str, ...] = ()
     """Its own settings, by the names that a specification takes them under."""
     predicts_video: ClassVar[bool] = False
@@ -75,6 +80,12 @@ class BackboneAdapter:
         self.network_config: FrozenDict = self.read_network_config()
 
     # Loading
+
+    @classmethod
+    def component_classes(cls) -> dict[str, Any]:
+        """The class of each component of its pipeline but the scheduler."""
+        parts = [part for part in (*cls.facts.parts, *cls.facts.optional_parts) if part != "scheduler"]
+        return {part: getattr(cls, f"{part}_class", cls.network_class) for part in parts}
 
     @property
     def expected(self) -> str:
@@ -187,14 +198,22 @@ class BackboneAdapter:
         condition = image_BCHW
         if settings.image_noise:
             condition = add_pixel_noise(image_BCHW, *noise, draw("image noise"))
-        result["image_latents"] = encode_still(vae, condition, num_frames)
+        result["image_latents"] = self.encode_still(vae, condition, num_frames)
         if settings.objective == "bridge":
             if settings.prior_noise:
                 prior = image_BCHW.unsqueeze(1).expand_as(video_BFCHW)
                 result["prior_latents"] = encode_video(vae, add_pixel_noise(prior, *noise, draw("prior noise")))
             elif settings.image_noise:
-                result["prior_latents"] = encode_still(vae, image_BCHW, num_frames)
+                result["prior_latents"] = self.encode_still(vae, image_BCHW, num_frames)
         return result
+
+    @classmethod
+    def encode_still(
+        cls, vae: Any, image_BCHW: torch.Tensor, num_frames: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Latents of videos in which nothing moves, [B, T, C, h, w], or [B, 1, C, h, w] where that is the same."""
+        frames = 1 if cls.still_is_constant else num_frames
+        return encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, frames, -1, -1, -1), device)
 
     def encoding_facts(self) -> dict[str, Any]:
         """What `encode_clip` and `encode_caption` depend on besides clip, caption, seeds and precisions."""
@@ -238,7 +257,10 @@ class BackboneAdapter:
         Returns:
             The callable.
         """
-        raise NotImplementedError
+        image = image_latents.expand_as(prior)
+        return lambda latents, timestep: cls.call_network(
+            network, torch.cat([latents, image], dim=2), timestep, **conditions, **call
+        )
 
     # Checks, and what is saved
 
@@ -276,7 +298,7 @@ class BackboneAdapter:
 
     def part_class(self, part: str) -> tuple[str, str]:
         """Library and class of a frozen component, as model_index.json gives them."""
-        component_class = getattr(self, f"{part}_class")
+        component_class = self.component_classes()[part]
         return component_class.__module__.partition(".")[0], component_class.__name__
 
     def pipeline(self, **components: Any) -> Any:

@@ -8,35 +8,66 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizerBase
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.encoding import decode_video
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
 from framebridge_plugin.backbones.loading import A_MODEL, loading
-from framebridge_plugin.backbones.opening import find_model, load_components, load_lora
+from framebridge_plugin.backbones.opening import HUB_SETTINGS, find_model, load_components, load_lora
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.settings.checking import check_values, unknown_name
+
+_DTYPES = torch.dtype | dict[str, torch.dtype] | None
+_LOADING = (
+    *(*HUB_SETTINGS, "dtype", "torch_dtype", "variant", "use_safetensors", "disable_mmap", "quantization_config"),
+    *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "proxies"),
+)
+"""What `from_pretrained` takes besides components and settings; what runs code of a model's folder is not among it."""
 
 
 class BridgePipeline:
     """The part of a pipeline that does not depend on its backbone; diffusers' own class comes behind it."""
 
     adapter: ClassVar[type[BackboneAdapter]]
+    output_class: ClassVar[type[BaseOutput]]
+    vae: Any
+    transformer: Any
+    scheduler: Any
     components: Any
     config: Any
     register_to_config: Any
     load_lora_weights: Any
+    video_processor: Any
+    maybe_free_model_hooks: Any
+    _execution_device: Any
 
-    def _set_up(self, scheduler: Any, **settings: Any) -> None:
-        """Checks the scheduler and keeps the settings of a call."""
-        if scheduler is not None:
+    def _set_up(self, components: Mapping[str, Any], fps: float | None, **settings: Any) -> None:
+        """Checks the components, and keeps the settings of a call."""
+        classes, scheduler = self.adapter.component_classes(), components["scheduler"]
+        for part, component in components.items():
+            wanted = classes.get(part, object)
+            if issubclass(wanted, PreTrainedTokenizerBase):
+                wanted = PreTrainedTokenizerBase  # of tokenizers there are two classes for one vocabulary
+            component = getattr(component, "_orig_mod", component)  # of torch.compile
+            if component is not None and not isinstance(component, wanted):
+                found = f"{component!r}" if isinstance(component, str) else f"a {type(component).__name__}"
+                raise FrameBridgeError(f"{type(self).__name__}: {part} is {found}; it should be a {wanted.__name__}")
+        if "scheduler" in self.adapter.facts.parts and components[self.adapter.facts.network] is not None:
             check_scheduler(scheduler, self.adapter.facts)
         self._was_bridge = isinstance(scheduler, FrameBridgeScheduler)
-        self.register_to_config(**settings)
+        if fps is None:
+            fps = self.adapter.facts.plain.get("fps", DEFAULT_FPS)
+        self.register_to_config(fps=fps, **settings)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +98,10 @@ class BridgePipeline:
             FrameBridgeError: If something is missing, damaged or of another kind, or the LoRA's base model is another
                 one.
         """
+        where = f"{cls.__name__}.from_pretrained"
+        if problem := unknown_name(kwargs, {*inspect.signature(cls.__init__).parameters, *_LOADING} - {"self"}):
+            raise FrameBridgeError(f"{where}: {problem}")
+        check_values(where, dict.fromkeys(("dtype", "torch_dtype"), _DTYPES), kwargs)
         with loading("model", os.fspath(pretrained_model_name_or_path), A_MODEL):
             saved = find_model(
                 pretrained_model_name_or_path,
@@ -106,7 +141,24 @@ class BridgePipeline:
     @classmethod
     def _loaders(cls) -> dict[str, Callable[..., Any]]:
         """For each component what loads its folder."""
-        raise NotImplementedError
+        classes, name = cls.adapter.component_classes(), cls.adapter.facts.network
+
+        def load_network(folder: Path, **precision: Any) -> Any:
+            return cls.adapter.widen(classes[name].from_pretrained(folder, **precision))
+
+        return {**classes, name: load_network}
+
+    def _result(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> Any:
+        """What a call returns."""
+        video: Any = latents
+        if output_type != "latent":
+            video = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return self.output_class(frames=video) if return_dict else (video,)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
+        return decode_video(self.vae, latents)
 
     def _denoise(
         self,

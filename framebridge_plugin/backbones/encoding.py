@@ -8,19 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLLTXVideo
+from diffusers import AutoencoderKL
 from diffusers.utils.torch_utils import randn_tensor
 
 FRAMES_AT_ONCE = 16
 """Frames that an image autoencoder is given in one call, which bounds its memory."""
-
-_STILL_IS_CONSTANT = (AutoencoderKLCogVideoX, AutoencoderKLLTXVideo)
-"""Their time axis is padded with the first frame; Wan's is padded with zeros."""
-
-
-def still_is_constant(vae: Any) -> bool:
-    """Whether the latents of a still video are those of one frame, repeated over time."""
-    return isinstance(vae, _STILL_IS_CONSTANT)
 
 
 def latent_scale(vae: Any) -> float:
@@ -65,30 +57,6 @@ def encode_video(vae: Any, video_BFCHW: torch.Tensor, device: torch.device | Non
     latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode().float()
     mean, std = _statistics(vae, latents_BCTHW)
     return ((latents_BCTHW - mean) / std * latent_scale(vae)).transpose(1, 2)
-
-
-@torch.no_grad()
-def encode_still(
-    vae: Any, image_BCHW: torch.Tensor, num_frames: int, device: torch.device | None = None
-) -> torch.Tensor:
-    """Encodes videos in which nothing moves, as one frame where that is the same (see `still_is_constant`).
-
-    Args:
-        vae: A video autoencoder of diffusers.
-        image_BCHW: Pixels in [-1, 1], shape [B, 3, H, W].
-        num_frames: F, the number of frames of the videos.
-        device: As for `encode_video`.
-
-    Returns:
-        Float32 latents of shape [B, T, C, h, w], or [B, 1, C, h, w] to be repeated over time.
-    """
-    frames = 1 if still_is_constant(vae) else num_frames
-    return encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, frames, -1, -1, -1), device)
-
-
-def encode_image(vae: Any, image_BCHW: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes still images as one frame each, to float32 latents of shape [B, 1, C, h, w]."""
-    return encode_video(vae, image_BCHW.unsqueeze(1), device)
 
 
 @torch.no_grad()

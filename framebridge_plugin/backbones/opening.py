@@ -23,7 +23,7 @@ from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
 
-_HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def find_model(
@@ -39,7 +39,7 @@ def find_model(
 
     The settings for the hub are taken out of `settings`; a component that is given there is not looked for.
     """
-    hub = {name: settings.pop(name) for name in _HUB_SETTINGS if name in settings}
+    hub = {name: settings.pop(name) for name in HUB_SETTINGS if name in settings}
     names = set().union(*({*facts.parts, *facts.optional_parts} for facts in working_backbones()))
     given: dict[str, Path | None] = dict.fromkeys(name for name in settings if name in names)
     if isinstance(name_or_path, SavedModel):

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from framebridge_plugin.progress import Progress
 from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
-ImageInput = Picture | Sequence[Picture]
+ImageInput = Annotated[Picture | Sequence[Picture], "checked where it is read"]
+Times = Sequence[float] | torch.Tensor | np.ndarray
 Generators = torch.Generator | list[torch.Generator]
 
 
@@ -36,7 +36,14 @@ def check_scheduler(scheduler: Any, facts: BackboneFacts, was_bridge: bool = Fal
     with a bridge, so that its network is no diffusion model.
     """
     if isinstance(scheduler, FrameBridgeScheduler):
+        if scheduler.config.alignment not in ("none", facts.process):
+            raise FrameBridgeError(
+                f"the scheduler is aligned to a {scheduler.config.alignment} process, that of a {facts.title} is "
+                f"{facts.process}; build it by FrameBridgeScheduler.from_backbone of the model's own scheduler"
+            )
         return
+    if scheduler is None:
+        raise FrameBridgeError("a transformer needs the scheduler that it was trained with")
     name, bridge = type(scheduler).__name__, FrameBridgeScheduler.__name__
     if was_bridge:
         raise FrameBridgeError(
@@ -48,12 +55,6 @@ def check_scheduler(scheduler: Any, facts: BackboneFacts, was_bridge: bool = Fal
         raise FrameBridgeError(
             f"a {name} is no bridge; give a {bridge}, or for a diffusion baseline the scheduler that it was saved with"
         )
-
-
-def check_output_type(output_type: str) -> None:
-    """Refuses an unknown kind of result before anything is computed."""
-    if output_type not in OUTPUT_TYPES:
-        raise FrameBridgeError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
 
 
 def images_to_pixels(image: ImageInput, height: int, width: int) -> torch.Tensor:
@@ -72,14 +73,18 @@ def common_batch_size(num_images: int, num_conditions: int, name: str) -> int:
     return batch_size
 
 
-def call_defaults(pipeline: Any, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+def call_defaults(
+    pipeline: Any, num_inference_steps: int | None, timesteps: Any, guidance_scale: float | None
+) -> tuple[int, float]:
     """Steps and guidance of a call: what it was asked for, else what the model says, else the backbone's own."""
+    if num_inference_steps is not None and timesteps is not None:
+        raise FrameBridgeError("give either num_inference_steps or timesteps")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    found = {
-        name: next(value for value in (given[name], pipeline.config[name], default) if value is not None)
+    steps, scale = (
+        next(value for value in (given[name], pipeline.config[name], default) if value is not None)
         for name, default in pipeline.adapter.facts.default_call.items()
-    }
-    return int(found["num_inference_steps"]), float(found["guidance_scale"])
+    )
+    return int(steps), float(scale)
 
 
 def repeat_batch(tensor: Any, batch_size: int) -> Any:
@@ -115,7 +120,7 @@ def sample_latents(
     prior: torch.Tensor,
     *,
     num_inference_steps: int,
-    timesteps: Sequence[float] | None = None,
+    timesteps: Times | None = None,
     guidance_scale: float,
     use_dynamic_cfg: bool = False,
     generator: Generators | None = None,
@@ -146,7 +151,7 @@ def sample_latents(
     else:
         raise FrameBridgeError(f"timesteps: a {type(scheduler).__name__} takes none; give num_inference_steps")
     if latents is not None:
-        latents = latents.to(device=device, dtype=torch.float32)
+        latents = _check_latents(latents, prior)
     elif is_bridge:
         latents = scheduler.initial_latent(prior, generator=generator)
     else:
@@ -193,10 +198,16 @@ def sample_latents(
             if callback_on_step_end is not None:
                 available = {"latents": latents, **(callback_tensors or {})}
                 tensors = {name: available[name] for name in callback_tensor_inputs or ["latents"]}
-                latents = callback_on_step_end(pipeline, i, t, tensors).get("latents", latents)
+                latents = _check_latents(callback_on_step_end(pipeline, i, t, tensors).get("latents", latents), prior)
             progress_bar.update()
     pipeline._current_timestep = None
     return latents
+
+
+def _check_latents(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    if latents.shape != prior.shape:
+        raise FrameBridgeError(f"latents: have the shape {list(latents.shape)}; they should have {list(prior.shape)}")
+    return latents.to(device=prior.device, dtype=torch.float32)
 
 
 def sampling_progress(pipeline: Any, steps: int) -> Progress:

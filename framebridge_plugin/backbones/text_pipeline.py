@@ -8,31 +8,30 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 
 from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
-from framebridge_plugin.backbones.encoding import decode_video, encode_still
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.folders import two_file_problem
 from framebridge_plugin.backbones.hub import say
 from framebridge_plugin.backbones.opening import load_components
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
+    Times,
     call_defaults,
     check_generator,
-    check_output_type,
     common_batch_size,
     images_to_pixels,
     repeat_batch,
 )
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.settings.checking import checked, unknown_name
+from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType
 
 _CLIP = ("num_frames", "height", "width")
 
@@ -60,20 +59,14 @@ class TextBridgePipeline(BridgePipeline):
         fps: Frames per second at which its videos are to be shown: the rate of its training clips.
 
     Raises:
-        FrameBridgeError: If the network is not widened, or of another kind.
+        FrameBridgeError: If a component is of another kind, the network is not widened, or a setting is out of range.
     """
 
-    vae: Any
-    transformer: Any
-    scheduler: Any
-    video_processor: Any
     encode_prompt: Any
     check_inputs: Any
-    maybe_free_model_hooks: Any
     vae_scale_factor_temporal: int
-    _execution_device: Any
-    output_class: ClassVar[type[BaseOutput]]
 
+    @checked
     def __init__(
         self,
         tokenizer: Any,
@@ -81,20 +74,20 @@ class TextBridgePipeline(BridgePipeline):
         vae: Any,
         transformer: Any,
         scheduler: Any,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fps: float | None = None,
+        num_frames: Count | None = None,
+        height: Count | None = None,
+        width: Count | None = None,
+        num_inference_steps: Count | None = None,
+        guidance_scale: NonNegative | None = None,
+        fps: FrameRate | None = None,
     ) -> None:
+        components = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
+        components["scheduler"] = scheduler
+        clip = {"num_frames": num_frames, "height": height, "width": width}
+        calls = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self._set_up(components, fps, **clip, **calls)
         parent: Any = super()
-        parent.__init__(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
-        )
-        fps = fps or self.adapter.facts.plain.get("fps", DEFAULT_FPS)
-        clip = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
-        self._set_up(scheduler, **clip, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        parent.__init__(**components)
         if transformer is None:
             return
         if problem := self.adapter.facts.config_problem("transformer", transformer.config):
@@ -105,20 +98,6 @@ class TextBridgePipeline(BridgePipeline):
                 f"{2 * transformer.config.out_channels}; train one with `finetrainers train`, or give a fine-tuned "
                 "transformer folder"
             )
-
-    @classmethod
-    def _loaders(cls) -> dict[str, Callable[..., Any]]:
-        adapter = cls.adapter
-
-        def load_network(folder: Path, **precision: Any) -> Any:
-            return adapter.widen(adapter.network_class.from_pretrained(folder, **precision))
-
-        return {
-            "transformer": load_network,
-            "vae": adapter.vae_class,
-            "text_encoder": adapter.text_encoder_class,
-            "tokenizer": adapter.tokenizer_class,
-        }
 
     @classmethod
     def _open(cls, saved: SavedModel, settings: dict[str, Any]) -> Any:
@@ -144,29 +123,30 @@ class TextBridgePipeline(BridgePipeline):
         return super()._open(dataclasses.replace(saved, components={}, lora=None), components)
 
     @torch.no_grad()
+    @checked
     def __call__(
         self,
         image: ImageInput,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
+        height: Count | None = None,
+        width: Count | None = None,
+        num_frames: Count | None = None,
+        num_inference_steps: Count | None = None,
+        timesteps: Times | None = None,
+        guidance_scale: NonNegative | None = None,
         use_dynamic_cfg: bool = False,
-        num_videos_per_prompt: int = 1,
+        num_videos_per_prompt: Count = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-        max_sequence_length: int | None = None,
+        max_sequence_length: Count | None = None,
         **embeds: Any,
     ) -> Any:
         """Generates videos that start at the given images.
@@ -207,12 +187,20 @@ class TextBridgePipeline(BridgePipeline):
             The output of diffusers' own pipeline with the videos as `.frames`, or a tuple whose only element they are.
 
         Raises:
-            FrameBridgeError: If a size or the number of frames or images does not fit.
+            FrameBridgeError: If an argument is unknown or of the wrong type, or a size or a number does not fit.
         """
+        own = {*inspect.signature(type(self).__call__).parameters, *inspect.signature(self.encode_prompt).parameters}
+        if problem := unknown_name(embeds, own - {"embeds", "device", "do_classifier_free_guidance"}):
+            raise FrameBridgeError(f"{type(self).__name__}: {problem}")
+        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, timesteps, guidance_scale)
+        is_embedded = prompt_embeds is not None and (negative_prompt_embeds is not None or guidance_scale <= 1)
+        remedy = "give it (for the text also prompt_embeds and negative_prompt_embeds)"
+        for part in ("transformer", "vae", *(() if is_embedded else ("text_encoder", "tokenizer"))):
+            if getattr(self, part) is None:
+                raise FrameBridgeError(f"{type(self).__name__} has no {part}, which a call needs; {remedy}")
         config, facts = self.transformer.config, self.adapter.facts
-        check_output_type(output_type)
-        default_frames, default_height, default_width = self._default_clip()
-        num_frames, height, width = num_frames or default_frames, height or default_height, width or default_width
+        given_clip = zip((num_frames, height, width), self._default_clip(), strict=True)
+        num_frames, height, width = (default if given is None else given for given, default in given_clip)
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         rule = facts.clip_rule(self.vae.config, config)
         for name, problem in rule.problems(num_frames, height, width):
@@ -238,7 +226,6 @@ class TextBridgePipeline(BridgePipeline):
         }
         checked = inspect.signature(self.check_inputs).parameters
         self.check_inputs(**{name: value for name, value in given.items() if name in checked})
-        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, guidance_scale)
         self._attention_kwargs = attention_kwargs
         device = self._execution_device
 
@@ -260,7 +247,7 @@ class TextBridgePipeline(BridgePipeline):
         )
 
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        image_latents = repeat_batch(encode_still(self.vae, image_BCHW, num_frames, device), num_videos)
+        image_latents = repeat_batch(self.adapter.encode_still(self.vae, image_BCHW, num_frames, device), num_videos)
         image_latents = image_latents.expand(-1, num_latent_frames, -1, -1, -1)
         latents = self.denoise(
             image_latents,
@@ -280,13 +267,7 @@ class TextBridgePipeline(BridgePipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        if output_type == "latent":
-            video: Any = latents
-        else:
-            video = self.decode_latents(latents)
-            video = self.video_processor.postprocess_video(video=video, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return self.output_class(frames=video) if return_dict else (video,)
+        return self._result(latents, output_type, return_dict)
 
     @torch.no_grad()
     def denoise(
@@ -298,7 +279,6 @@ class TextBridgePipeline(BridgePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
         attention_kwargs: dict[str, Any] | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         conditions: Mapping[str, Any] | None = None,
         negative_conditions: Mapping[str, Any] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -314,7 +294,6 @@ class TextBridgePipeline(BridgePipeline):
             num_inference_steps: Calls of the network.
             guidance_scale: Weight of classifier-free guidance on the text; 1 or less switches it off.
             attention_kwargs: Passed to the attention processors.
-            image_rotary_emb: Cosines and sines of the rotary embedding in place of the network's own.
             conditions: What else the network is told, by the names of its arguments.
             negative_conditions: The same for the negative prompt.
             callback_on_step_end_tensor_inputs: As in `__call__`.
@@ -328,7 +307,6 @@ class TextBridgePipeline(BridgePipeline):
         negative = None
         if negative_prompt_embeds is not None:
             negative = {"encoder_hidden_states": negative_prompt_embeds.to(dtype), **(negative_conditions or {})}
-        call = {"attention_kwargs": attention_kwargs, "image_rotary_emb": image_rotary_emb}
         return self._denoise(
             self.transformer,
             image_latents,
@@ -337,15 +315,11 @@ class TextBridgePipeline(BridgePipeline):
             negative,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            network_settings={name: value for name, value in call.items() if value is not None},
+            network_settings=None if attention_kwargs is None else {"attention_kwargs": attention_kwargs},
             callback_tensors={"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
             **loop,
         )
-
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
-        return decode_video(self.vae, latents)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """Loads LoRA layers as diffusers does; refuses the folder of an earlier version, where they are not all."""

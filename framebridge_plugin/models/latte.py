@@ -10,8 +10,8 @@ Layouts: B batch, F frames, C channels, h and w rows and columns of the latent, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,12 +24,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
-from framebridge_plugin.backbones.latte.rules import LATTE_SIZES
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.settings.checking import checked
+from framebridge_plugin.settings.choices import Count
 
-PATCH_SIZES = (2, 4, 8)
-STAGES = ("bridge", "neural_prior")
-
+Stage = Literal["bridge", "neural_prior"]
 _TIME_CHANNELS = 256
 
 
@@ -92,21 +91,22 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks = ["LatteBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "class_embedding", "norm"]  # noqa: RUF012
 
+    @checked
     @register_to_config
     def __init__(
         self,
-        num_layers: int = 12,
-        num_attention_heads: int = 6,
-        attention_head_dim: int = 64,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        sample_height: int = 32,
-        sample_width: int = 32,
-        num_frames: int = 16,
-        num_classes: int = 101,
+        num_layers: Count = 12,
+        num_attention_heads: Count = 6,
+        attention_head_dim: Count = 64,
+        patch_size: Count = 2,
+        in_channels: Count = 4,
+        out_channels: Count = 4,
+        sample_height: Count = 32,
+        sample_width: Count = 32,
+        num_frames: Count = 16,
+        num_classes: Count = 101,
         class_names: list[str] | None = None,
-        stage: str = "bridge",
+        stage: Stage = "bridge",
     ) -> None:
         super().__init__()
         width = num_attention_heads * attention_head_dim
@@ -129,64 +129,12 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
         self.gradient_checkpointing = False
 
-    @staticmethod
-    def config_from_size(
-        size: str,
-        *,
-        sample_height: int,
-        sample_width: int,
-        num_frames: int,
-        class_names: Sequence[str] | None = None,
-        num_classes: int | None = None,
-        latent_channels: int = 4,
-        takes_neural_prior: bool = False,
-        stage: str = "bridge",
-    ) -> dict[str, Any]:
-        """The config of a network of a named size.
-
-        Args:
-            size: Name from the table of sizes and the patch size, such as "S/2".
-            sample_height: Rows of the latent.
-            sample_width: Columns of the latent.
-            num_frames: Frames of the video, without the image in front.
-            class_names: Names of the classes in the order of their labels.
-            num_classes: Number of classes; that of the names if it is not given.
-            latent_channels: Channels of the latent.
-            takes_neural_prior: Add as many input channels for a neural prior's video.
-            stage: "bridge" or "neural_prior".
-
-        Returns:
-            The constructor's arguments by name.
-
-        Raises:
-            FrameBridgeError: If the size is unknown, or there are neither names nor a number of classes.
-        """
-        num_layers, width, heads, patch_size = parse_latte_size(size)
-        if num_classes is None:
-            if class_names is None:
-                raise FrameBridgeError("a Latte network needs its classes: give class_names or num_classes")
-            num_classes = len(class_names)
-        return {
-            "num_layers": num_layers,
-            "num_attention_heads": heads,
-            "attention_head_dim": width // heads,
-            "patch_size": patch_size,
-            "in_channels": latent_channels * (2 if takes_neural_prior else 1),
-            "out_channels": latent_channels,
-            "sample_height": sample_height,
-            "sample_width": sample_width,
-            "num_frames": num_frames,
-            "num_classes": num_classes,
-            "class_names": None if class_names is None else list(class_names),
-            "stage": stage,
-        }
-
     @classmethod
     def from_scratch(cls, config: Mapping[str, Any], seed: int) -> LatteTransformer:
         """Builds a network to be trained from scratch; equal arguments give equal weights.
 
         Args:
-            config: Such as `config_from_size` returns.
+            config: Arguments of this class.
             seed: What the weights are drawn from; torch's global generator is left alone.
 
         Returns:
@@ -308,17 +256,6 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return cells_BFrcyxC.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
-def parse_latte_size(size: str) -> tuple[int, int, int, int]:
-    """Looks up a size."""
-    name, _, patch = size.partition("/")
-    if name not in LATTE_SIZES or patch not in map(str, PATCH_SIZES):
-        raise FrameBridgeError(
-            f"unknown Latte size {size!r}; choose one of {', '.join(LATTE_SIZES)} and one of the patch sizes "
-            f"{', '.join(map(str, PATCH_SIZES))}, such as 'S/2'"
-        )
-    return *LATTE_SIZES[name], int(patch)
-
-
 def spatial_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Sines and cosines of a patch's place in its frame."""
     by_column = temporal_positions(columns, width // 2, device)[None].expand(rows, -1, -1)
@@ -333,9 +270,7 @@ def temporal_positions(num_frames: int, width: int, device: torch.device | None 
 
 def _check_config(config: Any, width: int) -> None:
     problem = None
-    if config.stage not in STAGES:
-        problem = f"stage={config.stage!r} is not one of {', '.join(STAGES)}"
-    elif config.num_layers % 2 or config.num_layers < 2:
+    if config.num_layers % 2:
         problem = f"num_layers={config.num_layers} must be even, for there are as many spatial as temporal blocks"
     elif width % 4:
         problem = f"the width {width} (heads x head width) must be a multiple of 4"

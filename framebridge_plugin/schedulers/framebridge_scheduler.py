@@ -197,17 +197,6 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
-    def backbone_scheduler(self) -> Any:
-        """Build the backbone's own diffusers scheduler.
-
-        Returns:
-            The scheduler, or None where the config has no `backbone`.
-
-        Raises:
-            FrameBridgeError: The backbone's "_class_name" is not a scheduler of diffusers.
-        """
-        return build_backbone(self.config["backbone"])
-
     # Sampling
 
     @checked

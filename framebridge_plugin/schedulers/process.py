@@ -8,7 +8,7 @@ import torch
 
 from framebridge_plugin.bridge.alignment import Alignment, NoAlignment
 from framebridge_plugin.bridge.schedule import BridgeSchedule, Index
-from framebridge_plugin.bridge.targets import compute_target, predict_z_0, sample_bridge
+from framebridge_plugin.bridge.targets import compute_target, sample_bridge
 from framebridge_plugin.errors import FrameBridgeError
 
 
@@ -72,20 +72,6 @@ class BridgeProcess:
             The target, of the shape and dtype of `z_0`.
         """
         return compute_target(self.config["target"], z_0, z_t, prior, noise, self.schedule.coefficients(index))
-
-    def predict_z_0(self, output: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, index: Index) -> torch.Tensor:
-        """Turn the network's output into its prediction of the video latents.
-
-        Args:
-            output: The network's output [B, ...].
-            z_t: The bridge samples it was computed from.
-            prior: Prior latents z_T, of the shape of `z_t`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The prediction of z_0, of the shape and dtype of `z_t`.
-        """
-        return predict_z_0(self.config["target"], output, z_t, prior, self.schedule.coefficients(index))
 
     def set_prior(self, prior: torch.Tensor | None) -> None:
         """Set the end point of the bridge once for the calls that are given none.

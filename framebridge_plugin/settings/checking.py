@@ -89,18 +89,18 @@ def _fits(kind: Any, value: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(part, value) for part in parts)
     if origin is Annotated:
-        return _fits(parts[0], value) and all(value in part for part in parts[1:] if isinstance(part, Range))
+        return not isinstance(parts[1], Range) or (_fits(parts[0], value) and value in parts[1])
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in parts)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     if kind is int:
         return type(value) is int
-    if origin in (list, Sequence):
-        return (
-            isinstance(value, origin) and not isinstance(value, str) and all(_fits(parts[0], item) for item in value)
-        )
-    return isinstance(value, origin or kind)
+    if not isinstance(value, origin or kind) or (isinstance(value, str) and kind is not str):
+        return False
+    if origin is dict:
+        return all(_fits(parts[1], item) for item in value.values())
+    return origin not in (list, Sequence) or all(_fits(parts[0], item) for item in value)
 
 
 def _words(kind: Any) -> str:
@@ -113,7 +113,7 @@ def _words(kind: Any) -> str:
     if origin in (list, Sequence):
         return f"a list of {_words(parts[0]).removeprefix('a ')}s"
     found = origin or kind
-    return _WORDS.get(found, f"a {found.__name__}")
+    return _WORDS.get(found, f"a {found.__module__}.{found.__name__}")
 
 
 def _short(value: Any) -> str:

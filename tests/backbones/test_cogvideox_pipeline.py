@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
-from framebridge_plugin.backbones.encoding import encode_image
+from framebridge_plugin.backbones.encoding import encode_video
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -149,11 +149,6 @@ def test_given_embeddings_are_repeated_as_prompts_are(pipeline):
     assert torch.equal(actual, expected)
 
 
-def test_an_unknown_output_type_is_refused_before_sampling(pipeline):
-    with pytest.raises(FrameBridgeError, match="output_type='gif' is none of pil, np, pt, latent"):
-        pipeline(image=picture(), prompt=PROMPT, output_type="gif")
-
-
 def test_the_prompt_the_negative_prompt_and_the_guidance_matter(pipeline):
     results = [
         latents_of(pipeline),
@@ -238,7 +233,7 @@ def test_without_a_generator_every_call_differs(pipeline):
 
 
 def test_the_bridge_starts_at_the_image_and_the_start_can_be_given(pipeline):
-    image_latents = encode_image(pipeline.vae, pixels_of(picture()).unsqueeze(0) * 2 - 1)
+    image_latents = encode_video(pipeline.vae, pixels_of(picture())[None, None] * 2 - 1)
     prior = image_latents.expand(-1, 3, -1, -1, -1)
     draws = generator()
     pipeline.scheduler.set_timesteps(2)
@@ -270,7 +265,9 @@ def copied_loop(pipeline: Any, image: torch.Tensor, prompt: torch.Tensor, start:
 def test_a_loop_copied_from_diffusers_gives_the_same_video(pipeline, call):
     with torch.no_grad():
         prompt, negative = pipeline.encode_prompt([PROMPT], max_sequence_length=16)
-    image = encode_image(pipeline.vae, pixels_of(picture()).unsqueeze(0) * 2 - 1).expand(-1, 3, -1, -1, -1)
+    image = encode_video(pipeline.vae, (pixels_of(picture()).unsqueeze(0) * 2 - 1).unsqueeze(1)).expand(
+        -1, 3, -1, -1, -1
+    )
     scheduler, draws = pipeline.scheduler, generator()
     scheduler.set_prior(image)
     scheduler.set_timesteps(**call)
@@ -400,6 +397,29 @@ def test_what_does_not_fit_is_refused_in_one_line(pipeline, arguments, message):
     with pytest.raises(FrameBridgeError, match=message) as error:
         latents_of(pipeline, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_arguments_of_the_wrong_type_or_range_are_refused_in_one_line(pipeline):
+    count, start = "a whole number, at least 1", torch.zeros(1, 1, 4, 8, 8)
+    calls: list[tuple[dict[str, Any], str]] = [
+        *(({"num_frames": value}, f"num_frames is {value}; it should be {count}") for value in (0, 9.0)),
+        *(({name: 0}, f"{name} is 0; it should be {count}") for name in ("height", "width", "num_inference_steps")),
+        *(({"num_videos_per_prompt": value}, f"per_prompt is {value!r}; it should be {count}") for value in (0, "2")),
+        *(({"guidance_scale": value}, "guidance_scale is .*; it should be a number") for value in (math.nan, "x")),
+        ({"max_sequence_length": -1}, f"max_sequence_length is -1; it should be {count}"),
+        ({"prompt": 3}, "prompt is 3; it should be a text or a list of texts"),
+        ({"output_type": "gif"}, "output_type is 'gif'; it should be 'pil', 'np', 'pt' or 'latent'"),
+        ({"generator": 3}, "generator is 3; it should be a torch"),
+        ({"promt": "a"}, "unknown argument 'promt'; did you mean 'prompt'"),
+        ({"num_frame": 9}, "unknown argument 'num_frame'; did you mean 'num_frames'"),
+        ({"num_inference_steps": 2, "timesteps": [999.0]}, "give either num_inference_steps or timesteps"),
+        ({"latents": start}, r"latents: have the shape \[1, 1, 4, 8, 8\]; they should have \[1, 3, 4, 8, 8\]"),
+        ({"callback_on_step_end": lambda *step: {"latents": start}}, "latents: have the shape"),
+    ]
+    for wrong, message in calls:
+        with pytest.raises(FrameBridgeError, match=message) as error:
+            pipeline(**{"image": picture(), "prompt": PROMPT, **wrong})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("arguments", [{"prompt": None}, {"prompt_embeds": torch.zeros(1, 16, 16)}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_image, encode_video, latent_scale
+from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_video, latent_scale
 
 HEIGHT, WIDTH = 56, 48
 
@@ -42,7 +42,7 @@ def random_pixels(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 def test_a_still_video_has_a_still_latent(vae, memory_saving):
     image_BCHW = random_pixels(2, 3, HEIGHT, WIDTH)
-    once = encode_image(vae, image_BCHW)
+    once = encode_video(vae, image_BCHW.unsqueeze(1))
     still = encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, 9, -1, -1, -1))
     assert once.shape == (2, 1, 4, HEIGHT // 8, WIDTH // 8)
     assert still.shape == (2, 3, 4, HEIGHT // 8, WIDTH // 8)
@@ -52,7 +52,7 @@ def test_a_still_video_has_a_still_latent(vae, memory_saving):
 @pytest.mark.parametrize("num_frames", [5, 17, 49])
 def test_the_length_of_a_still_video_does_not_matter(vae, num_frames):
     image_BCHW = random_pixels(1, 3, 16, 24)
-    once = encode_image(vae, image_BCHW)
+    once = encode_video(vae, image_BCHW.unsqueeze(1))
     still = encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, num_frames, -1, -1, -1))
     assert still.shape[1] == (num_frames - 1) // 4 + 1
     assert (still - once).abs().max().item() <= 1e-5 * once.abs().max().item()
@@ -71,9 +71,9 @@ def test_in_float64_the_still_latent_is_exact_to_rounding(vae, memory_saving):
 def test_tiles_are_really_encoded_one_by_one(vae):
     """Or else the case of tiles above would repeat the case without."""
     image = random_pixels(1, 3, HEIGHT, WIDTH)
-    whole = encode_image(vae, image)
+    whole = encode_video(vae, image.unsqueeze(1))
     vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=40)
-    assert (encode_image(vae, image) - whole).abs().max() > 1e-3
+    assert (encode_video(vae, image.unsqueeze(1)) - whole).abs().max() > 1e-3
 
 
 def test_the_mode_is_taken_and_nothing_drawn(vae):
@@ -90,8 +90,8 @@ def test_the_mode_is_taken_and_nothing_drawn(vae):
 
 def test_latents_are_float32_whatever_the_autoencoder_computes_in(vae):
     image = random_pixels(1, 3, 32, 32)
-    expected = encode_image(vae, image)
-    latents = encode_image(vae.bfloat16(), image)
+    expected = encode_video(vae, image.unsqueeze(1))
+    latents = encode_video(vae.bfloat16(), image.unsqueeze(1))
     assert latents.dtype == torch.float32
     torch.testing.assert_close(latents, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
@@ -103,7 +103,7 @@ def test_latents_are_scaled_as_the_config_says(invert, scale):
     image = random_pixels(1, 3, 32, 32)
     with torch.no_grad():
         unscaled = vae.encode(image.unsqueeze(2)).latent_dist.mode().transpose(1, 2)
-    torch.testing.assert_close(encode_image(vae, image), unscaled * scale)
+    torch.testing.assert_close(encode_video(vae, image.unsqueeze(1)), unscaled * scale)
 
 
 @pytest.mark.parametrize("shape", [(400, 3, 16, 16), (400, 4, 3, 8, 8)], ids=["images", "videos"])

@@ -11,8 +11,8 @@ import torch
 
 from framebridge_plugin import FrameBridgeLattePipeline
 from framebridge_plugin.backbones.latte.conversion import convert_reference_checkpoint
+from framebridge_plugin.backbones.latte.reference_checkpoints import PRIOR_PREFIX, ReferenceCheckpoint
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.reference_checkpoints import PRIOR_PREFIX, ReferenceCheckpoint
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.latte_reference import HEADS, reference_weights, write_checkpoint
 from tests.reference_vectors import load_vectors, relative_error

@@ -15,7 +15,7 @@ from framebridge_plugin.backbones.saving import save_lora_folder
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.latte import LatteTransformer
 from tests.backbones.latte_calls import latents_of, open_folder, picture, seeded
-from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_latte
+from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, latte_config, make_tiny_latte
 from tests.training.latte_runs import CLIP_SHAPE, make_latte_specification
 
 
@@ -35,7 +35,7 @@ def any_pipeline(request, latte_folders) -> FrameBridgeLattePipeline:
 def test_a_specification_from_scratch_draws_its_network_once(latte_folders, monkeypatch):
     """When it is loaded; until then the config will do. It is the network that `from_scratch` gives."""
     size = {"sample_height": 16, "sample_width": 16, "num_frames": 4, "class_names": CLASS_NAMES}
-    expected = LatteTransformer.from_scratch(LatteTransformer.config_from_size("S/4", **size), seed=7)
+    expected = LatteTransformer.from_scratch(latte_config("S/4", **size), seed=7)
     seeds, draw = [], LatteTransformer.initialize_weights
 
     def draw_and_count(network, seed):

@@ -14,7 +14,7 @@ from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.bridge import BridgeSchedule, dbim_step, sde_step, timestep_grid
 from tests.backbones.test_latte_vectors import NO_CLASS, VECTORS, make_pipeline
 from tests.latte_stand_in import StandInLatte, make_scheduler
-from tests.reference_vectors import relative_error
+from tests.reference_vectors import predicted_z_0, relative_error
 
 INDEX_AT = VECTORS["timestep_map_ode.10"].tolist()
 # The reference's tables are float32 from the start, and eleven calls of the network enlarge what is missing in them.
@@ -47,7 +47,7 @@ class ReferenceRun:
         if self.tells_positions and position < 10:
             time = torch.full_like(time, position)
         output = call_latte(self.network, shown, time, NO_CLASS, self.condition, self.coarse)
-        return self.scheduler.predict_z_0(output, z, self.prior, INDEX_AT[position])
+        return predicted_z_0(self.scheduler, output, z, self.prior, INDEX_AT[position])
 
     def step(self, z: torch.Tensor, position: int) -> torch.Tensor:
         """One step of order 1 from a position to the one before it, or to the data."""

@@ -46,7 +46,14 @@ def pipeline(latte_folders) -> FrameBridgeLattePipeline:
         ({"image": "picture.png"}, "picture.png: no such file"),
         ({"image": torch.rand(3, 64, 64) * 2 - 1}, "image: floats should be in \\[0, 1\\], these go from -"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 samples"),
-        ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it should be a whole number, at least 1"),
+        ({"num_videos_per_image": -1}, "num_videos_per_image is -1; it should be a whole number, at least 1"),
+        ({"class_label": 1.0}, "class_label is 1.0; it should be a whole number, a text or a list of"),
+        (
+            {"latents": torch.zeros(1, 1, 4, 16, 16)},
+            r"latents: have .*; they should have \[1, 4, 4, 16, 16\]",
+        ),
+        ({"class": "left"}, "unknown argument 'class'; did you mean 'class_label'"),
         ({"num_inference_steps": 1001}, "at most 1000"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents, image_latents, neural_prior, not prompt"),
     ],
@@ -71,11 +78,6 @@ def test_the_times_of_the_calls_can_be_given(pipeline):
         latents_of(pipeline, timesteps=[0, 999])
 
 
-def test_an_unknown_output_type_is_refused_before_sampling(pipeline):
-    with pytest.raises(FrameBridgeError, match="output_type='gif' is none of pil, np, pt, latent"):
-        pipeline(picture(), "left", output_type="gif")
-
-
 def test_a_model_without_names_takes_labels_alone(tmp_path):
     pipeline = open_folder(make_tiny_latte(tmp_path, class_names=None, num_classes=6))
     assert latents_of(pipeline, class_label=5).shape == (1, 4, 4, 16, 16)
@@ -89,7 +91,7 @@ BRIDGE, ON_NEURAL_PRIOR, NEURAL_PRIOR = "bridge", "bridge on a neural prior", "n
 @pytest.mark.parametrize(
     ("transformer", "neural_prior", "has_scheduler", "message"),
     [
-        (None, None, True, "needs a transformer or a neural_prior"),
+        (None, None, True, "needs a vae, and a transformer or a neural_prior"),
         (BRIDGE, None, False, "needs the scheduler that it was trained with"),
         # The rules of the parts are asked: their table is in test_latte_rules.py.
         (NEURAL_PRIOR, None, True, "transformer holds a neural prior, not a bridge"),

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import ClipShape, ClipShapeRule, KnownClasses
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.backbones.latte.networks import blank_network
 from framebridge_plugin.backbones.latte.rules import LATTE_SIZES, VAE_DEFAULTS
 from framebridge_plugin.data import UCF101_CLASSES
-from framebridge_plugin.models import LatteTransformer
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import NAMES, write_latte_folder
 
@@ -158,17 +158,23 @@ def test_the_clips_of_a_network_from_scratch_fit_its_patches():
 @pytest.mark.parametrize("parts", [frozenset(), frozenset({"neural_prior"})])
 @pytest.mark.parametrize("size", LATTE_SIZES)
 def test_the_config_of_a_network_from_scratch_is_the_one_that_it_gets(size, parts):
-    made = LatteTransformer.config_from_size(
-        f"{size}/4",
-        sample_height=8,
-        sample_width=6,
-        num_frames=5,
-        class_names=NAMES,
-        takes_neural_prior="neural_prior" in parts,
-    )
     assert LATTE_BRIDGE.scratch_config is not None
-    known = LATTE_BRIDGE.scratch_config(f"{size}/4", VAE, (5, 64, 48), NAMES, parts)
-    assert known == {name: value for name, value in made.items() if name != "stage"}
+    num_layers, width, heads = LATTE_SIZES[size]
+    known = LATTE_BRIDGE.scratch_config(f"{size}/4", VAE, (5, 64, 32), NAMES, parts)
+    assert known == {
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "patch_size": 4,
+        "num_frames": 5,
+        "sample_height": 8,
+        "sample_width": 6,
+        "num_classes": len(NAMES),
+        "class_names": NAMES,
+        "in_channels": 8 if parts else 4,
+        "out_channels": 4,
+    }
+    assert {name: blank_network(known).config[name] for name in known} == known
     unseen = LATTE_BRIDGE.scratch_config(f"{size}/4", {}, None, None, parts)
     assert unseen.keys() == {"num_layers", "num_attention_heads", "attention_head_dim", "patch_size"}
 

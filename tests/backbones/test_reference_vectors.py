@@ -120,7 +120,6 @@ def test_sampling_run(vectors, case):
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance_scale"],
         latents=start,
-        image_rotary_emb=(v["rope_cos"], v["rope_sin"]) if settings["rope"] else None,
         callback_on_step_end=record,
     )
 

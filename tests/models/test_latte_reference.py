@@ -13,6 +13,7 @@ from framebridge_plugin.backbones.sampling_loop import guide
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
 from tests.latte_reference import STAGES, reference_network
 from tests.reference_vectors import DATA, load_vectors, relative_error
+from tests.tiny_models import latte_config
 
 TOLERANCE = 1e-5
 VECTORS, DESCRIPTION = load_vectors("latte_model")
@@ -125,7 +126,7 @@ def test_positions():
 @pytest.mark.parametrize("stage", STAGES)
 def test_s2_at_full_size_has_the_weights_of_the_reference(stage):
     reference = json.loads((DATA / "latte_s2_keys.json").read_text())["stages"][stage]
-    config = LatteTransformer.config_from_size(
+    config = latte_config(
         "S/2",
         sample_height=32,
         sample_width=32,

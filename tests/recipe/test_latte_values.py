@@ -7,7 +7,7 @@ import typing
 
 import pytest
 
-from framebridge_plugin.models.latte import LATTE_SIZES, PATCH_SIZES
+from framebridge_plugin.backbones.latte.rules import LATTE_SIZES, scratch_config
 from framebridge_plugin.recipe import load_recipe, resolve_recipe, shipped_recipes
 from framebridge_plugin.recipe.yaml_text import read_yaml
 from framebridge_plugin.settings.bridge import LatteSize
@@ -90,4 +90,7 @@ def test_the_data_layer_reads_that_entry(latte, tmp_path):
 
 
 def test_sizes_are_those_of_the_network():
-    assert set(typing.get_args(LatteSize)) == {f"{size}/{patch}" for size in LATTE_SIZES for patch in PATCH_SIZES}
+    sizes = typing.get_args(LatteSize)
+    assert {size.partition("/")[0] for size in sizes} == LATTE_SIZES.keys()
+    for size in sizes:
+        assert scratch_config(size, {}, None, None, frozenset())["patch_size"] == int(size[-1])

@@ -19,6 +19,7 @@ from framebridge_plugin.data import UCF101_CLASSES
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.backbone import build_backbone
 from framebridge_plugin.training.resume_settings import run_settings
 from tests.tiny_models import CLASS_NAMES, LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
 from tests.training.latte_runs import CLIP_SHAPE, make_from_scratch, make_latte_batch, make_latte_specification
@@ -225,7 +226,7 @@ def test_it_goes_on_from_a_model_with_the_objective_of_the_recipe(models, base, 
     else:
         assert isinstance(scheduler, FrameBridgeScheduler)
         assert (scheduler.config.beta_max, scheduler.config.grid) == (20.0, "linspace")
-        backbone = scheduler.backbone_scheduler()
+        backbone = build_backbone(scheduler.config.backbone)
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.testing.assert_close(backbone.alphas_cumprod.double(), expected, rtol=1e-5, atol=0)
     assert backbone.config.prediction_type == "epsilon"

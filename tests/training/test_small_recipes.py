@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
+from framebridge_plugin.backbones.latte.rules import LATTE_SIZES
 from framebridge_plugin.cli import main
-from framebridge_plugin.models.latte import LATTE_SIZES
 from framebridge_plugin.recipe.yaml_text import read_yaml
 from tests.tiny_models import make_tiny_image_vae, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import LAUNCH_VARIABLES

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from framebridge_plugin.backbones.encoding import encode_image, encode_video
+from framebridge_plugin.backbones.encoding import encode_video
 from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
@@ -45,7 +45,7 @@ def video() -> torch.Tensor:
 def test_which_latents_a_bridge_gets(model_folder, vae, video, image_noise, prior_noise):
     objective = ObjectiveSettings(image_noise=image_noise, prior_noise=prior_noise)
     result = make_specification(model_folder, objective).prepare_latents(vae=vae, video=video, sample_seed=5)
-    clean = encode_image(vae, video[:1])
+    clean = encode_video(vae, video[:1].unsqueeze(1))
     assert torch.equal(result["latents"], encode_video(vae, video.unsqueeze(0)))
     assert result["image_latents"].shape == (1, 1, LATENT_CHANNELS, 4, 4)
     assert torch.equal(result["image_latents"], clean) == (not image_noise)
@@ -96,7 +96,7 @@ def test_image_and_prior_do_not_share_their_noise(model_folder, vae, video):
 
 
 def test_noise_of_the_given_strength_is_added(model_folder, vae, video):
-    clean = encode_image(vae, video[:1])
+    clean = encode_video(vae, video[:1].unsqueeze(1))
 
     def distance(log_mean: float) -> float:
         objective = ObjectiveSettings(noise_log_mean=log_mean, noise_log_std=0.0)

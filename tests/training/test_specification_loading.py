@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.backbone import build_backbone
 from framebridge_plugin.training.objective import ObjectiveSettings
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.bridge_runs import make_specification
@@ -33,7 +34,7 @@ def test_it_loads_a_plain_model_and_widens_it(model_folder, rotary_folder, kind)
     assert models["transformer"].config.in_channels == 2 * LATENT_CHANNELS
     assert isinstance(models["scheduler"], FrameBridgeScheduler)
     backbone = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    assert torch.equal(models["scheduler"].backbone_scheduler().alphas_cumprod, backbone.alphas_cumprod)
+    assert torch.equal(build_backbone(models["scheduler"].config.backbone).alphas_cumprod, backbone.alphas_cumprod)
 
 
 def test_it_goes_on_from_a_fine_tuned_transformer_alone(model_folder, tmp_path):

@@ -16,55 +16,6 @@ from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.models.calling import unrounded_time
 
 
-class CogVideoXAdapter(BackboneAdapter):
-    """CogVideoX 1.0 (2B, or 5B with rotary embeddings)."""
-
-    facts = COGVIDEOX
-    text_pipeline_class = CogVideoXPipeline
-    network_class = CogVideoXTransformer3DModel
-    vae_class = AutoencoderKLCogVideoX
-    tokenizer_class = T5Tokenizer
-    text_encoder_class = T5EncoderModel
-    text_layer = "patch_embed.text_proj"
-    # CogVideoX-5B names the DPM scheduler; its noise schedule is the same, and finetrainers knows this class.
-    backbone_class = CogVideoXDDIMScheduler
-
-    @classmethod
-    def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
-        """As the network was built."""
-        return network_config["max_text_seq_length"]
-
-    @classmethod
-    def bind(
-        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
-    ) -> Network:
-        """The network with text, image and positions bound."""
-        text = conditions["encoder_hidden_states"]
-        image = image_latents.expand_as(prior)
-        rotary = call.pop("image_rotary_emb", None)
-        if rotary is None and network.config.use_rotary_positional_embeddings:
-            rotary = _rotary_embedding(network.config, prior)
-
-        def bound(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return call_transformer(network, torch.cat([latents, image], dim=2), timestep, text, rotary, **call)
-
-        return bound
-
-
-def _rotary_embedding(config: Any, latents_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the positions, as diffusers' pipeline computes them for CogVideoX 1.0."""
-    _, num_frames, _, *size = latents_BTCHW.shape
-    height, width = (length // config.patch_size for length in size)
-    base = config.sample_width // config.patch_size, config.sample_height // config.patch_size
-    return get_3d_rotary_pos_embed(
-        embed_dim=config.attention_head_dim,
-        crops_coords=get_resize_crop_region_for_grid((height, width), *base),
-        grid_size=(height, width),
-        temporal_size=num_frames,
-        device=latents_BTCHW.device,
-    )
-
-
 def call_transformer(
     transformer: CogVideoXTransformer3DModel,
     hidden_states: torch.Tensor,
@@ -83,3 +34,47 @@ def call_transformer(
             attention_kwargs=attention_kwargs,
             return_dict=False,
         )[0].float()
+
+
+class CogVideoXAdapter(BackboneAdapter):
+    """CogVideoX 1.0 (2B, or 5B with rotary embeddings)."""
+
+    facts = COGVIDEOX
+    text_pipeline_class = CogVideoXPipeline
+    network_class = CogVideoXTransformer3DModel
+    vae_class = AutoencoderKLCogVideoX
+    tokenizer_class = T5Tokenizer
+    text_encoder_class = T5EncoderModel
+    call_network = staticmethod(call_transformer)
+    text_layer = "patch_embed.text_proj"
+    still_is_constant = True
+    # CogVideoX-5B names the DPM scheduler; its noise schedule is the same, and finetrainers knows this class.
+    backbone_class = CogVideoXDDIMScheduler
+
+    @classmethod
+    def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
+        """As the network was built."""
+        return network_config["max_text_seq_length"]
+
+    @classmethod
+    def bind(
+        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
+    ) -> Network:
+        """The network with text, image and positions bound."""
+        if network.config.use_rotary_positional_embeddings:
+            call["image_rotary_emb"] = _rotary_embedding(network.config, prior)
+        return super().bind(network, conditions, image_latents, prior, **call)
+
+
+def _rotary_embedding(config: Any, latents_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the positions, as diffusers' pipeline computes them for CogVideoX 1.0."""
+    _, num_frames, _, *size = latents_BTCHW.shape
+    height, width = (length // config.patch_size for length in size)
+    base = config.sample_width // config.patch_size, config.sample_height // config.patch_size
+    return get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim,
+        crops_coords=get_resize_crop_region_for_grid((height, width), *base),
+        grid_size=(height, width),
+        temporal_size=num_frames,
+        device=latents_BTCHW.device,
+    )

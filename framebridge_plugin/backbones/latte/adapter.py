@@ -26,9 +26,10 @@ from framebridge_plugin.backbones.latte.networks import (
     load_network,
     read_network,
 )
+from framebridge_plugin.backbones.latte.rules import compression_of, scratch_config
 from framebridge_plugin.backbones.loading import load_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
-from framebridge_plugin.models.latte import LatteTransformer, parse_latte_size
+from framebridge_plugin.models.latte import LatteTransformer
 
 logger = get_logger(__name__)
 
@@ -108,28 +109,20 @@ class LatteAdapter(BackboneAdapter):
         return self._blank_network
 
     def _new_config(self) -> dict[str, Any]:
-        num_frames, height, width = self.clip_shape or DEFAULT_CLIP_SHAPE
-        *_, patch = parse_latte_size(self.latte_size)
-        step = self._vae_scale * patch
+        clip, parts = self.clip_shape or DEFAULT_CLIP_SHAPE, frozenset({"neural_prior"} if self.neural_prior else ())
+        config = scratch_config(self.latte_size, self.vae_config, clip, list(self.class_names), parts)
+        step = self._vae_scale * config["patch_size"]
+        _, height, width = clip
         if height % step or width % step:
             raise UsageError(
                 f"clips of {height} x {width} pixels do not fit Latte-{self.latte_size} and this autoencoder; choose "
                 f"multiples of {step}"
             )
-        return LatteTransformer.config_from_size(
-            self.latte_size,
-            sample_height=height // self._vae_scale,
-            sample_width=width // self._vae_scale,
-            num_frames=num_frames,
-            class_names=list(self.class_names),
-            latent_channels=self.vae_config.latent_channels,
-            takes_neural_prior=self.neural_prior is not None,
-            stage=self.stage,
-        )
+        return config | {"stage": self.stage}
 
     @property
     def _vae_scale(self) -> int:
-        return 2 ** (len(self.vae_config.block_out_channels) - 1)
+        return compression_of(self.vae_config) or 1
 
     def _check_network(self) -> None:
         """Compares what comes from different places, from the configs alone."""

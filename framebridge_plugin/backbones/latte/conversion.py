@@ -28,6 +28,11 @@ from framebridge_plugin.backbones.folders import (
 from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.pipeline import FrameBridgeLattePipeline
+from framebridge_plugin.backbones.latte.reference_checkpoints import (
+    ReferenceCheckpoint,
+    ReferenceNetwork,
+    read_reference_checkpoint,
+)
 from framebridge_plugin.backbones.lora_folders import adapter_settings, read_lora_info
 from framebridge_plugin.backbones.saving import (
     describe_base,
@@ -37,11 +42,6 @@ from framebridge_plugin.backbones.saving import (
 from framebridge_plugin.errors import FrameBridgeError, first_line
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.models.projection_adapter import full_rank_settings, with_identity
-from framebridge_plugin.models.reference_checkpoints import (
-    ReferenceCheckpoint,
-    ReferenceNetwork,
-    read_reference_checkpoint,
-)
 from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 

@@ -6,14 +6,14 @@ Layouts: B batch, F frames, C channels, H and W height and width of the pixels, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, CogVideoXDDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import BaseOutput
@@ -27,21 +27,22 @@ from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.latte.adapter import LatteAdapter
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE
 from framebridge_plugin.backbones.latte.networks import call_latte
+from framebridge_plugin.backbones.latte.rules import compression_of
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
+    Times,
     call_defaults,
     check_generator,
-    check_output_type,
     common_batch_size,
     images_to_pixels,
     repeat_batch,
 )
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.models.latte import LatteTransformer
-from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.settings.checking import checked
+from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType
 
-ClassInput = int | str | list[int] | list[str]
+ClassInput = int | str | list[int | str]
 
 
 @dataclass
@@ -78,45 +79,44 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
     """
 
     adapter = LatteAdapter
+    output_class = FrameBridgeLattePipelineOutput
     model_cpu_offload_seq = "neural_prior->transformer->vae"
     _optional_components = ["transformer", "scheduler", "neural_prior"]  # noqa: RUF012 (diffusers' way to say it)
     _callback_tensor_inputs = ["latents", "image_latents", "neural_prior"]  # noqa: RUF012
     _lora_loadable_modules = ["transformer", "neural_prior"]  # noqa: RUF012
 
+    @checked
     def __init__(
         self,
-        vae: AutoencoderKL,
-        transformer: LatteTransformer | None = None,
-        scheduler: FrameBridgeScheduler | CogVideoXDDIMScheduler | None = None,
-        neural_prior: LatteTransformer | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fps: float = DEFAULT_FPS,
+        vae: Any,
+        transformer: Any = None,
+        scheduler: Any = None,
+        neural_prior: Any = None,
+        num_inference_steps: Count | None = None,
+        guidance_scale: NonNegative | None = None,
+        fps: FrameRate | None = None,
     ) -> None:
         super().__init__()
-        _check_components(scheduler, vae=vae, transformer=transformer, neural_prior=neural_prior)
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, neural_prior=neural_prior)
-        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "fps": fps}
-        self._set_up(scheduler if transformer is not None else None, **settings)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        components = {"vae": vae, "transformer": transformer, "scheduler": scheduler, "neural_prior": neural_prior}
+        self._set_up(components, fps, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        _check_components(vae=vae, transformer=transformer, neural_prior=neural_prior)
+        self.register_modules(**components)
+        self.vae_scale_factor = compression_of(vae.config)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @classmethod
-    def _loaders(cls) -> dict[str, Callable[..., Any]]:
-        return {"vae": AutoencoderKL, "transformer": LatteTransformer, "neural_prior": LatteTransformer}
-
     @torch.no_grad()
+    @checked
     def __call__(
         self,
         image: ImageInput,
         class_label: ClassInput,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        num_videos_per_image: int = 1,
+        num_inference_steps: Count | None = None,
+        timesteps: Times | None = None,
+        guidance_scale: NonNegative | None = None,
+        num_videos_per_image: Count = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -154,8 +154,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         Raises:
             FrameBridgeError: If the model does not know a class, or a number or a size does not fit.
         """
-        check_output_type(output_type)
-        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, guidance_scale)
+        num_inference_steps, guidance_scale = call_defaults(self, num_inference_steps, timesteps, guidance_scale)
         for name in callback_on_step_end_tensor_inputs or []:
             if name not in self._callback_tensor_inputs:
                 raise FrameBridgeError(f"the callback can have {', '.join(self._callback_tensor_inputs)}, not {name}")
@@ -191,13 +190,11 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )
-        if output_type == "latent":
-            video: Any = video_latents
-        else:
-            video_BCFHW = decode_frames(self.vae, video_latents).transpose(1, 2)
-            video = self.video_processor.postprocess_video(video_BCFHW, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return FrameBridgeLattePipelineOutput(frames=video) if return_dict else (video,)
+        return self._result(video_latents, output_type, return_dict)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents [B, F, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
+        return decode_frames(self.vae, latents).transpose(1, 2)
 
     @torch.no_grad()
     def denoise(
@@ -296,15 +293,13 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         return self.transformer if self.transformer is not None else self.neural_prior
 
 
-def _check_components(scheduler: Any, **networks: AutoencoderKL | LatteTransformer | None) -> None:
+def _check_components(**networks: Any) -> None:
     """Refuses components that do not belong together."""
     configs = {name: network.config for name, network in networks.items() if network is not None}
-    if configs.keys() == {"vae"}:
-        raise FrameBridgeError("a Latte pipeline needs a transformer or a neural_prior")
+    if "vae" not in configs or configs.keys() == {"vae"}:
+        raise FrameBridgeError("a Latte pipeline needs a vae, and a transformer or a neural_prior")
     for part, problem in LATTE_BRIDGE.problems(configs):
         raise FrameBridgeError(f"{part} {problem}")
-    if "transformer" in configs and scheduler is None:
-        raise FrameBridgeError("a transformer needs the scheduler that it was trained with")
 
 
 def _label_of(given: int | str, network: LatteTransformer) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from framebridge_plugin.backbones.facts import ClipRule, ClipShape, ClipShapeRule, Config, KnownClasses
+from framebridge_plugin.errors import UsageError
 
 VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]}
 """What diffusers takes for these where the configuration of an `AutoencoderKL` leaves them out."""
@@ -121,6 +122,11 @@ def scratch_config(
 ) -> dict[str, Any]:
     """What is known of the config of a network from scratch, see `BackboneFacts.scratch_config`."""
     name, _, patch = size.partition("/")
+    if name not in LATTE_SIZES or patch not in ("2", "4", "8"):
+        raise UsageError(
+            f"unknown Latte size {size!r}; choose one of {', '.join(LATTE_SIZES)} and one of the patch sizes 2, 4, 8, "
+            "such as 'S/2'"
+        )
     num_layers, width, heads = LATTE_SIZES[name]
     config: dict[str, Any] = {
         "num_layers": num_layers,

@@ -10,11 +10,33 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from diffusers.configuration_utils import FrozenDict
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
-from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
+from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.loading import cannot_load, loading
 from framebridge_plugin.backbones.wan.facts import WAN, config_problem
 from framebridge_plugin.models.calling import unrounded_time
+
+
+def call_wan(
+    transformer: WanTransformer3DModel,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Runs a Wan network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
+    with unrounded_time(transformer, transformer.condition_embedder.timesteps_proj, timestep):
+        return (
+            transformer(
+                hidden_states=hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2),
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+            .transpose(1, 2)
+            .float()
+        )
 
 
 class WanAdapter(BackboneAdapter):
@@ -26,6 +48,7 @@ class WanAdapter(BackboneAdapter):
     vae_class = AutoencoderKLWan
     tokenizer_class = T5TokenizerFast
     text_encoder_class = UMT5EncoderModel
+    call_network = staticmethod(call_wan)
     text_layer = "condition_embedder.text_embedder.linear_1"
 
     def read_network_config(self) -> FrozenDict:
@@ -49,37 +72,3 @@ class WanAdapter(BackboneAdapter):
     def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
         """As the network was trained."""
         return 512
-
-    @classmethod
-    def bind(
-        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
-    ) -> Network:
-        """The network with text and image bound."""
-        text, image = conditions["encoder_hidden_states"], image_latents.expand_as(prior)
-
-        def bound(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return call_wan(network, torch.cat([latents, image], dim=2), timestep, text, **call)
-
-        return bound
-
-
-def call_wan(
-    transformer: WanTransformer3DModel,
-    hidden_states: torch.Tensor,
-    timestep: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    attention_kwargs: dict[str, Any] | None = None,
-) -> torch.Tensor:
-    """Runs a Wan network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
-    with unrounded_time(transformer, transformer.condition_embedder.timesteps_proj, timestep):
-        return (
-            transformer(
-                hidden_states=hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2),
-                timestep=timestep,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-            )[0]
-            .transpose(1, 2)
-            .float()
-        )

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from framebridge_plugin.backbones.latte.reference_checkpoints import read_reference_checkpoint
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
-from framebridge_plugin.models.reference_checkpoints import read_reference_checkpoint
 from tests.latte_reference import HEADS, STAGES, reference_weights, write_checkpoint
 from tests.reference_vectors import DATA
+from tests.tiny_models import latte_config
 
 SHARED = {
     "num_layers": 4,
@@ -116,7 +117,7 @@ def test_full_size_checkpoints(tmp_path, stage):
     weights[f"{prefix}temp_embed"] = temporal_positions(shapes[f"{prefix}temp_embed"][1], 384)[None]
     checkpoint = read_reference_checkpoint(write_checkpoint(tmp_path / "checkpoint.pt", weights))
     (network,) = checkpoint.networks.values()
-    config = LatteTransformer.config_from_size(
+    config = latte_config(
         "S/2",
         sample_height=32,
         sample_width=32,

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.latte.rules import LATTE_SIZES
 from framebridge_plugin.errors import FrameBridgeError, first_line
-from framebridge_plugin.models.latte import LATTE_SIZES, LatteTransformer, spatial_positions, temporal_positions
+from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
 
 PRIOR_PREFIX = "nwarp_model."
 
