@@ -25,27 +25,11 @@ class Alignment(Protocol):
     """The interface of every alignment."""
 
     def latent(self, z_t: torch.Tensor, z_T: torch.Tensor, index: Index) -> torch.Tensor:
-        """Compute the network's latent input.
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            z_T: Prior latents, of the shape of `z_t`.
-            index: The times of `z_t`, a scalar or [B].
-
-        Returns:
-            The input, of the shape and dtype of `z_t`.
-        """
+        """Compute the network's latent input of z_t at the index, a scalar or [B]; shape and dtype of `z_t`."""
         ...
 
     def timestep(self, index: Index) -> torch.Tensor:
-        """Compute the time that the network is told.
-
-        Args:
-            index: Bridge indices, a scalar or [B].
-
-        Returns:
-            The network's times, of the shape of `index`; float32, as bfloat16 would turn 965.7 into 964.
-        """
+        """Compute the network's time, of the shape of `index`; float32, as bfloat16 would turn 965.7 into 964."""
         ...
 
 

@@ -1,7 +1,17 @@
 """One-step samplers from z_T back to z_0, their time grids and their start, as pure functions.
 
-Notation: a step goes from time s to an earlier time t < s; z_0 is the network's prediction at s; coefficients carry
-the letter of their time. The last step of every sampler has no t: it returns the prediction itself.
+Notation: a step goes from time s to an earlier time t < s; z_0 is the network's prediction at s, eps standard normal
+noise; coefficients carry the letter of their time. Latents are [B, ...], and what comes back has the shape and dtype
+of the first. The last step of every sampler has no t: it returns the prediction itself. With
+q = sigma_t^2 / sigma_s^2 and lambda = log(a / c),
+
+    sde_step           z_t = q z_s + (1 - q) z_0 + sigma_t sqrt(1 - q) eps
+    dbim_step          z_t = a_t z_0 + b_t z_T + sqrt(c_t^2 - rho^2) eps_hat + rho eps
+                       eps_hat = (z_s - a_s z_0 - b_s z_T) / c_s,  rho = eta sigma_t sqrt(1 - q)
+    extrapolate_z_0    z_0 + (lambda_t - lambda_s) / (2 (lambda_s - lambda_before)) (z_0 - z_0_before)
+
+Every eta has the same marginals: eta = 1 is `sde_step`, eta = 0 the order-1 exponential integrator of the
+probability-flow ODE (DDIM in y = z - b z_T).
 """
 
 from __future__ import annotations
@@ -58,17 +68,8 @@ def timestep_grid(name: str, steps: int, schedule: BridgeSchedule) -> torch.Tens
 
 
 def booted_start(z_T: torch.Tensor, eps: torch.Tensor, first: BridgeCoefficients) -> torch.Tensor:
-    """Start with the noise that the grid's first index had in training: z_T + c eps (booting, DBIM, arXiv 2405.15885).
-
-    It is a draw from q(z_t | z_0 = z_T, z_T), off by a (z_0 - z_T) from the truth: next to nothing near the prior.
-
-    Args:
-        z_T: Prior latents [B, ...].
-        eps: Standard normal noise, of the shape of `z_T`.
-        first: The process at the first index of the grid.
-
-    Returns:
-        The start, of the shape and dtype of `z_T`.
+    """Start with the noise that the first index had in training: z_T + c eps (booting, DBIM, arXiv 2405.15885), a draw
+    from q(z_t | z_0 = z_T, z_T), off by a (z_0 - z_T) from the truth: next to nothing near the prior.
     """
     return (widen(z_T) + broadcast(first.c, z_T) * widen(eps)).to(z_T.dtype)
 
@@ -76,21 +77,8 @@ def booted_start(z_T: torch.Tensor, eps: torch.Tensor, first: BridgeCoefficients
 def sde_step(
     z_s: torch.Tensor, z_0: torch.Tensor, eps: torch.Tensor, s: BridgeCoefficients, t: BridgeCoefficients
 ) -> torch.Tensor:
-    """Draw from the exact posterior q(z_t | z_s, z_0), as the reference does (FrameBridge, arXiv 2410.15371).
-
-        z_t = q z_s + (1 - q) z_0 + sigma_t sqrt(1 - q) eps,    q = sigma_t^2 / sigma_s^2
-
-    The prior does not appear: z_s already says all that it could.
-
-    Args:
-        z_s: Samples at time s, [B, ...].
-        z_0: Predictions at time s, of the shape of `z_s`.
-        eps: Standard normal noise, of the shape of `z_s`.
-        s: The process at time s.
-        t: The process at time t < s.
-
-    Returns:
-        Samples at time t, of the shape and dtype of `z_s`.
+    """Draw from the exact posterior q(z_t | z_s, z_0), as the reference does (FrameBridge, arXiv 2410.15371); the
+    prior does not appear, for z_s already says all that it could.
     """
     q = (t.sigma / s.sigma) ** 2
     z_t = broadcast(q, z_s) * widen(z_s) + broadcast(1 - q, z_s) * widen(z_0)
@@ -106,30 +94,8 @@ def dbim_step(
     eta: float = 0.0,
     eps: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Take one step of a diffusion bridge implicit model (arXiv 2405.15885, section 4).
-
-    With eps_hat = (z_s - a_s z_0 - b_s z_T) / c_s, the noise that the prediction implies:
-
-        z_t = a_t z_0 + b_t z_T + sqrt(c_t^2 - rho^2) eps_hat + rho eps,    rho = eta sigma_t sqrt(1 - q)
-
-    with q = sigma_t^2 / sigma_s^2. Every eta has the same marginals. eta = 1 is `sde_step`; eta = 0 is deterministic,
-    the order-1 exponential integrator of the probability-flow ODE (DDIM in y = z - b z_T). For order 2 pass the result
-    of `extrapolate_z_0` as `z_0`.
-
-    Args:
-        z_s: Samples at time s, [B, ...].
-        z_0: Predictions at time s, of the shape of `z_s`.
-        z_T: Prior latents, of the shape of `z_s`.
-        s: The process at time s.
-        t: The process at time t < s.
-        eta: Share of fresh noise, from 0 to 1.
-        eps: Standard normal noise, of the shape of `z_s`; needed unless eta is 0.
-
-    Returns:
-        Samples at time t, of the shape and dtype of `z_s`.
-
-    Raises:
-        FrameBridgeError: eta is above 0 and there is no noise.
+    """Take one step of a diffusion bridge implicit model (arXiv 2405.15885, section 4), with a share `eta` of fresh
+    noise from 0 to 1, which needs `eps` unless it is 0; for order 2 pass the result of `extrapolate_z_0` as `z_0`.
     """
     q = (t.sigma / s.sigma) ** 2
     # c_t^2 - rho^2 over c_s^2, written as a sum of positive terms: the difference would cancel at eta = 1.
@@ -150,21 +116,8 @@ def extrapolate_z_0(
     s: BridgeCoefficients,
     t: BridgeCoefficients,
 ) -> torch.Tensor:
-    """Extrapolate the prediction to the middle of the coming step, from the last two: order 2 at no network call.
-
-    In lambda = log(a / c) (DPM-Solver++(2M), arXiv 2211.01095, on y = z - b z_T):
-
-        z_0 + (lambda_t - lambda_s) / (2 (lambda_s - lambda_before)) (z_0 - z_0_before)
-
-    Args:
-        z_0: Predictions at time s, [B, ...].
-        z_0_before: Predictions of the step before, of the shape of `z_0`.
-        before: The process at that step's time.
-        s: The process at time s.
-        t: The process at time t < s.
-
-    Returns:
-        What takes the place of `z_0` in `dbim_step`, of the shape and dtype of `z_0`.
+    """Extrapolate the prediction to the middle of the coming step, from the last two: order 2 at no network call
+    (DPM-Solver++(2M), arXiv 2211.01095, on y = z - b z_T); it takes the place of `z_0` in `dbim_step`.
     """
     weight = (t.log_ratio - s.log_ratio) / (2 * (s.log_ratio - before.log_ratio))
     return (widen(z_0) + broadcast(weight, z_0) * (widen(z_0) - widen(z_0_before))).to(z_0.dtype)

@@ -29,17 +29,7 @@ TARGETS = get_args(Target)
 def sample_bridge(
     z_0: torch.Tensor, z_T: torch.Tensor, eps: torch.Tensor, coefficients: BridgeCoefficients
 ) -> torch.Tensor:
-    """Draw from q(z_t | z_0, z_T): z_t = a z_0 + b z_T + c eps.
-
-    Args:
-        z_0: Video latents [B, ...].
-        z_T: Prior latents, of the shape of `z_0`.
-        eps: Standard normal noise, of the shape of `z_0`.
-        coefficients: The process at the wanted times, scalars or [B].
-
-    Returns:
-        z_t, of the shape and dtype of `z_0`.
-    """
+    """Draw from q(z_t | z_0, z_T): z_t = a z_0 + b z_T + c eps, with standard normal noise eps."""
     k = coefficients
     z_t = broadcast(k.a, z_0) * widen(z_0) + broadcast(k.b, z_0) * widen(z_T) + broadcast(k.c, z_0) * widen(eps)
     return z_t.to(z_0.dtype)
@@ -53,22 +43,7 @@ def compute_target(
     eps: torch.Tensor,
     coefficients: BridgeCoefficients,
 ) -> torch.Tensor:
-    """Compute what the network is trained to return, with z_t = a z_0 + b z_T + c eps.
-
-    Args:
-        target: One of `TARGETS`.
-        z_0: Video latents [B, ...].
-        z_t: Bridge samples, of the shape of `z_0`.
-        z_T: Prior latents, of the shape of `z_0`.
-        eps: The noise in `z_t`.
-        coefficients: The process at the times of `z_t`, scalars or [B].
-
-    Returns:
-        The target, of the shape and dtype of `z_0`.
-
-    Raises:
-        FrameBridgeError: The target's name is unknown.
-    """
+    """Compute what the network is trained to return, with z_t = a z_0 + b z_T + c eps; refuses an unknown name."""
     k = coefficients
     if target == "v":
         out = broadcast(k.a / k.norm, z_0) * widen(eps) - broadcast(k.c / k.norm, z_0) * widen(z_0)
@@ -92,21 +67,7 @@ def predict_z_0(
     z_T: torch.Tensor,
     coefficients: BridgeCoefficients,
 ) -> torch.Tensor:
-    """Turn the network's output into its prediction of z_0: the inverse of `compute_target`.
-
-    Args:
-        target: One of `TARGETS`: what the network was trained to return.
-        output: The network's output [B, ...].
-        z_t: The bridge samples that it was computed from, of the shape of `output`.
-        z_T: Prior latents, of the shape of `output`.
-        coefficients: The process at the times of `z_t`, scalars or [B].
-
-    Returns:
-        The prediction of z_0, of the shape and dtype of `z_t`.
-
-    Raises:
-        FrameBridgeError: The target's name is unknown.
-    """
+    """Turn the network's output at z_t into its prediction of z_0: the inverse of `compute_target`."""
     k = coefficients
     if target == "v":
         y = subtract_prior(z_t, z_T, k)
@@ -125,16 +86,8 @@ def predict_z_0(
 
 
 def weight_from_v_to_eps_psi(coefficients: BridgeCoefficients) -> torch.Tensor:
-    """Compute the factor that turns a squared error on v into the squared error on eps_psi.
-
-    It is c^2 / (sigma^2 (a^2 + c^2)), and because c^2 = sigma^2 a also a / (a^2 + c^2), which loses no digits near
-    either end of the process.
-
-    Args:
-        coefficients: The process at the wanted times, scalars or [B].
-
-    Returns:
-        The weights in float64, of the coefficients' shape.
+    """Compute the factor, float64, that turns a squared error on v into the squared error on eps_psi: c^2 / (sigma^2
+    (a^2 + c^2)), and because c^2 = sigma^2 a also a / (a^2 + c^2), which loses no digits near either end.
     """
     return coefficients.a / coefficients.norm**2
 

@@ -27,29 +27,15 @@ class BridgeProcess:
     _prior: torch.Tensor | None = None
 
     def add_noise(self, z_0: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
-        """Draw from the bridge: z_t = a z_0 + b prior + c noise.
-
-        Args:
-            z_0: Video latents [B, ...].
-            prior: Prior latents z_T, of the shape of `z_0`.
-            noise: Standard normal noise, of the shape of `z_0`.
-            index: Bridge indices in [0, N - 1], real-valued, a scalar or [B].
-
-        Returns:
-            z_t, of the shape and dtype of `z_0`.
+        """Draw from the bridge, z_t = a z_0 + b prior + c noise, of the shape and dtype of `z_0`: video latents z_0,
+        prior latents z_T and standard normal noise, all [B, ...], at real-valued indices in [0, N - 1], a scalar or
+        [B].
         """
         return sample_bridge(z_0, prior, noise, self.schedule.coefficients(index))
 
     def align(self, z_t: torch.Tensor, prior: torch.Tensor | None, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute what the network is shown instead of z_t and its index.
-
-        Args:
-            z_t: Bridge samples [B, ...].
-            prior: Prior latents z_T, of the shape of `z_t`; None takes those of `set_prior`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The network's latent input, of the shape and dtype of `z_t`, and its time, float32 [B].
+        """Compute what the network is shown instead of z_t [B, ...] and its index, real-valued, a scalar or [B]: a
+        latent input of the shape and dtype of `z_t` and a time, float32 [B]; a prior of None is that of `set_prior`.
         """
         time = self.alignment.timestep(index).to(z_t.device)
         if not isinstance(self.alignment, NoAlignment):
@@ -59,40 +45,18 @@ class BridgeProcess:
     def get_target(
         self, z_0: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index
     ) -> torch.Tensor:
-        """Compute what the network is trained to return.
-
-        Args:
-            z_0: Video latents [B, ...].
-            z_t: What `add_noise` made of them.
-            prior: Prior latents z_T, of the shape of `z_0`.
-            noise: The noise in `z_t`.
-            index: The times of `z_t`: bridge indices, real-valued, a scalar or [B].
-
-        Returns:
-            The target, of the shape and dtype of `z_0`.
+        """Compute what the network is trained to return, of the shape and dtype of `z_0`: `z_t` is what `add_noise`
+        made of the other three, all [B, ...], at the index, real-valued, a scalar or [B].
         """
         return compute_target(self.config["target"], z_0, z_t, prior, noise, self.schedule.coefficients(index))
 
     def set_prior(self, prior: torch.Tensor | None) -> None:
-        """Set the end point of the bridge once for the calls that are given none.
-
-        Args:
-            prior: Prior latents z_T [B, ...]; None forgets them.
-        """
+        """Set the end point z_T [B, ...] of the bridge once for the calls that are given none; None forgets it."""
         self._prior = prior
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Index) -> torch.Tensor:
-        """Compute the network's latent input, with the prior of `set_prior`; its time is `alignment.timestep`.
-
-        Args:
-            sample: The latents at `timestep`, [B, ...]; also [k B, ...] for the prior's B, as guidance doubles them.
-            timestep: One of `timesteps`.
-
-        Returns:
-            The aligned latents, of the shape and dtype of `sample`.
-
-        Raises:
-            FrameBridgeError: The alignment needs a prior and none is set.
+        """Compute the network's latent input, of the shape and dtype of `sample`, with the prior of `set_prior`; its
+        time is `alignment.timestep`. The sample is [B, ...], or [k B, ...] for the prior's B, as guidance doubles it.
         """
         return self.align(sample, None, timestep)[0]
 
