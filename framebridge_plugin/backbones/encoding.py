@@ -43,15 +43,9 @@ def _statistics(vae: Any, like_BCTHW: torch.Tensor) -> tuple[torch.Tensor | floa
 
 @torch.no_grad()
 def encode_video(vae: Any, video_BFCHW: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes videos to normalised latents: the mode of the posterior, nothing is drawn.
-
-    Args:
-        vae: A video autoencoder of diffusers; the computation has its precision.
-        video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
-        device: Where to compute; by default where the autoencoder is (offloading hooks move it only when it runs).
-
-    Returns:
-        Float32 latents of shape [B, T, C, h, w].
+    """Encodes videos [B, F, 3, H, W] in [-1, 1] to normalised float32 latents [B, T, C, h, w], in the autoencoder's
+    precision: the mode of the posterior, nothing is drawn. Computed where the autoencoder is, or on `device`
+    (offloading hooks move it only when it runs).
     """
     video_BCFHW = video_BFCHW.to(device=device or vae.device, dtype=vae.dtype).transpose(1, 2).contiguous()
     latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode().float()
@@ -77,19 +71,9 @@ def encode_frames(
     generator: torch.Generator | list[torch.Generator],
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Encodes videos frame by frame with an image autoencoder: a sample of the posterior, scaled.
-
-    A frame's latent is drawn here once. Whoever needs that of the first frame more than once (target, image condition,
-    prior, input of the neural prior) takes the same one.
-
-    Args:
-        vae: The autoencoder; the computation has its precision.
-        video_BFCHW: Pixels in [-1, 1], shape [B, F, 3, H, W].
-        generator: The source of the draws; a list gives one to each video.
-        device: As for `encode_video`.
-
-    Returns:
-        Float32 latents of shape [B, F, C, h, w].
+    """Encodes each frame of [B, F, 3, H, W] in [-1, 1] by itself to float32 latents [B, F, C, h, w], one draw of the
+    posterior for each, scaled; whoever needs the first frame's more than once takes the same. A list of generators
+    gives one to each video; `device` is as for `encode_video`.
     """
     device = device or vae.device
     frames = video_BFCHW.flatten(0, 1)
@@ -115,16 +99,9 @@ def decode_frames(vae: AutoencoderKL, latents_BFCHW: torch.Tensor) -> torch.Tens
 def add_pixel_noise(
     pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Adds Gaussian noise whose standard deviation is log-normal: exp(N(log_mean, log_std^2)), one draw a sample.
-
-    Args:
-        pixels: Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1]; every pixel of every frame gets its own.
-        log_mean: Mean of the logarithm of the standard deviation (the reference uses -3, about .05 in [-1, 1]).
-        log_std: Standard deviation of that logarithm (.5 in the reference).
-        generator: The source of every draw; the noise is drawn on its device.
-
-    Returns:
-        The noisy pixels; shape, dtype and device as given.
+    """Adds to images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1] Gaussian noise whose standard deviation is
+    log-normal, exp(N(log_mean, log_std^2)), one draw a sample (-3 and .5 in the reference, about .05); every pixel of
+    every frame gets its own. Drawn on the generator's device; shape, dtype and device as given.
     """
     device = generator.device if generator is not None else pixels.device
     log_sigma = torch.randn(pixels.shape[0], generator=generator, device=device) * log_std + log_mean

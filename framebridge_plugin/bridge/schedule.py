@@ -120,17 +120,8 @@ class BridgeSchedule:
         return self._table.sigma
 
     def coefficients(self, index: Index) -> BridgeCoefficients:
-        """Evaluate the closed form at real-valued indices; nothing is interpolated.
-
-        Args:
-            index: A number or a tensor of shape [] or [B], in [0, N - 1]. Values down to -1 (the data, t = 0) and up
-                to N (the prior, t = 1) are defined too.
-
-        Returns:
-            Coefficients in float64, of the shape of `index` and on its device.
-
-        Raises:
-            FrameBridgeError: An index lies outside the process.
+        """Evaluate the closed form, float64, at real-valued indices, a number or a tensor [] or [B], in [0, N - 1];
+        values down to -1 (the data, t = 0) and up to N (the prior, t = 1) are defined too, others are refused.
         """
         index = as_float64(index)
         # Not checked on an accelerator, where the answer would have to be waited for: the result there is NaN.
@@ -153,17 +144,11 @@ class BridgeSchedule:
         )
 
     def index_of_ratio(self, ratio: float | torch.Tensor) -> torch.Tensor:
-        """Find the real-valued index at which a / c has a given value: the inverse of `coefficients(index).ratio`.
-
-        From (a / c)^2 = sbar_t^2 / (sigma_1^2 sigma_t^2) follows sigma_t^2, and from it t as the root of a quadratic.
-
-        Args:
-            ratio: Values of a / c, at least 0: a number or a tensor of shape [] or [B].
-
-        Returns:
-            Indices in float64, of the shape of `ratio` and on its device, between -1 (infinite ratio) and N (ratio 0).
+        """Find the real-valued indices, float64 between -1 (infinite ratio) and N (ratio 0), at which a / c has given
+        values of at least 0, a number or a tensor [] or [B]: the inverse of `coefficients(index).ratio`.
         """
         ratio = as_float64(ratio)
+        # From (a / c)^2 = sbar_t^2 / (sigma_1^2 sigma_t^2) follows sigma_t^2, and t as the root of a quadratic.
         sigma_squared = self.sigma_1_squared / (1 + self.sigma_1_squared * ratio**2)
         root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * sigma_squared)
         # The form of the quadratic formula without a difference of nearly equal numbers.
@@ -179,15 +164,8 @@ def as_float64(value: int | float | torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Shape a coefficient so that it multiplies a batch, in at least float32.
-
-    Args:
-        coefficient: Shape [] or [B].
-        tensor: The batch it will multiply, [B, ...].
-
-    Returns:
-        The coefficient as [1, 1, ...] or [B, 1, ...] on the device of `tensor`, in its dtype or, for half precision,
-        in float32.
+    """Shape a coefficient, [] or [B], so that it multiplies a batch [B, ...]: on the batch's device, in its dtype or,
+    for half precision, in float32.
     """
     return coefficient.to(tensor.device, widen(tensor).dtype).reshape(-1, *[1] * (tensor.ndim - 1))
 

@@ -72,13 +72,8 @@ def build_alignment(name: str, edge: str, schedule: BridgeSchedule, backbone: An
 
 
 def backbone_kind(backbone: Any) -> str:
-    """Name the kind of process by the scheduler's config, since several classes of diffusers have two of them.
-
-    Args:
-        backbone: A diffusers scheduler.
-
-    Returns:
-        "flow_matching", "variance_preserving", or "other" for what a bridge cannot be aligned to.
+    """Name the kind of process by the scheduler's config, since several classes of diffusers have two of them:
+    "flow_matching", "variance_preserving", or "other" for what a bridge cannot be aligned to.
     """
     config = backbone.config
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"

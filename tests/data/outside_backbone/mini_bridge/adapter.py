@@ -9,9 +9,17 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
-from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
+from framebridge_plugin.backbones.adapter import BackboneAdapter
 from mini_bridge.facts import MINI
 from mini_bridge.network import MiniTransformer
+
+
+def call_mini(
+    network: MiniTransformer, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """Runs the network on [B, T, C, h, w] in the precision of its text."""
+    shown = hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2)
+    return network(shown, timestep, encoder_hidden_states).transpose(1, 2).float()
 
 
 class MiniAdapter(BackboneAdapter):
@@ -23,22 +31,11 @@ class MiniAdapter(BackboneAdapter):
     vae_class = AutoencoderKLCogVideoX
     tokenizer_class = T5Tokenizer
     text_encoder_class = T5EncoderModel
+    call_network = staticmethod(call_mini)
     text_layer = "blocks.0.text"
+    still_is_constant = True
 
     @classmethod
     def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
         """As the network was trained."""
         return 16
-
-    @classmethod
-    def bind(
-        cls, network: Any, conditions: Mapping[str, Any], image_latents: torch.Tensor, prior: torch.Tensor, **call: Any
-    ) -> Network:
-        """The network with text and image bound."""
-        text, image = conditions["encoder_hidden_states"], image_latents.expand_as(prior)
-
-        def bound(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            shown = torch.cat([latents, image], dim=2).to(text.dtype)
-            return network(shown.transpose(1, 2), time, text).transpose(1, 2).float()
-
-        return bound
