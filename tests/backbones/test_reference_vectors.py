@@ -104,6 +104,11 @@ def test_sampling_run(vectors, case):
         scheduler=scheduler,
     )
     pipeline.set_progress_bar_config(disable=True)
+    if settings["rope"]:  # the reference's own positions
+        rope = {"image_rotary_emb": (v["rope_cos"], v["rope_sin"])}
+        pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, given: (args, given | rope), with_kwargs=True
+        )
     # Up to three latent frames of the reference's start come from another draw of the autoencoder's posterior.
     start = torch.cat([v["image_latents"][:, :3], v["prior"][:, 3:]], dim=1)
     after = []
