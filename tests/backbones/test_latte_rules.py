@@ -168,7 +168,7 @@ def test_the_config_of_a_network_from_scratch_is_the_one_that_it_gets(size, part
         "patch_size": 4,
         "num_frames": 5,
         "sample_height": 8,
-        "sample_width": 6,
+        "sample_width": 4,
         "num_classes": len(NAMES),
         "class_names": NAMES,
         "in_channels": 8 if parts else 4,
