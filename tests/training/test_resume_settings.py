@@ -98,15 +98,17 @@ CHANGES = {
 }
 
 
-def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, tmp_path):
+def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, model_folder, tmp_path):
+    autoencoder = changed(model_folder, tmp_path / "vae", f"vae/{Path(WEIGHTS).name}")
+    changes = {**CHANGES, "base": (autoencoder, "with vae 'of digest ")}
     assert succeeded(train("optimization.train_steps=1"))
     resume = "checkpoints.resume_from_checkpoint=latest"
-    for group, (option, message) in CHANGES.items():
+    for group, (option, message) in changes.items():
         refused = train("--dry-run", option, resume)
         assert refused.returncode == 1
         assert message in refused.stderr
         assert f"or take the change by --allow {group}" in refused.stderr
-    options, allowed = [option for option, _ in CHANGES.values()], [f"--allow={group}" for group in CHANGES]
+    options, allowed = [option for option, _ in changes.values()], [f"--allow={group}" for group in changes]
     network = train("--dry-run", "framebridge.target=noise", resume, *options, *allowed)
     assert network.returncode == 1
     assert "it was trained with target 'v'; resume with the settings of the run's recipe.yaml, or ch" in network.stderr
@@ -119,7 +121,7 @@ def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, tm
     assert [entry["samples_seen"] for entry in metrics(tmp_path / "run")] == [2, 6]
     (noted,) = (tmp_path / "run/allowed.jsonl").read_text().splitlines()
     assert json.loads(noted).items() >= {"step": 1, "samples_seen": 2, "seed": "with seed 7"}.items()
-    assert json.loads(noted).keys() == {"step", "samples_seen", *CHANGES}
+    assert json.loads(noted).keys() == {"step", "samples_seen", *changes}
     # What has been taken is the run's own from now on.
     assert succeeded(train(*options, "--dry-run", resume))
     assert train("--dry-run", resume).returncode == 1
