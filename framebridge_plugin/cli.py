@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from framebridge_plugin import library_messages
+from framebridge_plugin import library_messages, signals
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a run that failed, 2 for a wrong recipe or command line, 3 for a run that is done and
-        saved but not validated or uploaded at the end, 130 after Ctrl-C.
+        saved but not validated or uploaded at the end, 130 after Ctrl-C (SIGINT), 143 after SIGTERM, 0 after a SIGUSR1
+        that a recipe wants.
     """
     debug = os.environ.get("FRAMEBRIDGE_DEBUG", "0") not in ("", "0")
     library_messages.escape()
@@ -45,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = debug or arguments.debug
         if debug:
             library_messages.show()
-        with alone():
+        with signals.handled(), signals.ending_forks(), alone():
             return _RUNS[arguments.run](arguments)
+    except signals.Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return interruption.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

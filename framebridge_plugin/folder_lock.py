@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.processes import this_machine
 
 BEAT_S = 15.0
 FREE_AFTER_S = 120.0
@@ -37,7 +38,12 @@ class FolderLock:
 
     def __init__(self, folder: Path, name: str = ".lock") -> None:
         self.folder, self._path = folder, folder / name
-        self._me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._me = {
+            "host": socket.gethostname(),
+            "machine": this_machine(),
+            "pid": os.getpid(),
+            "token": uuid.uuid4().hex,
+        }
         self._ended = threading.Event()
 
     def __enter__(self) -> FolderLock:
@@ -70,7 +76,7 @@ class FolderLock:
                 os.close(descriptor)
                 continue
             owner = _read(descriptor)
-            is_here = owner is None or owner["boot"] == self._me["boot"]
+            is_here = owner is None or owner["machine"] == self._me["machine"]
             if is_here and (is_locked or (is_locked is None and not _is_alive(owner))):
                 return descriptor
             age = max(self._age(), time.monotonic() - started)
@@ -142,18 +148,10 @@ def _try_to_lock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> dict[str, Any] | None:
     try:
         owner = json.loads(os.pread(descriptor, _LENGTH, 0))
-        return owner if {"host", "boot", "pid", "token"} <= owner.keys() else None
+        return owner if {"host", "machine", "pid", "token"} <= owner.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def _is_alive(owner: dict[str, Any] | None) -> bool:
     return owner is not None and os.path.exists(f"/proc/{owner['pid']}")
-
-
-def _boot() -> str:
-    """Which start of which machine this is; names of machines may be the same."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()

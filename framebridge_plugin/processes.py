@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from framebridge_plugin.errors import UsageError
 
@@ -21,6 +23,14 @@ def is_first() -> bool:
 def process_count() -> int:
     """How many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def this_machine() -> str:
+    """Which start of which machine this is, and which of its containers; names of machines may be the same."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def python_command(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:

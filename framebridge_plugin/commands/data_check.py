@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from framebridge_plugin.data.folders import ClipRows, index_datasets
 from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.errors import FrameBridgeError, escaped
 from framebridge_plugin.progress import Progress
+from framebridge_plugin.signals import leave_to_main_process
 
 CLIPS_AT_A_TIME = 8
 """A reading process takes so many at a time; what Ctrl-C loses is no more than a few of these."""
@@ -132,7 +132,7 @@ class _Progress:
 
 
 def _read(checks: _Checks, start: int, nproc: int) -> Iterator[list[BadFile | None]]:
-    options: dict[str, Any] = {"collate_fn": list, "worker_init_fn": _leave_interrupts_to_main_process}
+    options: dict[str, Any] = {"collate_fn": list, "worker_init_fn": leave_to_main_process}
     loader = DataLoader(checks, CLIPS_AT_A_TIME, sampler=range(start, len(checks)), num_workers=nproc, **options)
     bad = 0
     with Progress(len(checks), "Checking", initial=start, unit="clip") as bar:
@@ -149,11 +149,6 @@ def _read(checks: _Checks, start: int, nproc: int) -> Iterator[list[BadFile | No
                 "a reading process was killed, probably for lack of memory; the same command goes on, with a smaller "
                 "--nproc if need be"
             ) from error
-
-
-def _leave_interrupts_to_main_process(worker: int) -> None:
-    # Ctrl-C in a terminal reaches every process. The children that decode inherit this, also while they start.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _table(bad_files: Sequence[Mapping[str, Any]], clips: int, output: Path) -> Iterator[str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.processes import STORE, python_command
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _SECONDS_TO_END = 15
 """What is left of a failed command; a process that notices by itself needs no more than 10 seconds."""
 
@@ -74,8 +75,8 @@ def _wait(signals: _PassedOn) -> int:
     processes = signals.processes
     while True:
         codes = [process.poll() for process in processes]
-        failed = next((code for code in codes if code), None)
-        # Told to stop, they save what they have, and need not end at the same time.
+        failed = next((code for code in codes if code and code not in _STOPPED), None)
+        # Told to stop, be it one of them, they save what they have, and need not end at the same time.
         if None not in codes or (failed is not None and not signals.received):
             break
         if len(signals.received) > 1:
@@ -90,7 +91,7 @@ def _wait(signals: _PassedOn) -> int:
             f"process {codes.index(failed)} of {len(codes)} was killed by signal {-failed}, perhaps for want of "
             "memory; run the command again, it goes on where it was"
         )
-    return failed or 0
+    return failed or next(filter(None, codes), 0)
 
 
 class _PassedOn:

@@ -211,6 +211,11 @@ class ParallelismSection(Section):
     nccl_timeout: Count = Field(
         default=3600, description="seconds that a collective operation, or a checkpoint written by rank 0, may take"
     )
+    heartbeat_timeout: Count | None = Field(
+        default=900,
+        description="seconds after which a process that hangs, or is gone, ends the run and is named; none: only "
+        "nccl_timeout does. The first update, saving, validation and encoding in advance do not count",
+    )
 
 
 class PrecisionSection(Section):
@@ -255,6 +260,11 @@ class CheckpointsSection(Section):
         default="auto",
         description="auto: go on from the last checkpoint, or start where there is none (latest: the same, and says "
         "so); or the number of an update. To start anew, choose another output_dir",
+    )
+    stop_on_sigusr1: bool = Field(
+        default=False,
+        description="SIGUSR1 stops the run as SIGTERM does, after a checkpoint, with exit code 0: for a scheduler "
+        "that starts the same command again",
     )
 
 

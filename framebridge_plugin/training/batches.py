@@ -16,6 +16,7 @@ from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.precomputation.stream import StoredStream
 from framebridge_plugin.training.specification import BridgeSpecification
+from framebridge_plugin.training.stopping import StoppedReadingError
 
 
 class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
@@ -38,6 +39,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         data_world_size: int,
         samples_seen: int,
         store: LatentStore | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self._args, self._specification, self._backend = args, specification, backend
         once = args.enable_precomputation and args.precomputation_once
@@ -68,7 +70,7 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         samples = self.bad_files.watch(sample_loader(stream, args))
         self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if store is None:
-            encoded = self._encoded(samples, prepare_data)
+            encoded = self._encoded(samples if stop is None else _until(stop, samples), prepare_data)
             seen = samples_seen // data_world_size % args.precomputation_items if once else 0
             self._items = itertools.islice(encoded, seen, None)
         else:
@@ -102,6 +104,13 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             _cast(utils.align_device_and_dtype(conditions, device), self._args.transformer_dtype),
             utils.align_device_and_dtype(latents, device),
         )
+
+
+def _until(stop: Callable[[], bool], samples: Iterator[dict]) -> Iterator[dict]:
+    for sample in samples:
+        if stop():
+            raise StoppedReadingError
+        yield sample
 
 
 def _cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from framebridge_plugin.data.stream import ClipRates, ClipStream
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.signals import leave_to_main_process
 
 # How torch's own errors begin; those of the data set begin otherwise, also where a worker passes them on.
 _TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
@@ -27,6 +28,7 @@ def sample_loader(samples: Dataset, args: Any, positions: Iterable[int] | None =
         pin_memory=args.pin_memory,
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         timeout=settings.dataloader_timeout if workers else 0,
+        worker_init_fn=leave_to_main_process,
     )
 
 

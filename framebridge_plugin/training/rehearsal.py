@@ -38,7 +38,7 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) 
     register()  # before finetrainers is imported
 
     from framebridge_plugin.training.checkpoints import check_settings, find_checkpoints, stored_settings
-    from framebridge_plugin.training.trainer import refuse_unsupported
+    from framebridge_plugin.training.refusals import refuse_unsupported
 
     args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
     refuse_unsupported(args)

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framebridge_plugin import signals
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.hub import downloaded
 from framebridge_plugin.errors import FinishedRunError, UsageError
@@ -66,6 +67,8 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
         FinishedRunError: If the model is trained and saved, but not validated at the end, or not uploaded.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
+    if recipe.checkpoints.stop_on_sigusr1:
+        signals.handle_sigusr1()
     refuse_start(recipe)
     if is_first():
         for line in outside_effects(recipe, SENT):

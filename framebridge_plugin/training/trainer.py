@@ -25,6 +25,7 @@ from finetrainers.trainer import SFTTrainer
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from framebridge_plugin import signals
 from framebridge_plugin.backbones.copying import link_tree, partial_folder, put_in_place
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
@@ -32,18 +33,22 @@ from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.settings.finetrainers import ParallelismSection
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.heartbeats import Heartbeats
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.objective import draw_index
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
+from framebridge_plugin.training.refusals import refuse_unsupported
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run_identity import check_run, write_run
 from framebridge_plugin.training.specification import BridgeSpecification
+from framebridge_plugin.training.stopping import StoppedReadingError, Stopping
 from framebridge_plugin.training.trackers import OptionalTracker
 from framebridge_plugin.training.validation import check_samples, validate
 
@@ -97,6 +102,12 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples: list[dict[str, Any]] = []
         self._validated = True
         super().__init__(args, model_specification)
+        world_size, backend = self._data_world_size, self.state.parallel_backend
+        self._stopping = Stopping(world_size, backend.device)
+        timeout = getattr(args, "heartbeat_timeout", ParallelismSection.model_fields["heartbeat_timeout"].default)
+        self._beats = Heartbeats(Path(args.output_dir) / ".heartbeats", backend.rank, world_size, timeout)
+        # The first update compiles kernels, and may take longer than others.
+        self._reading_counts = False
 
     def run(self) -> None:
         """Trains, and uploads the result if that is wanted.
@@ -249,12 +260,21 @@ class FrameBridgeTrainer(SFTTrainer):
     def _train(self) -> None:
         backend, output_dir = self.state.parallel_backend, Path(self.args.output_dir)
         settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
-        with MetricsLogger(
-            output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
-        ) as metrics:
-            self._publish(self._train_to_the_end(metrics), output_dir)
-            self._validated = self._validate(self.progress.step, metrics, final_validation=True)
+        with (
+            signals.deferred(),
+            self._beats,
+            MetricsLogger(
+                output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
+            ) as metrics,
+        ):
+            checkpoint = self._train_to_the_end(metrics)
+            if not self._stopping.agreed():
+                self._publish(checkpoint, output_dir)
+                self._validated = self._validate(self.progress.step, metrics, final_validation=True)
+            with self._beats.at_leisure("waiting for the last checkpoint"):
+                backend.wait_for_everyone()
         backend.destroy()
+        self._stopping.raise_if_stopped(self.progress.step, checkpoint)
 
     def _train_to_the_end(self, metrics: MetricsLogger) -> Path:
         """Makes the updates; returns the checkpoint of the last one."""
@@ -271,8 +291,12 @@ class FrameBridgeTrainer(SFTTrainer):
             while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(self.optimizer.param_groups[0]["lr"])
-                loss, grad_norm = self._update(batches, step)
+                try:
+                    loss, grad_norm = self._update(batches, step)
+                except StoppedReadingError:
+                    break
                 self.checkpointer.mark_finite()
+                self._reading_counts = not args.enable_precomputation
                 progress.step = step
                 progress.samples_seen += clips_per_update
 
@@ -291,13 +315,21 @@ class FrameBridgeTrainer(SFTTrainer):
                     metrics.log(step, numbers)
                     backend.log(numbers, step=step)
                 if args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0:
-                    self.checkpointer.save(progress)
+                    self._save()
                     saved_step = step
                 if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
                     self._validate(step, metrics)
+                    self._stopping.agreed()
+                if self._stopping.number is not None:
+                    break
+        signals.end_workers()
         if saved_step == progress.step:
             return step_folder(self.checkpointer.root, progress.step)
-        return self.checkpointer.save(progress)
+        return self._save() if progress.step else self.checkpointer.root
+
+    def _save(self) -> Path:
+        with self._beats.at_leisure("saving"):
+            return self.checkpointer.save(self.progress)
 
     def _update(self, batches: TrainingBatches, step: int) -> tuple[float, float]:
         """Makes one update; returns its loss, and the norm of its gradient before clipping."""
@@ -324,7 +356,9 @@ class FrameBridgeTrainer(SFTTrainer):
         args, device = self.args, self.state.parallel_backend.device
         total = torch.zeros((), device=device)
         for micro_step in range(args.gradient_accumulation_steps):
+            self._beats.mark(f"reading clips for update {step}", counts=self._reading_counts)
             conditions, latents = next(batches)
+            self._beats.mark(f"computing update {step}", counts=self._reading_counts)
             # The places in the update of this batch's samples, as `ClipStream` hands them out.
             first = micro_step * args.batch_size
             places = [(first + i) * self._data_world_size + self._data_rank for i in range(args.batch_size)]
@@ -339,10 +373,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 loss = torch.nn.functional.mse_loss(prediction, target) / args.gradient_accumulation_steps
                 loss.backward()
             total += loss.detach()
-        if self._data_world_size > 1:
-            torch.distributed.all_reduce(total)
-            total /= torch.distributed.get_world_size()
-        return total.item()
+        return self._stopping.mean_loss(total)
 
     def _batches(self) -> TrainingBatches:
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
@@ -357,6 +388,8 @@ class FrameBridgeTrainer(SFTTrainer):
             data_world_size=self._data_world_size,
             samples_seen=self.progress.samples_seen,
             store=self._store,
+            # All ranks read the same number of clips, but only those that encode many at a time have the time to ask.
+            stop=self._stopping.agreed if self.args.enable_precomputation or self._data_world_size == 1 else None,
         )
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
@@ -380,7 +413,8 @@ class FrameBridgeTrainer(SFTTrainer):
 
     def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> bool:
         samples = self._validation_samples
-        return not samples or validate(self, samples, step, metrics, final=final_validation)
+        with self._beats.at_leisure("validating"):
+            return not samples or validate(self, samples, step, metrics, final=final_validation)
 
     # Who reads which data
 
@@ -391,19 +425,3 @@ class FrameBridgeTrainer(SFTTrainer):
     @property
     def _data_rank(self) -> int:
         return self.state.parallel_backend.rank
-
-
-def refuse_unsupported(args: Any) -> None:
-    """Refuses what does not work with any specification."""
-    for name in ("pp_degree", "cp_degree", "tp_degree"):
-        if getattr(args, name) > 1:
-            raise UsageError(
-                f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
-                "dp_shards"
-            )
-    if args.precomputed is not None and args.enable_precomputation:
-        raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
-    if args.hub_token is not None:
-        raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
-    if args.enable_model_cpu_offload and not torch.accelerator.is_available():
-        raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")

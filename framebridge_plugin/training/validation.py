@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ import wandb
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from framebridge_plugin import signals
 from framebridge_plugin.data.decoding.exact import read_first_picture
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
@@ -102,6 +103,9 @@ def _sample(trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], label: s
             seed=args.seed,
             rank=trainer._data_rank,
             world_size=trainer._data_world_size,
+            # The ranks of a sharded network go through it together, the others each for itself.
+            stop=trainer._stopping.agreed if args.dp_shards > 1 else _is_told_to_stop,
+            interruptible=trainer.transformer if args.dp_shards == 1 else None,
         )
     finally:
         pipeline.remove_all_hooks()
@@ -135,22 +139,30 @@ def sample_validation_videos(
     seed: int,
     rank: int,
     world_size: int,
+    stop: Callable[[], bool] = lambda: False,
+    interruptible: torch.nn.Module | None = None,
 ) -> list[ValidationVideo]:
     """Samples the validation set, a share on every rank; writes and returns this rank's videos and contact sheets.
 
     All ranks make the same number of calls, repeating samples where the number does not divide: a sharded network
     computes only when all of its ranks do. Every sample has a generator of its own, so that validation draws nothing
     from training and gives the same noise at every step. A row's `export_fps` takes the place of `fps`.
+
+    The rest is left out once `stop` says so; the video that is being sampled too, at the next call of the network
+    `interruptible`.
     """
     written = []
     output_dir.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(samples), world_size):
+        if stop():
+            break
         number = first + rank
         sample = dict(samples[number % len(samples)])
         generator = torch.Generator().manual_seed(derive_seed("validation", seed, number % len(samples)))
         row_fps = float(sample.pop("export_fps", None) or fps)
-        artifacts = validate(pipeline=pipeline, generator=generator, **sample)
-        if number >= len(samples):
+        with _ended_by_signals(interruptible) as is_whole:
+            artifacts = validate(pipeline=pipeline, generator=generator, **sample)
+        if number >= len(samples) or not is_whole():
             continue
         stem = output_dir / f"{label}-{number:02d}"
         videos = [artifact.value for artifact in artifacts]
@@ -160,6 +172,31 @@ def sample_validation_videos(
         contact_sheet(videos, item.sheet, labels=[item.caption] * len(videos), images=[image] * len(videos))
         written.append(item)
     return written
+
+
+def _is_told_to_stop() -> bool:
+    return signals.pending() is not None
+
+
+class _AbandonedError(Exception):
+    """The video is not needed any more."""
+
+
+@contextlib.contextmanager
+def _ended_by_signals(network: torch.nn.Module | None) -> Iterator[Callable[[], bool]]:
+    """Ends the block at a call of the network once this process is told to stop; yields whether it was whole."""
+    is_whole = True
+
+    def look(*_: Any) -> None:
+        if _is_told_to_stop():
+            raise _AbandonedError
+
+    hook = contextlib.nullcontext() if network is None else network.register_forward_pre_hook(look)
+    with hook:
+        try:
+            yield lambda: is_whole
+        except _AbandonedError:
+            is_whole = False
 
 
 def validation_image(prompt: str, image: Image.Image | None, video: list[Image.Image] | None) -> Image.Image:

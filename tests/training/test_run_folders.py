@@ -156,7 +156,7 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
 
 def test_a_lock_of_another_machine_is_free_without_a_heartbeat(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder_lock, "FREE_AFTER_S", 3.0)
-    owner = {"host": "elsewhere", "boot": "another", "pid": 1, "token": "x", "time": 0.0}
+    owner = {"host": "elsewhere", "machine": "another", "pid": 1, "token": "x", "time": 0.0}
     (tmp_path / ".lock").write_text(json.dumps(owner))
 
     def beat() -> None:

@@ -1,0 +1,25 @@
+"""What our trainer refuses of finetrainers' arguments, with any specification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from framebridge_plugin.errors import UsageError
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuses what does not work with any specification."""
+    for name in ("pp_degree", "cp_degree", "tp_degree"):
+        if getattr(args, name) > 1:
+            raise UsageError(
+                f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
+                "dp_shards"
+            )
+    if args.precomputed is not None and args.enable_precomputation:
+        raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
+    if args.hub_token is not None:
+        raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
+    if args.enable_model_cpu_offload and not torch.accelerator.is_available():
+        raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")
