@@ -21,6 +21,7 @@ from typing import Any
 
 from framebridge_plugin import signals
 from framebridge_plugin.processes import this_machine
+from framebridge_plugin.settings.finetrainers import ParallelismSection
 
 BEAT_S = 2.0
 GONE_AFTER_S = 6.0
@@ -34,7 +35,7 @@ class Heartbeats:
         folder: Where the files are.
         rank: This process.
         world_size: How many there are.
-        timeout: Seconds of silence that end the run; None for any number.
+        timeout: Seconds of silence that end the run; None for none.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float | None) -> None:
@@ -135,3 +136,9 @@ class Heartbeats:
         if now - got_on > self._timeout and record["marks"] < self._me["marks"]:
             return f"{who} hangs: for {now - got_on:.0f} s it has been {record['doing']}, and the others wait"
         return None
+
+
+def heartbeats_of(args: Any, rank: int, world_size: int) -> Heartbeats:
+    """Those of a run; arguments that were not made of a recipe may lack the limit."""
+    timeout = getattr(args, "heartbeat_timeout", ParallelismSection.model_fields["heartbeat_timeout"].default)
+    return Heartbeats(Path(args.output_dir, ".heartbeats"), rank, world_size, timeout)

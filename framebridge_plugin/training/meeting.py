@@ -1,27 +1,57 @@
-"""How the processes of a command find each other: without a port where torchrun has not opened one."""
+"""How the processes of a command find each other: without a port where torchrun or srun has not opened one."""
 
 from __future__ import annotations
 
 import os
+import time
+import uuid
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.processes import STORE, process_count
 
 _ON_THIS_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
-def meeting_place() -> dict[str, Any]:
-    """Arguments of `torch.distributed.init_process_group`; none for processes that torchrun or srun started.
+def meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of `torch.distributed.init_process_group`; none where the environment alone says enough.
 
     One process has a store in its memory, those of `--nproc` have a file. What they then send each other stays on this
-    machine's loopback, unless the environment names another interface.
+    machine's loopback, unless the environment names another interface. torchrun's store holds what an earlier start of
+    the same processes has left there, addresses of the dead among it: each start has a part of its own.
     """
     count, file = process_count(), os.environ.get(STORE)
     if count > 1 and file is None:
-        return {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return {}
+        store, rank, count = next(iter(rendezvous("env://", timeout=timeout)))
+        return {"store": _of_this_start(store, rank, count, timeout), "rank": rank, "world_size": count}
     for name, interface in _ON_THIS_MACHINE.items():
         os.environ.setdefault(name, interface)
     store = torch.distributed.HashStore() if file is None else torch.distributed.FileStore(file, count)
     return {"store": store, "rank": int(os.environ.get("RANK", "0")), "world_size": count}
+
+
+def _of_this_start(store: Store, rank: int, count: int, timeout: timedelta) -> Store:
+    """The first process names the start; another takes a name only once the first has seen its answer to it."""
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("framebridge", own)
+        answers = [f"framebridge/{own}/{other}" for other in range(1, count)]
+        store.wait(answers, timeout)
+        store.set(f"framebridge/{own}", " ".join(store.get(answer).decode() for answer in answers))
+        return PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        if store.check(["framebridge"]):
+            start = store.get("framebridge").decode()
+            store.set(f"framebridge/{start}/{rank}", own)
+            seen = f"framebridge/{start}"
+            if store.check([seen]) and own in store.get(seen).decode().split():
+                return PrefixStore(start, store)
+        time.sleep(0.1)
+    raise FrameBridgeError(f"process {rank}: the first process did not come within {timeout.total_seconds():.0f} s")

@@ -33,11 +33,10 @@ from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
-from framebridge_plugin.settings.finetrainers import ParallelismSection
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
-from framebridge_plugin.training.heartbeats import Heartbeats
+from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
@@ -104,8 +103,7 @@ class FrameBridgeTrainer(SFTTrainer):
         super().__init__(args, model_specification)
         world_size, backend = self._data_world_size, self.state.parallel_backend
         self._stopping = Stopping(world_size, backend.device)
-        timeout = getattr(args, "heartbeat_timeout", ParallelismSection.model_fields["heartbeat_timeout"].default)
-        self._beats = Heartbeats(Path(args.output_dir) / ".heartbeats", backend.rank, world_size, timeout)
+        self._beats = heartbeats_of(args, backend.rank, world_size)
         # The first update compiles kernels, and may take longer than others.
         self._reading_counts = False
 

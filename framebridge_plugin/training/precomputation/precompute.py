@@ -321,7 +321,8 @@ def _processes() -> Iterator[_Processes]:
         device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
     if world_size > 1:
         # Some wait for others that have more to do, for days if need be.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365), **meeting_place())
+        limit = timedelta(days=365)
+        torch.distributed.init_process_group("gloo", timeout=limit, **meeting_place(limit))
     try:
         yield _Processes(rank, world_size, device)
     finally:

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def _meet_without_ports() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         distributed: Any = torch.distributed
         init_process_group = distributed.init_process_group
-        distributed.init_process_group = functools.partial(init_process_group, **meeting_place())
+        place = meeting_place(timedelta(seconds=kwargs.get("timeout", 180)))
+        distributed.init_process_group = functools.partial(init_process_group, **place)
         try:
             original(self, *args, **kwargs)
         finally:
@@ -134,7 +136,8 @@ REPAIRS = (
     ),
     Repair(
         "ports",
-        "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody",
+        "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody, and those "
+        "that torchrun starts again apart from what an earlier start has left in its store",
         _release_0_2_0,
         _meet_without_ports,
     ),
