@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from framebridge_plugin import signals
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.processes import STORE, python_command
 
@@ -46,15 +47,16 @@ def launch(arguments: Sequence[str], count: int) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
     command, environment = python_command("framebridge_plugin", *arguments)
-    with tempfile.TemporaryDirectory(prefix="framebridge-") as private, _PassedOn() as signals:
+    signals.handle_sigusr1()
+    with tempfile.TemporaryDirectory(prefix="framebridge-") as private, signals.deferred():
         environment |= {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             STORE: os.path.join(private, "store"),
             "OMP_NUM_THREADS": str(max(1, threads // count)),
         }
-        for rank in range(count):
-            process = subprocess.Popen(
+        processes = [
+            subprocess.Popen(
                 command,
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 # Nothing is written to it: it closes when this process ends, in whatever way.
@@ -62,66 +64,34 @@ def launch(arguments: Sequence[str], count: int) -> int:
                 # Ctrl-C comes to this process alone, which passes it on.
                 start_new_session=True,
             )
-            signals.processes.append(process)
-            for number in signals.received:  # before this one was there
-                process.send_signal(number)
+            for rank in range(count)
+        ]
         try:
-            return _wait(signals)
+            return _wait(processes)
         finally:
-            _end(signals.processes)
+            _end(processes)
 
 
-def _wait(signals: _PassedOn) -> int:
-    processes = signals.processes
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    told = None
     while True:
+        if told is None and (told := signals.pending()) is not None:
+            for process in processes:
+                process.send_signal(told)
         codes = [process.poll() for process in processes]
         failed = next((code for code in codes if code and code not in _STOPPED), None)
         # Told to stop, be it one of them, they save what they have, and need not end at the same time.
-        if None not in codes or (failed is not None and not signals.received):
+        if None not in codes or (failed is not None and told is None):
             break
-        if len(signals.received) > 1:
-            for process in processes:
-                process.kill()
-            return 128 + signals.received[-1]
         time.sleep(0.1)
-    if failed is not None and failed < 0:
-        if signals.received:
-            return 128 - failed
-        raise FrameBridgeError(
-            f"process {codes.index(failed)} of {len(codes)} was killed by signal {-failed}, perhaps for want of "
-            "memory; run the command again, it goes on where it was"
-        )
-    return failed or next(filter(None, codes), 0)
-
-
-class _PassedOn:
-    """Within its block, the signals that stop a command go to the processes; the same one twice in a second is one."""
-
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen] = []
-        self.received: list[int] = []
-        self._last = -float("inf")
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> _PassedOn:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _receive(self, number: int, _: object) -> None:
-        before, self._last = self._last, time.monotonic()
-        if self._last - before < 1.0:
-            return
-        self.received.append(number)
-        if len(self.received) == 1:
-            for process in self.processes:
-                process.send_signal(number)
+    if failed is None or failed > 0:
+        return failed or next(filter(None, codes), 0)
+    if told is not None:
+        return 128 - failed
+    raise FrameBridgeError(
+        f"process {codes.index(failed)} of {len(codes)} was killed by signal {-failed}, perhaps for want of memory; "
+        "run the command again, it goes on where it was"
+    )
 
 
 def end_with_launcher() -> None:

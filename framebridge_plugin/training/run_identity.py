@@ -7,8 +7,9 @@ there (of a version that wrote no run.json), which have their settings themselve
 from __future__ import annotations
 
 import json
+import logging
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.training.resume_settings import Groups, setting_differences, settings_refusal
 
 RUN_FILE = "run.json"
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> None:
@@ -53,6 +56,15 @@ def write_run(output_dir: Path, settings: Groups) -> None:
     partial = output_dir / f".{RUN_FILE}"
     partial.write_text(json.dumps(run | {"settings": dict(settings)}, indent=2) + "\n", encoding="utf-8")
     partial.replace(output_dir / RUN_FILE)
+
+
+def note_changes(output_dir: Path, progress: Mapping[str, Any], changes: Mapping[str, str]) -> None:
+    """Notes in `allowed.jsonl` in which groups of settings the run has been another until now."""
+    for group, text in changes.items():
+        logger.warning("--allow %s: up to update %s it was trained %s", group, progress["step"], text)
+    if changes:
+        with (output_dir / "allowed.jsonl").open("a") as file:
+            file.write(json.dumps({**progress, **changes}) + "\n")
 
 
 def _read(output_dir: Path) -> dict[str, Any] | None:

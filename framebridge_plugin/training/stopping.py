@@ -50,7 +50,8 @@ class Stopping:
 
     def raise_if_stopped(self, step: int, where: Any) -> None:
         """Ends a run that was told to stop, whose last update is saved."""
-        if self.number is not None:
-            name = signal.Signals(self.number).name
+        number = self.number or signals.pending()
+        if number is not None:
+            name = signal.Signals(number).name
             saved = f"after update {step}, which is saved in {where}" if step else "before the first update"
-            raise signals.Interrupted(self.number, f"stopped by {name} {saved}; the same command goes on")
+            raise signals.Interrupted(number, f"stopped by {name} {saved}; the same command goes on")

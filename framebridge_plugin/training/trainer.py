@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetrainers import logging
 from finetrainers.config import TrainingType
-from finetrainers.optimizer import get_lr_scheduler
-from finetrainers.parallel import ParallelBackendEnum
 from finetrainers.trainer import SFTTrainer
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -43,15 +40,14 @@ from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.objective import draw_index
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
+from framebridge_plugin.training.rates import rate_schedule
 from framebridge_plugin.training.refusals import refuse_unsupported
 from framebridge_plugin.training.resume_settings import run_settings
-from framebridge_plugin.training.run_identity import check_run, write_run
+from framebridge_plugin.training.run_identity import check_run, note_changes, write_run
 from framebridge_plugin.training.specification import BridgeSpecification
 from framebridge_plugin.training.stopping import StoppedReadingError, Stopping
 from framebridge_plugin.training.trackers import OptionalTracker
 from framebridge_plugin.training.validation import check_samples, validate
-
-logger = logging.get_logger()
 
 
 class FrameBridgeTrainer(SFTTrainer):
@@ -167,23 +163,6 @@ class FrameBridgeTrainer(SFTTrainer):
         wrapper = self.optimizer
         self.optimizer = wrapper.optimizers[-1] if hasattr(wrapper, "optimizers") else wrapper.optimizer
 
-    def _schedule_rates(self) -> None:
-        """Makes the course of the learning rate, a function of recipe and update alone, as of the run's progress."""
-        args = self.args
-        # Anew, because finetrainers does not hand lr_num_cycles, lr_power and (for "polynomial") lr over.
-        self.lr_scheduler = get_lr_scheduler(
-            ParallelBackendEnum.ACCELERATE,  # a plain LambdaLR
-            name=args.lr_scheduler,
-            optimizer=self.optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.train_steps,
-            # Its "cosine" counts whole waves, at whose end the rate is back where it began.
-            num_cycles=args.lr_num_cycles / 2 if args.lr_scheduler == "cosine" else args.lr_num_cycles,
-            power=args.lr_power,
-            lr_init=args.lr,
-            last_epoch=self.progress.step - 1,  # it makes a first step itself
-        )
-
     def _prepare_dataset(self) -> None:
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
 
@@ -207,7 +186,7 @@ class FrameBridgeTrainer(SFTTrainer):
             is_main_process=self.state.parallel_backend.is_main_process,
         )
         self._resume()
-        self._schedule_rates()
+        self.lr_scheduler = rate_schedule(self.args, self.optimizer, self.progress.step)
         if not self._is_lora and self.state.parallel_backend.is_main_process:
             self.model_specification.keep_components(Path(self.args.output_dir) / "components")
         self._on_prepared()
@@ -224,14 +203,9 @@ class FrameBridgeTrainer(SFTTrainer):
             message = f"no checkpoint in {root}: starting at update 1"
         else:
             return
-        is_main_process, changes = self.state.parallel_backend.is_main_process, self.checkpointer.changes
-        if is_main_process:
+        if self.state.parallel_backend.is_main_process:
             print(message, file=sys.stderr)
-        for group, text in changes.items():
-            logger.warning(f"--allow {group}: up to update {self.progress.step} it was trained {text}")
-        if changes and is_main_process:
-            with (Path(self.args.output_dir) / "allowed.jsonl").open("a") as file:
-                file.write(json.dumps(vars(self.progress) | changes) + "\n")
+            note_changes(Path(self.args.output_dir), vars(self.progress), self.checkpointer.changes)
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Writes what sampling opens: a model folder, or LoRA layers."""

@@ -136,8 +136,8 @@ REPAIRS = (
     ),
     Repair(
         "ports",
-        "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody, and those "
-        "that torchrun starts again apart from what an earlier start has left in its store",
+        "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody, and "
+        "those that torchrun starts again apart from what an earlier start has left in its store",
         _release_0_2_0,
         _meet_without_ports,
     ),
