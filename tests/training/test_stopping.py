@@ -142,9 +142,10 @@ def test_a_validation_is_abandoned_and_a_second_signal_ends_at_once(recipe_file,
     assert process.returncode == 130, stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
 
-    workers = "dataloader.dataloader_num_workers=1"
-    with started(*command(recipe_file, run, *LONG, workers, "training.gradient_accumulation_steps=100000")) as process:
-        wait_for(lambda: (run / "recipe-resumed.yaml").is_file() and len(descendants(process.pid)) == 1, process)
+    run = tmp_path / "other"
+    options = ("dataloader.dataloader_num_workers=1", "training.gradient_accumulation_steps=100000")
+    with started(*command(recipe_file, run, *LONG, *options)) as process:
+        wait_for(lambda: (run / "run.json").is_file() and len(descendants(process.pid)) == 1, process)
         below = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         time.sleep(1.5)  # nearer together they would be one
