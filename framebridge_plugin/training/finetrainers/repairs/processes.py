@@ -137,7 +137,7 @@ REPAIRS = (
     Repair(
         "ports",
         "joins processes of one machine by memory or a file, because finetrainers opens a port to everybody, and "
-        "those that torchrun starts again apart from what an earlier start has left in its store",
+        "those that torchrun has started again apart from what is left in its store of before",
         _release_0_2_0,
         _meet_without_ports,
     ),
