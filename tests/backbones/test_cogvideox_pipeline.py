@@ -291,7 +291,7 @@ def test_a_scheduler_that_is_no_bridge_is_refused(pipeline, bridge_folder, name)
 
 def test_a_diffusion_baseline_takes_no_times_of_a_bridge(baseline_folder):
     with pytest.raises(FrameBridgeError, match="timesteps: a CogVideoXDDIMScheduler takes none"):
-        latents_of(open_folder(baseline_folder), timesteps=[999.0])
+        latents_of(open_folder(baseline_folder), num_inference_steps=None, timesteps=[999.0])
 
 
 def test_a_callback_sees_and_replaces_tensors(pipeline):

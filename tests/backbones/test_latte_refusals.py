@@ -73,9 +73,12 @@ def test_a_scheduler_that_is_no_bridge_is_refused(pipeline):
 
 
 def test_the_times_of_the_calls_can_be_given(pipeline):
-    assert torch.equal(latents_of(pipeline, timesteps=[999, 499]), latents_of(pipeline, num_inference_steps=2))
+    assert torch.equal(
+        latents_of(pipeline, num_inference_steps=None, timesteps=[999, 499]),
+        latents_of(pipeline, num_inference_steps=2),
+    )
     with pytest.raises(FrameBridgeError, match="timesteps: should be bridge indices that fall, from at most 999"):
-        latents_of(pipeline, timesteps=[0, 999])
+        latents_of(pipeline, num_inference_steps=None, timesteps=[0, 999])
 
 
 def test_a_model_without_names_takes_labels_alone(tmp_path):
