@@ -66,7 +66,10 @@ class Heartbeats:
     def mark(self, doing: str, *, counts: bool = True) -> None:
         """Says that this rank has got on, and whether what it does now may be called silence."""
         with self._changes:
+            is_news = counts != self._me["counts"]
             self._me |= {"marks": self._me["marks"] + 1, "doing": doing, "counts": counts}
+        if is_news and self._thread.is_alive():  # it could hang before the thread's next turn
+            self._write()
 
     @contextlib.contextmanager
     def at_leisure(self, doing: str) -> Iterator[None]:
@@ -79,15 +82,14 @@ class Heartbeats:
         return self._folder / f"rank{rank}.json"
 
     def _write(self) -> bool:
+        partial = self._folder / f".rank{self._rank}"
         with self._changes:
             self._me["beat"] += 1
-            content = json.dumps(self._me)
-        partial = self._folder / f".rank{self._rank}"
-        try:
-            partial.write_text(content)
-            partial.replace(self._path(self._rank))
-        except OSError:
-            return False
+            try:
+                partial.write_text(json.dumps(self._me))
+                partial.replace(self._path(self._rank))
+            except OSError:
+                return False
         return True
 
     def _read(self, rank: int) -> dict[str, Any] | None:

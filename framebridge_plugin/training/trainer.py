@@ -360,8 +360,8 @@ class FrameBridgeTrainer(SFTTrainer):
             data_world_size=self._data_world_size,
             samples_seen=self.progress.samples_seen,
             store=self._store,
-            # All ranks read the same number of clips, but only those that encode many at a time have the time to ask.
-            stop=self._stopping.agreed if self.args.enable_precomputation or self._data_world_size == 1 else None,
+            # All ranks read the same number of clips; those of one update are read to its end.
+            stop=self._stopping.agreed if self.args.enable_precomputation else None,
         )
 
     def _publish(self, checkpoint: Path, output_dir: Path) -> None:
