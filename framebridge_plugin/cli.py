@@ -1,4 +1,4 @@
-"""The command `finetrainers`: train, precompute, data, prepare, sample, convert, conformance, recipes, doctor.
+"""The command `finetrainers`: train, precompute, data, prepare, sample, export, convert, conformance, recipes, doctor.
 
 Everything but the standard library is imported inside the subcommands, so that `--help` answers at once and a wrong
 recipe is refused before torch is loaded.
@@ -170,6 +170,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from framebridge_plugin.commands.export import export_checkpoint
+
+    exported = export_checkpoint(arguments.from_run, arguments.to, step=arguments.step, average=arguments.average)
+    print(f"{arguments.to}: {exported}")
+    return 0
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.format == TWO_FILE_LORA:
         return _convert_two_file_lora(arguments)
@@ -240,6 +248,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "data check": _data_check,
     "prepare ucf101": _prepare_ucf101,
     "sample": _sample,
+    "export": _export,
     "convert": _convert,
     "conformance": _conformance,
     "recipes": _recipes,

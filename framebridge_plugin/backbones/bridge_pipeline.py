@@ -20,6 +20,7 @@ from framebridge_plugin.backbones.encoding import decode_video
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
 from framebridge_plugin.backbones.loading import A_MODEL, loading
+from framebridge_plugin.backbones.manifest import MANIFEST_FILE
 from framebridge_plugin.backbones.opening import HUB_SETTINGS, find_model, load_components, load_lora
 from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
@@ -135,6 +136,7 @@ class BridgePipeline:
                     f"the {name} has LoRA layers, which a saved model cannot have; merge them first, by "
                     f'fuse_lora(components=["{name}"]) and then unload_lora_weights(), or unload them alone'
                 )
+        Path(save_directory, MANIFEST_FILE).unlink(missing_ok=True)  # of what was there
         parent: Any = super()
         parent.save_pretrained(save_directory, *args, **kwargs)
 

@@ -38,6 +38,7 @@ from framebridge_plugin.backbones.lora_folders import (
     other_base_error,
     read_lora_info,
 )
+from framebridge_plugin.backbones.manifest import MANIFEST_FILE, DamagedError, Manifest, check_folder, read_manifest
 from framebridge_plugin.errors import FrameBridgeError
 
 Locator = Callable[[str, str | None], Path | None]
@@ -138,6 +139,24 @@ class SavedModel(os.PathLike):
 
     def findings(self, scratch_config: Mapping[str, Any] | None = None) -> Iterator[Finding]:
         """All that is wrong with its files, their configs, and with how they fit each other."""
+        found = list(self._file_findings(scratch_config))
+        yield from found or self._manifest_findings()
+
+    def _manifest_findings(self) -> Iterator[Finding]:
+        """Files that are missing, or of another size than when they were written (settings may be changed by hand);
+        those of replaced components aside.
+        """
+        for part, folder in (("lora", self.lora), ("", self.base)):
+            if folder is not None and (folder / MANIFEST_FILE).is_file():
+                try:
+                    files = read_manifest(folder).files
+                    own = {name: files[name] for name in files if name.partition("/")[0] not in self.components}
+                    check_folder(folder, Manifest(own), settings_too=False)
+                except DamagedError as error:
+                    remedy = f"copy the folder again, or remove its {MANIFEST_FILE} if this was changed on purpose"
+                    yield self._in_words(Finding(part, f"{error}; {remedy}"))
+
+    def _file_findings(self, scratch_config: Mapping[str, Any] | None) -> Iterator[Finding]:
         yield from map(self._in_words, self._own_findings)
         if any(not finding.part for finding in self._own_findings):
             return

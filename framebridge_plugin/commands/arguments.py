@@ -52,6 +52,13 @@ Turn images into videos with a trained model; writes the mp4 and a contact sheet
 Most models take text, a Latte (UCF-101) classes. A neural prior alone gives its video in one call; the
 options of the sampler are not for it. The weights in a run's folder are the averaged ones (EMA) where it keeps any."""
 
+_EXPORT_HELP = """\
+Make the folder of a model or of a LoRA of any checkpoint of a run, whatever the number of processes that wrote it.
+Every byte is compared with the checkpoint's manifest on the way.
+
+  finetrainers export --run runs/my --to models/my
+  finetrainers export --run runs/my --step 4000 --raw --to models/my-4000"""
+
 _CONVERT_HELP = """\
 Make a model folder of a checkpoint of the FrameBridge authors (UCF-101: bridge, neural prior, or bridge on a neural
 prior; the file says which). Says which keys were missing or left over; a file that lacks keys is refused.
@@ -91,6 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sample = _add_command(commands, "sample", "turn images into videos", _SAMPLE_HELP)
     if argv[:1] == ["sample"]:  # its settings take longer to import than all else
         _add_sample(sample)
+    _add_export(_add_command(commands, "export", "make a model folder of a checkpoint", _EXPORT_HELP))
     _add_convert(_add_command(commands, "convert", "make a model folder of another format", _CONVERT_HELP))
     help_text = "check that a model's specification does what finetrainers relies on"
     _add_conformance(_add_command(commands, "conformance", help_text, _CONFORMANCE_HELP))
@@ -247,6 +255,24 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     from framebridge_plugin.settings.sampling import SampleSection
 
     add_options(parser, SampleSection, dashes=True)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--run",
+        required=True,
+        dest="from_run",
+        type=Path,
+        metavar="R",
+        help="a run's folder, or one in its abandoned/",
+    )
+    add("--step", type=int, metavar="N", help="the checkpoint (default: the one that was written last)")
+    weights = parser.add_mutually_exclusive_group()
+    what = "the averaged weights (default where there are any)"
+    weights.add_argument("--ema", dest="average", action="store_true", default=None, help=what)
+    weights.add_argument("--raw", dest="average", action="store_false", default=None, help="the weights as trained")
+    add("--to", required=True, type=Path, metavar="FOLDER", help="the folder to make")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import local_path, writing_problem
+from framebridge_plugin.backbones.manifest import folder_problem
 from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
@@ -114,6 +115,8 @@ class SampleRequest(SampleSection):
     def _model_problems(self, saved: SavedModel | None, problems: list[str]) -> list[str]:
         if saved is None:
             return problems
+        if self.verify and not problems and (problem := folder_problem(Path(saved), digests=True)):
+            return [f"--verify: {problem}"]
         problems = [*problems, *self._condition_problems(saved)]
         found = saved.clip_rule.problems(self.num_frames, self.height, self.width)
         return problems + [f"--{option.replace('_', '-')}: {message}" for option, message in found]

@@ -67,6 +67,10 @@ class SampleSection(SamplerSection):
         default=None, description="default: fp32 on a CPU, bf16 on a GPU"
     )
 
+    verify: bool = Field(
+        default=False, description="read every file of the model first, and compare it with the model's manifest.json"
+    )
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yields each setting that does not go with the others, and what is wrong with it."""
         yield from super().conflicts()

@@ -38,34 +38,33 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from framebridge_plugin.backbones.copying import partial_folder, put_in_place, remove_folder, sync, tidy
-from framebridge_plugin.backbones.folders import two_file_problem
 from framebridge_plugin.backbones.manifest import (
     DamagedError,
     Manifest,
     folder_problem,
-    read_checked,
-    read_manifest,
     step_folder,
     step_folders,
     whole_checkpoints,
     write_manifest,
 )
 from framebridge_plugin.backbones.tensor_files import read_tensors, tensor_bytes, whole_tensor, write_tensors
-from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.training.abandoned import remove_abandoned, set_aside
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.packing import pack, unpack
-from framebridge_plugin.training.resume_settings import (
-    Groups,
-    setting_differences,
-    settings_refusal,
-    tensors_difference,
+from framebridge_plugin.training.resume_settings import Groups, tensors_difference
+from framebridge_plugin.training.stored_checkpoints import (
+    STATE_FILE,
+    cannot_resume,
+    check_settings,
+    damaged,
+    find_checkpoints,
+    read_state,
 )
 
 logger = logging.getLogger("finetrainers")
 
 T = TypeVar("T")
-_STATE = "trainer/state.json"
 _FINITE = "next_update_was_finite"
 _MARGIN = 64 << 20
 """Bytes that a save needs beside its tensors: small files, and what the file system takes for itself."""
@@ -149,7 +148,7 @@ class Checkpointer:
                 "optimizer": packed,
                 "settings": self.settings,
             }
-            (partial / _STATE).write_text(json.dumps(content, default=float))
+            (partial / STATE_FILE).write_text(json.dumps(content, default=float))
             last = max((manifest.written for manifest in whole_checkpoints(self.root).values()), default=0)
             write_manifest(partial, facts, written=last + 1)
             put_in_place(partial, folder)
@@ -248,13 +247,13 @@ class Checkpointer:
                 return folder, self._load(folder)
             except DamagedError as error:
                 if folder == folders[-1]:
-                    raise _damaged(folder, error, which) from error
+                    raise damaged(folder, error, which) from error
                 if self.is_main_process:
                     logger.warning(f"{error}: {folder.name} is set aside, and the checkpoint before it taken")
             except FrameBridgeError:
                 raise
             except (KeyError, ValueError, RuntimeError) as error:
-                raise _cannot_resume(folder, error) from error
+                raise cannot_resume(folder, error) from error
         return None
 
     def _to_try(self, which: int | str | None) -> list[Path]:
@@ -276,7 +275,7 @@ class Checkpointer:
             logger.info(f"What came after step {step} is in {aside}: {', '.join(path.name for path in later)}")
 
     def _load(self, folder: Path) -> TrainingState:
-        manifest, content = self._together(lambda: _read_state(folder))
+        manifest, content = self._together(lambda: read_state(folder))
         self.changes = check_settings(folder, content["settings"], self.settings, self.allowed)
         stored = self._together(lambda: self._read_weights(folder, manifest))
         # What is not stored would silently stay as it is in the fresh network.
@@ -347,50 +346,6 @@ class Checkpointer:
         return self.trainable_only or self.average is not None
 
 
-_NEWEST = ("latest", "auto")
-
-
-def find_checkpoints(root: Path, which: int | str) -> list[Path]:
-    """The folders in `root` to resume from, the best first: of a step, or of the "latest" (or "auto") those that are
-    whole as far as sizes tell; none if there are no checkpoints at all.
-    """
-    folders, whole = step_folders(root), list(whole_checkpoints(root))
-    for folder in folders.values():
-        if (problem := two_file_problem(folder / "lora")) is not None:
-            raise FrameBridgeError(
-                f"cannot resume from {folder}, whose optimizer is of an earlier version; sample from its LoRA, "
-                f"or merge it and begin a new run on that: {problem}"
-            )
-    if which in _NEWEST:
-        if folders and not whole:
-            newest = folders[max(folders)]
-            raise _damaged(newest, folder_problem(newest), which)
-        return whole
-    if int(which) not in folders:
-        available = ", ".join(map(str, sorted(folders))) or "none"
-        raise FrameBridgeError(
-            f"no checkpoint {which!r} in {root} (steps there: {available}); give one of these steps as "
-            "checkpoints.resume_from_checkpoint, or choose another checkpoints.output_dir to start anew"
-        )
-    folder = folders[int(which)]
-    if (problem := folder_problem(folder)) is not None:
-        raise _damaged(folder, problem, which)
-    return [folder]
-
-
-def stored_settings(folder: Path) -> Groups:
-    """The `run_settings` that a checkpoint was trained with."""
-    try:
-        return _read_state(folder)[1]["settings"]
-    except (DamagedError, KeyError) as error:
-        raise _cannot_resume(folder, error) from error
-
-
-def _read_state(folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    manifest = read_manifest(folder)
-    return manifest, json.loads(read_checked(folder, _STATE, manifest))
-
-
 def _of_all_ranks(value: T) -> list[T]:
     """The values of all ranks, on each."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
@@ -398,28 +353,3 @@ def _of_all_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def check_settings(folder: Path, stored: Groups, settings: Groups, allowed: Collection[str] = ()) -> dict[str, str]:
-    """Refuses a run that would go on with the checkpoint in `folder` with other settings than are stored in it.
-
-    What it differs in, of the groups that are allowed, is returned: the group, and what is stored.
-    """
-    changes = setting_differences(stored, settings)
-    if (refusal := settings_refusal(changes, allowed)) is not None:
-        raise FrameBridgeError(f"cannot resume from {folder}: {refusal}")
-    return changes
-
-
-def _damaged(folder: Path, problem: object, which: int | str) -> FrameBridgeError:
-    if which in _NEWEST:
-        remedy = "no checkpoint is whole: restore one from a copy, or start anew in another folder"
-    else:
-        remedy = "give another step as checkpoints.resume_from_checkpoint, or latest"
-    return FrameBridgeError(f"cannot resume from {folder}: {problem}; {remedy}")
-
-
-def _cannot_resume(folder: Path, reason: BaseException | str) -> FrameBridgeError:
-    return FrameBridgeError(
-        f"cannot resume from {folder}: {first_line(reason)}; resume with the settings of the run's recipe.yaml"
-    )

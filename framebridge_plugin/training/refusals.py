@@ -17,6 +17,11 @@ def refuse_unsupported(args: Any) -> None:
                 f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
                 "dp_shards"
             )
+    if args.checkpointing_limit is not None and args.checkpointing_limit < 2:
+        raise UsageError(
+            f"checkpointing_limit={args.checkpointing_limit}: keep 2 or more, or all: a checkpoint written just "
+            "before a NaN holds what leads to it"
+        )
     if args.precomputed is not None and args.enable_precomputation:
         raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
     if args.hub_token is not None:

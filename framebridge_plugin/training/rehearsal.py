@@ -37,8 +37,8 @@ def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) 
     refuse_start(recipe)
     register()  # before finetrainers is imported
 
-    from framebridge_plugin.training.checkpoints import check_settings, find_checkpoints, stored_settings
     from framebridge_plugin.training.refusals import refuse_unsupported
+    from framebridge_plugin.training.stored_checkpoints import check_settings, find_checkpoints, stored_settings
 
     args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
     refuse_unsupported(args)
