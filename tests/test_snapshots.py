@@ -154,7 +154,7 @@ def run(kind: str, training_type: str, folder: Path) -> dict[str, Any]:
         "training": {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 7},
         "optimization": {"train_steps": 3, "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 0},
         "precision": precision,
-        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 2, "checkpointing_limit": 2},
+        "checkpoints": {"output_dir": str(folder / "run"), "checkpointing_steps": 3, "checkpointing_limit": 2},
         "validation": {"validation_dataset_file": str(folder / "validation.csv"), "validation_steps": 2},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -294,6 +294,7 @@ def described(folder: Path, base: Path | None = None) -> dict[str, Any]:
     first: dict[str, str] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = re.sub(r"tfevents\.[\w.-]+", "tfevents", str(file.relative_to(folder)))
+        name = re.sub(r"-[0-9a-f]{16}/", "-DIGEST/", name)
         content = content_of(file, base)
         same = first.setdefault(json.dumps(content), name)
         found[name] = content if same == name or isinstance(content, str) else f"as {same}"
@@ -316,7 +317,7 @@ def content_of(file: Path, base: Path | None) -> Any:
             changes = [(t.double() - kept.get(name, torch.zeros(()))).flatten() for name, t in tensors.items()]
             found["distance"] = rounded(float(torch.cat(changes).square().mean().sqrt()))
         return found
-    if file.suffix == ".json" and file.name != "tokenizer.json":
+    if file.suffix == ".json" and file.name not in ("tokenizer.json", "manifest.json"):
         text = file.read_text()
         content = json.loads(re.sub(r'\b([0-9a-f]{16}|[0-9a-f]{32})"', 'DIGEST"', text) if base else text)
         return list(content) if file.name == "versions.json" else {key: shortened(content[key]) for key in content}

@@ -64,7 +64,7 @@ def test_a_bridge(tmp_path, vae):
     converted = convert(tmp_path, "bridge", vae)
     assert (converted.stage, converted.leftover_keys) == ("bridge", [])
     folder = tmp_path / "bridge-model"
-    parts = ["model_index.json", "scheduler", "transformer", "vae"]
+    parts = ["manifest.json", "model_index.json", "scheduler", "transformer", "vae"]
     assert sorted(path.name for path in folder.iterdir()) == parts
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bridge-model", "bridge.pt"]
 
@@ -84,7 +84,12 @@ def test_a_bridge(tmp_path, vae):
 def test_a_neural_prior_and_the_bridge_on_it(tmp_path, vae):
     assert convert(tmp_path, "neural_prior", vae).stage == "neural_prior"
     prior_folder = tmp_path / "neural_prior-model"
-    assert sorted(path.name for path in prior_folder.iterdir()) == ["model_index.json", "neural_prior", "vae"]
+    assert sorted(path.name for path in prior_folder.iterdir()) == [
+        "manifest.json",
+        "model_index.json",
+        "neural_prior",
+        "vae",
+    ]
     prior = open_model(prior_folder)
     assert prior.transformer is None
     assert prior.scheduler is None

@@ -121,7 +121,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_a_run_leaves_the_average_and_keeps_the_weights(train, tmp_path, kind, dtype):
     options = (
-        *("framebridge.ema_start_step=1", "checkpoints.checkpointing_steps=1"),
+        *("framebridge.ema_start_step=1", "checkpoints.checkpointing_steps=1", "checkpoints.checkpointing_limit=4"),
         *("training.gradient_checkpointing=true", f"precision.transformer_dtype={dtype}"),
     )
     assert succeeded(train(*EMA, *kind, *options))
