@@ -303,7 +303,7 @@ def described(folder: Path, base: Path | None = None) -> dict[str, Any]:
 
 def content_of(file: Path, base: Path | None) -> Any:
     if file.suffix == ".safetensors":
-        source = base and base / Path(*file.parts[-2:])
+        source = base and base / re.sub(r"-[0-9a-f]{16}$", "", file.parent.name) / file.name
         if source and source.is_file() and source.read_bytes() == file.read_bytes():
             return "that of the model it began with"
         with safe_open(file, "pt") as content:
