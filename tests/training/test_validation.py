@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from tests.training.run_results import assert_same_weights, losses, metrics, suc
 register()
 
 from finetrainers.data import VideoArtifact  # noqa: E402
+from finetrainers.trackers import initialize_trackers  # noqa: E402
+
+from framebridge_plugin.training.trackers import OptionalTracker, _service_processes  # noqa: E402
 
 ROWS = [
     {"prompt": "one", "image": Image.new("RGB", (16, 16), (200, 30, 30))},
@@ -91,3 +96,15 @@ def test_a_tracker_that_fails_does_not_stop_the_run(train, tmp_path, monkeypatch
     assert succeeded(result)
     assert caplog.text.count("the tracker fails: ") == 1
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_tracker_that_hangs_does_not_hold_up_the_end_of_a_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = OptionalTracker(lambda: initialize_trackers(["wandb"], "name", {}, str(tmp_path)), patience=0.5)
+    tracker.log({"loss": 1.0}, step=1)
+    (process,) = _service_processes()
+    os.kill(process, signal.SIGSTOP)
+    tracker.finish()
+    assert "the tracker has not sent everything in 0.5 s" in caplog.text
+    status = Path(f"/proc/{process}/stat")
+    assert not status.exists() or " Z " in status.read_text()  # ended, and perhaps not yet waited for
