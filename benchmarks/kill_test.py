@@ -30,6 +30,8 @@ from pathlib import Path
 
 import yaml
 
+import framebridge_plugin
+
 REPOSITORY = Path(__file__).parents[1]
 COMMAND = str(Path(sys.executable).with_name("finetrainers"))
 SIZE = 32
@@ -86,6 +88,8 @@ class Run:
 
     def __init__(self, configuration: Configuration, recipe: Path, output: Path) -> None:
         self._torchrun, self.output = configuration.torchrun, output
+        self.reached, self.further_at = last_step(output), 0.0
+        """Where the run was when it was killed last, and the time at which it was further."""
         self._log = output.with_suffix(".log").open("ab")
         self.process = subprocess.Popen(
             configuration.command(recipe, output),
@@ -105,9 +109,11 @@ class Run:
         """Waits until a condition holds; False if the run ended before, or the time is up."""
         deadline = time.monotonic() + seconds
         while not self.ended and time.monotonic() < deadline:
+            if not self.further_at and last_step(self.output) > self.reached:
+                self.further_at = time.monotonic()
             if condition():
                 return True
-            time.sleep(0.002)
+            time.sleep(0.005)
         return False
 
     def kill(self, generator: random.Random) -> None:
@@ -133,7 +139,9 @@ def kill_again_and_again(
     expected = result_of(finished(configuration, recipe, folder / "whole"))
     while outcome.kills < kills and len(outcome.failures) < 3:
         number += 1
-        killed_here, output = _kill_one_run(configuration, recipe, folder / f"killed{number}", kills, generator, outcome)
+        killed_here, output = _kill_one_run(
+            configuration, recipe, folder / f"killed{number}", kills, generator, outcome
+        )
         if output is None:
             continue
         if result_of(output) == expected:
@@ -148,14 +156,14 @@ def _kill_one_run(
     configuration: Configuration, recipe: Path, output: Path, kills: int, generator: random.Random, outcome: Outcome
 ) -> tuple[int, Path | None]:
     """Kills one run until it comes to its end; how often, and its folder if it came there."""
-    killed, reached, killed_at = 0, 0, 0.0
+    killed, killed_at = 0, 0.0
     run = Run(configuration, recipe, output)
     while True:
         moment = MOMENTS[outcome.kills % len(MOMENTS)] if outcome.kills < kills else None
         first = last_step(output)
         came = _wait_for(moment, run, first, generator) if moment is not None else run.wait_for(lambda: False, 900)
-        if killed_at and (last := last_step(output)) > reached:
-            outcome.seconds_lost.append(_time_of(output, last) - killed_at)
+        if killed_at and run.further_at:
+            outcome.seconds_lost.append(round(run.further_at - killed_at, 1))
         if not came:
             if run.ended and run.process.returncode == 0:
                 outcome.survived += killed
@@ -163,7 +171,7 @@ def _kill_one_run(
             outcome.failures.append(f"{output.name}: exit code {run.process.poll()} after {killed} kills")
             run.kill(generator)
             return killed, None
-        reached, killed_at = last_step(output), time.time()
+        run.reached, run.further_at, killed_at = last_step(output), 0.0, time.monotonic()
         run.kill(generator)
         killed += 1
         outcome.kills += 1
@@ -217,12 +225,6 @@ def last_step(run: Path) -> int:
     return max((line["step"] for line in metrics(run)), default=0)
 
 
-def _time_of(run: Path, step: int) -> float:
-    with contextlib.suppress(OSError):
-        return (run / "metrics.jsonl").stat().st_mtime
-    return time.time()
-
-
 def descendants(pid: int) -> list[int]:
     """The processes that a process started, and theirs."""
     found = []
@@ -268,11 +270,7 @@ DAMAGES: dict[str, Damage] = {
 
 def damage_every_file(recipe: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Damages each file of a run's newest checkpoint in each way, and goes on with the run: what came of it."""
-    import framebridge_plugin.training
-    from framebridge_plugin.training.finetrainers.registration import register
-
-    assert framebridge_plugin.training
-    register()  # once, and not in each of the processes that are forked from this one
+    framebridge_plugin.register()  # once, and not in each of the processes that are forked from this one
 
     options = ("framebridge.ema_decay=0.9", f"checkpoints.checkpointing_steps={2}")
     whole, begun = folder / "whole", folder / "begun"
@@ -288,7 +286,9 @@ def damage_every_file(recipe: Path, folder: Path) -> dict[str, dict[str, str]]:
             shutil.copytree(begun, run)
             damage(run / file)
             code = _in_fork(recipe, run, *options, "optimization.train_steps=6")
-            fell_back = "fell back, " if any(line["step"] == 3 for line in metrics(run)[2:]) and _set_aside(run) else ""
+            fell_back = (
+                "fell back, " if any(line["step"] == 3 for line in metrics(run)[2:]) and _set_aside(run) else ""
+            )
             if code != 0:
                 row[name] = f"refused ({code})"
             else:
