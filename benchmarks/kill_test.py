@@ -272,7 +272,7 @@ def damage_every_file(recipe: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Damages each file of a run's newest checkpoint in each way, and goes on with the run: what came of it."""
     framebridge_plugin.register()  # once, and not in each of the processes that are forked from this one
 
-    options = ("framebridge.ema_decay=0.9", f"checkpoints.checkpointing_steps={2}")
+    options = ("framebridge.ema_decay=0.9", "checkpoints.checkpointing_steps=2")
     whole, begun = folder / "whole", folder / "begun"
     assert _in_fork(recipe, whole, *options, "optimization.train_steps=6") == 0
     assert _in_fork(recipe, begun, *options, "optimization.train_steps=4") == 0
@@ -295,10 +295,6 @@ def damage_every_file(recipe: Path, folder: Path) -> dict[str, dict[str, str]]:
                 row[name] = fell_back + ("bit-equal" if result_of(run) == expected else "OTHER BITS")
         print(f"  {', '.join(dict.fromkeys(row.values()))}: {next(reversed(outcomes))}", flush=True)
     return outcomes
-
-
-def _set_aside(run: Path) -> bool:
-    return any(run.glob("abandoned/*/step_*")) or any(run.glob("damaged/*"))
 
 
 def _in_fork(recipe: Path, output: Path, *options: str) -> int:
