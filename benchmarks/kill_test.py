@@ -272,7 +272,8 @@ def damage_every_file(recipe: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Damages each file of a run's newest checkpoint in each way, and goes on with the run: what came of it."""
     framebridge_plugin.register()  # once, and not in each of the processes that are forked from this one
 
-    options = ("framebridge.ema_decay=0.9", "checkpoints.checkpointing_steps=2")
+    saves = ("checkpoints.checkpointing_steps=2", "checkpoints.checkpointing_limit=5")
+    options = ("framebridge.ema_decay=0.9", *saves)
     whole, begun = folder / "whole", folder / "begun"
     assert _in_fork(recipe, whole, *options, "optimization.train_steps=6") == 0
     assert _in_fork(recipe, begun, *options, "optimization.train_steps=4") == 0
