@@ -144,10 +144,12 @@ def kill_again_and_again(
         )
         if output is None:
             continue
-        if result_of(output) == expected:
+        result = result_of(output)
+        if result == expected:
             outcome.bit_equal += killed_here
         else:
-            outcome.failures.append(f"{output.name}: other bits than the run that nothing befell")
+            names = sorted(name for name in {*result, *expected} if result.get(name) != expected.get(name))
+            outcome.failures.append(f"{output.name}: other bits than the run that nothing befell: {', '.join(names)}")
         shutil.rmtree(output)
     return outcome
 
