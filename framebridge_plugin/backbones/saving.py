@@ -18,7 +18,6 @@ from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.copying import copy_tree, link_run_copy
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
@@ -121,7 +120,8 @@ def save_lora_file(
             f"ignores {LORA_ADAPTER_METADATA_KEY} loads another network"
         )
     tensors = {f"{network_name}.{name}": tensor.contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, file, metadata=header)
+    # Not safetensors' own writer, which puts the header in another order each time.
+    write_tensors(file, tensors, header)
 
 
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:

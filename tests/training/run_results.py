@@ -53,6 +53,9 @@ def assert_same_weights(first: Path, second: Path) -> None:
     expected, actual = weights(first), weights(second)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    # To the byte, headers too: what is the same should have the same digest.
+    files = [path.relative_to(first) for path in first.rglob("*.safetensors")]
+    assert [file for file in files if (first / file).read_bytes() != (second / file).read_bytes()] == []
 
 
 def accept_changes(checkpoint: Path, written: int | None = None) -> None:
