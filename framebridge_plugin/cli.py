@@ -20,7 +20,7 @@ from framebridge_plugin.commands.launching import end_with_launcher, launch, sta
 from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, masked
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.processes import adopt_slurm, is_first
+from framebridge_plugin.processes import adopt_slurm, is_first, rank
 from framebridge_plugin.progress import alone
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -126,7 +126,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
 
 
 def _write_crash(output_dir: Path) -> Path:
-    path = output_dir / f"crash-rank{os.environ.get('RANK', '0')}.txt"
+    path = output_dir / f"crash-rank{rank()}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(masked(traceback.format_exc()), encoding="utf-8")
     return path

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.processes import this_machine
+from framebridge_plugin.processes import is_alive, this_process
+from framebridge_plugin.signals import end_at_once
 
 BEAT_S = 15.0
 FREE_AFTER_S = 120.0
@@ -38,12 +38,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, name: str = ".lock") -> None:
         self.folder, self._path = folder, folder / name
-        self._me = {
-            "host": socket.gethostname(),
-            "machine": this_machine(),
-            "pid": os.getpid(),
-            "token": uuid.uuid4().hex,
-        }
+        self._me = this_process() | {"token": uuid.uuid4().hex}
         self._ended = threading.Event()
 
     def __enter__(self) -> FolderLock:
@@ -77,7 +72,7 @@ class FolderLock:
                 continue
             owner = _read(descriptor)
             is_here = owner is None or owner["machine"] == self._me["machine"]
-            if is_here and (is_locked or (is_locked is None and not _is_alive(owner))):
+            if is_here and (is_locked or (is_locked is None and (owner is None or not is_alive(owner["pid"])))):
                 return descriptor
             age = max(self._age(), time.monotonic() - started)
             if (is_here and is_locked is False) or (seen is not None and owner != seen):
@@ -126,13 +121,8 @@ class FolderLock:
         while not self._ended.wait(BEAT_S):
             with contextlib.suppress(OSError):  # a full disk is no reason to give the folder away
                 if not self._is_mine():
-                    print(
-                        f"error: {self.folder}: its lock was taken, or removed, by another process; this one ends, so "
-                        "that no two write it",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(1)
+                    problem = "its lock was taken, or removed, by another process"
+                    end_at_once(1, f"error: {self.folder}: {problem}; this one ends, so that no two write it")
                 self._write()
 
 
@@ -151,7 +141,3 @@ def _read(descriptor: int) -> dict[str, Any] | None:
         return owner if {"host", "machine", "pid", "token"} <= owner.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _is_alive(owner: dict[str, Any] | None) -> bool:
-    return owner is not None and os.path.exists(f"/proc/{owner['pid']}")

@@ -1,23 +1,35 @@
-"""The processes that a command consists of: what started them, and how to start Python; the standard library alone."""
+"""The processes that a command consists of: what started them, what each of them has, how to start Python.
+
+Needs the standard library alone, and torch where processes have met by it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from framebridge_plugin.errors import UsageError
+
+T = TypeVar("T")
 
 STORE = "FRAMEBRIDGE_STORE"
 """Environment variable of processes that `--nproc` started: the file by which they find each other."""
 
 
+def rank() -> int:
+    """The number of this process among those that were started together."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this process is the first of those that were started together, or alone."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def process_count() -> int:
@@ -25,12 +37,32 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def this_machine() -> str:
-    """Which start of which machine this is, and which of its containers; names of machines may be the same."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+def of_all_ranks(value: T) -> list[T]:
+    """The values of all ranks of a run, on each, if they have met already."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from others: `host`, `machine` and `pid`.
+
+    The machine is its present start and the container on it; names of hosts may be the same.
+    """
+    machine = host = socket.gethostname()
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return {"host": host, "machine": machine, "pid": os.getpid()}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    return os.path.exists(f"/proc/{pid}")
 
 
 def python_command(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -50,7 +82,7 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """
     if {"RANK", "WORLD_SIZE"} & environment.keys() or "SLURM_STEP_ID" not in environment:
         return
-    count, number = (int(environment.get(name, default)) for name, default in _SLURM)
+    count = int(environment.get("SLURM_NTASKS", "1"))
     if count == 1:
         return
     local = int(environment.get("SLURM_LOCALID", "0"))
@@ -60,15 +92,12 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     port = 20_000 + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment["SLURM_STEP_ID"])) % 20_000
     found = {
         "WORLD_SIZE": str(count),
-        "RANK": str(number),
+        "RANK": environment.get("SLURM_PROCID", "0"),
         "LOCAL_RANK": str(local % visible if visible else local),
         "MASTER_ADDR": first_node(nodes),
         "MASTER_PORT": str(port),
     }
     environment.update({name: environment.get(name, value) for name, value in found.items()})
-
-
-_SLURM = (("SLURM_NTASKS", "1"), ("SLURM_PROCID", "0"))
 
 
 def first_node(nodes: str) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
+
+from framebridge_plugin.processes import is_first
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -119,9 +120,7 @@ def alone() -> Iterator[None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(self, _bar_class()) and (
-            _open or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
-        ):
+        if not isinstance(self, _bar_class()) and (_open or not sys.stderr.isatty() or not is_first()):
             kwargs["disable"] = True
         original(self, *args, **kwargs)
 

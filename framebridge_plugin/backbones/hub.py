@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from framebridge_plugin.backbones.folders import (
     local_path,
 )
 from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.processes import is_first
 
 _INDICES = ("model_index.json", LORA_INFO_FILE)
 _MODEL_FILES = (
@@ -55,7 +55,7 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
             file_problem(path) if path.is_file() else f"no such folder: {name_or_path!r}; check the name"
         )
     revision = hub_settings.get("revision") or "main"
-    if (name_or_path, revision) not in _announced and os.environ.get("RANK", "0") == "0":
+    if (name_or_path, revision) not in _announced and is_first():
         say(f"{name_or_path} is no folder here: it is taken from the Hugging Face Hub, revision {revision}")
     try:
         folder = Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns), **hub_settings))

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from framebridge_plugin.data.tables import parse_json, read_text, text_lines
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
+from framebridge_plugin.processes import of_all_ranks
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import BadFilesSection
 
@@ -206,11 +207,7 @@ class BadFileTracker:
     def count(self) -> int:
         """Counts the bad files that all ranks have met so far; every rank has to call it."""
         if self._world_size > 1:
-            import torch.distributed
-
-            shares: list[Any] = [None] * self._world_size
-            torch.distributed.all_gather_object(shares, self._unshared)
-            self._written.update(*shares)
+            self._written.update(*of_all_ranks(self._unshared))
         self._unshared = []
         return len(self._written)
 

@@ -49,6 +49,7 @@ from framebridge_plugin.backbones.manifest import (
 )
 from framebridge_plugin.backbones.tensor_files import read_tensors, tensor_bytes, whole_tensor, write_tensors
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.processes import of_all_ranks
 from framebridge_plugin.training.abandoned import remove_abandoned, set_aside
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.packing import pack, unpack
@@ -320,7 +321,7 @@ class Checkpointer:
             result = read()
         except DamagedError as error:
             problem = str(error)
-        problem = next(filter(None, _of_all_ranks(problem)), None)
+        problem = next(filter(None, of_all_ranks(problem)), None)
         if problem is not None:
             raise DamagedError(problem)
         return result  # type: ignore[return-value]
@@ -335,7 +336,7 @@ class Checkpointer:
                 result = error
             except OSError as error:
                 result = FrameBridgeError(f"{self.root}: {error}; see that the folder can be written into")
-        result = _of_all_ranks(result)[0]
+        result = of_all_ranks(result)[0]
         if isinstance(result, FrameBridgeError):
             raise result
         return result
@@ -344,12 +345,3 @@ class Checkpointer:
     def _stores_weights(self) -> bool:
         """Whether what is exported is not all that is trained, or not as it is trained."""
         return self.trainable_only or self.average is not None
-
-
-def _of_all_ranks(value: T) -> list[T]:
-    """The values of all ranks, on each."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

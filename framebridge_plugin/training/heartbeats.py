@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin import signals
-from framebridge_plugin.processes import this_machine
+from framebridge_plugin.processes import is_alive, this_process
 from framebridge_plugin.settings.finetrainers import ParallelismSection
 
 BEAT_S = 2.0
@@ -40,8 +38,7 @@ class Heartbeats:
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float | None) -> None:
         self._folder, self._rank, self._world_size, self._timeout = folder, rank, world_size, timeout
-        self._me: dict[str, Any] = {"host": socket.gethostname(), "machine": this_machine(), "pid": os.getpid()}
-        self._me |= {"beat": 0, "marks": 0, "doing": "starting", "counts": False}
+        self._me = this_process() | {"beat": 0, "marks": 0, "doing": "starting", "counts": False}
         self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
         self._ended = threading.Event()
         self._changes = threading.Lock()
@@ -127,9 +124,7 @@ class Heartbeats:
         who = f"rank {rank} (process {record['pid']} on {record['host']})"
         if told is not None:
             is_here = record["machine"] == self._me["machine"]
-            if (is_here and not os.path.exists(f"/proc/{record['pid']}")) or (
-                record["counts"] and now - lived > GONE_AFTER_S
-            ):
+            if (is_here and not is_alive(record["pid"])) or (record["counts"] and now - lived > GONE_AFTER_S):
                 return f"{who} is gone"
         if self._timeout is None or not record["counts"]:
             return None

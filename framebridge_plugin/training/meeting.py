@@ -12,8 +12,8 @@ import torch
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from framebridge_plugin import processes
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.processes import STORE, process_count
 
 _ON_THIS_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
@@ -25,7 +25,7 @@ def meeting_place(timeout: timedelta) -> dict[str, Any]:
     machine's loopback, unless the environment names another interface. torchrun's store holds what an earlier start of
     the same processes has left there, addresses of the dead among it: each start has a part of its own.
     """
-    count, file = process_count(), os.environ.get(STORE)
+    count, file = processes.process_count(), os.environ.get(processes.STORE)
     if count > 1 and file is None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return {}
@@ -34,7 +34,7 @@ def meeting_place(timeout: timedelta) -> dict[str, Any]:
     for name, interface in _ON_THIS_MACHINE.items():
         os.environ.setdefault(name, interface)
     store = torch.distributed.HashStore() if file is None else torch.distributed.FileStore(file, count)
-    return {"store": store, "rank": int(os.environ.get("RANK", "0")), "world_size": count}
+    return {"store": store, "rank": processes.rank(), "world_size": count}
 
 
 def _of_this_start(store: Store, rank: int, count: int, timeout: timedelta) -> Store:

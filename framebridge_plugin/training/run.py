@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from framebridge_plugin.backbones.hub import downloaded
 from framebridge_plugin.errors import FinishedRunError, UsageError
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.processes import is_first
+from framebridge_plugin.processes import is_first, rank
 from framebridge_plugin.recipe.outside import SENT, outside_effects
 from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape
 
@@ -73,7 +72,7 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     if is_first():
         for line in outside_effects(recipe, SENT):
             print(line, file=sys.stderr)
-    staging = output_dir / f".starting.{_rank()}"
+    staging = output_dir / f".starting.{rank()}"
     with FolderLock(output_dir) if is_first() else contextlib.nullcontext():
         shutil.rmtree(staging, ignore_errors=True)
         try:
@@ -112,7 +111,7 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[
         names = {"recipe.yaml": "recipe-resumed.yaml"} if trainer.progress.step else {}
         if is_first() and downloaded:
             (staging / "downloads.json").write_text(json.dumps(downloaded, indent=2) + "\n")
-        # Every rank its own, as in `write_run_files`.
+        # Every rank its own dataset_config.json, which all read.
         for path in staging.iterdir():
             path.replace(output_dir / names.get(path.name, path.name))
         staging.rmdir()
@@ -166,10 +165,6 @@ def refuse_start(recipe: Recipe) -> None:
             raise UsageError("hub.push_to_hub: HF_HUB_OFFLINE keeps this process from the hub; set one of them false")
 
 
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
-
-
 def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
     """Writes recipe, versions and the description of the data sets; returns the path of that."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -178,12 +173,8 @@ def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
         versions = {"python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
         (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    content = json.dumps(recipe.dataset_config(), indent=2) + "\n"
-    # Every rank reads this file: each writes the same content and renames it into place.
     path = output_dir / "dataset_config.json"
-    partial = output_dir / f".dataset_config.{_rank()}"
-    partial.write_text(content)
-    partial.replace(path)
+    path.write_text(json.dumps(recipe.dataset_config(), indent=2) + "\n")
     return path
 
 

@@ -19,6 +19,7 @@ from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.files import local_copy
 from framebridge_plugin.media import DEFAULT_FPS, contact_sheet, read_image, write_video
+from framebridge_plugin.processes import of_all_ranks
 from framebridge_plugin.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def validate(
         trainer._move_components_to_device()
     transformer.train()
 
-    shares = _gathered(trainer, (written, problem))
+    shares = of_all_ranks((written, problem))
     problems = [problem for _, problem in shares if problem is not None]
     if trainer.state.parallel_backend.is_main_process and not problems:
         try:
             _record(trainer, [item for written, _ in shares for item in written], step, metrics, final)
         except Exception:
             problem = traceback.format_exc()
-    problems += filter(None, _gathered(trainer, problem))
+    problems += filter(None, of_all_ranks(problem))
     if problems:
         get_logger().error(f"the validation at update {step} failed; the run goes on\n{problems[0]}")
         metrics.log_text(step, "validation_error", problems[0].strip().splitlines()[-1])
@@ -118,14 +119,6 @@ def _record(
     if trainer.args.report_to == "wandb":
         videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
         trainer.state.parallel_backend.log({"final" if final else "validation": videos}, step=step)
-
-
-def _gathered(trainer: FrameBridgeTrainer, value: Any) -> list[Any]:
-    """What every rank has for `value`."""
-    values = [value] * trainer._data_world_size
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def sample_validation_videos(
