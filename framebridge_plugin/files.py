@@ -35,7 +35,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """Whether what a path in a folder leads to lies outside of it; a hub cache's folder has its files in `blobs`."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return not real.is_relative_to(home) and real.parent != hub_blobs(home)
+    return not real.is_relative_to(home) and real.parent != _hub_blobs(home)
 
 
 def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -46,7 +46,7 @@ def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -
         )
 
 
-def hub_blobs(folder: Path) -> Path | None:
+def _hub_blobs(folder: Path) -> Path | None:
     """Where the hub's cache has the files of a folder: <cache>/models--owner--name/snapshots/<commit>/..."""
     for parent in (folder, *folder.parents):
         if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(("models--", "datasets--")):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from framebridge_plugin.backbones.files import component_files
@@ -25,14 +27,6 @@ _FICLONE = 0x40049409
 _CHUNK = 1 << 23
 _PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
 """How the hidden names end of a folder that is being written, of the one that it replaces, and of one that goes."""
-
-
-def partial_folder(folder: Path) -> Path:
-    """Where a folder is written before it gets its name; what an earlier writer left there is removed."""
-    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def copy_file(source: Path, destination: Path) -> FileFacts:
@@ -83,9 +77,8 @@ def run_copy(parent: Path, name: str, source: Path) -> Path:
     folder = parent / f"{name}-{short_digest(component_fingerprint(source))}"
     if not folder.is_dir() or folder_problem(folder) is not None:
         try:
-            partial = partial_folder(folder)
-            write_manifest(partial, copy_tree(source, partial))
-            put_in_place(partial, folder)
+            with written_whole(folder) as partial:
+                write_manifest(partial, copy_tree(source, partial))
         except OSError as error:
             tidy(parent)
             raise FrameBridgeError(f"cannot copy {source} to {folder}: {error}; free disk space") from error
@@ -100,6 +93,20 @@ def link_run_copy(source: Path, destination: Path) -> dict[str, FileFacts]:
 
 
 # Whole or not there at all
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write into, which is put in the place of `folder` at the end, or goes if anything fails."""
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

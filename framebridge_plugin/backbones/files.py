@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.files import hub_blobs
+from framebridge_plugin.files import leads_out
 
 Reader = Callable[[Path], dict[str, Any]]
 """`read_json`, or one that remembers what it has read."""
@@ -70,10 +70,8 @@ def links_problem(folder: Path) -> str | None:
 
 def entry_problem(path: Path, folder: Path) -> str | None:
     """Why something in a folder, which need not exist, is no file or folder of its own; see `links_problem`."""
-    if path.is_symlink():
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        if path.is_dir() or not (real.is_relative_to(home) or real.parent == hub_blobs(home)):
-            return f"{path} is a link to {real}, outside its folder; put what it leads to in its place"
+    if path.is_symlink() and (path.is_dir() or leads_out(path, folder)):
+        return f"{path} is a link to {os.path.realpath(path)}, outside its folder; put what it leads to in its place"
     if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
         return f"{path} is neither a file nor a folder; remove it"
     return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.files import component_files, read_json
+from framebridge_plugin.backbones.manifest import file_facts
 from framebridge_plugin.errors import FrameBridgeError
 
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
@@ -32,7 +33,7 @@ def component_fingerprint(folder: Path, *, whole: bool = False) -> dict[str, str
     Raises:
         FrameBridgeError: If a file cannot be read, or leads out of the folder.
     """
-    files, weights = component_files(folder), _sha256 if whole else _weights_digest
+    files, weights = component_files(folder), _whole_digest if whole else _weights_digest
     try:
         return {name: (_settings_digest if name.endswith(".json") else weights)(path) for name, path in files}
     except (OSError, ValueError) as error:
@@ -91,9 +92,8 @@ def _weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _whole_digest(path: Path) -> str:
+    return file_facts(path).sha256
 
 
 def digest_of(data: bytes) -> str:

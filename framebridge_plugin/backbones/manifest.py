@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST_FILE = "manifest.json"
-_CHUNK = 1 << 23
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -83,15 +82,12 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def file_facts(path: Path) -> FileFacts:
     """Size and digest of a file, by reading it; a DamagedError if that fails."""
-    size, digest = 0, hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                size += len(chunk)
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256")
+            return FileFacts(file.tell(), digest.hexdigest())
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
-    return FileFacts(size, digest.hexdigest())
 
 
 def check_file(path: Path, found: FileFacts, expected: FileFacts) -> None:

@@ -4,10 +4,9 @@ finetrainers.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from framebridge_plugin.backbones.copying import copy_file, partial_folder, put_in_place
+from framebridge_plugin.backbones.copying import copy_file, written_whole
 from framebridge_plugin.backbones.files import safetensors_header
 from framebridge_plugin.backbones.folders import backbone_of, writing_problem
 from framebridge_plugin.backbones.manifest import (
@@ -84,26 +83,22 @@ def _write(checkpoint: Path, manifest: Manifest, kind: str, to: Path, *, raw: bo
     if facts is None:
         raise FrameBridgeError(f"{checkpoint / kind} is of no backbone that is known here; install its package")
     network = f"{facts.network}/" if kind == "model" else ""
-    partial, known = partial_folder(to), {}
+    known = {}
     try:
-        for name, expected in manifest.files.items():
-            inner = name.removeprefix(f"{kind}/")
-            if inner in (name, MANIFEST_FILE):
-                continue
-            (partial / inner).parent.mkdir(parents=True, exist_ok=True)
-            if raw and inner.startswith(network) and inner.endswith(".safetensors"):
-                known[inner] = _write_raw(checkpoint, manifest, name, partial / inner, prefix=facts.network)
-            else:
-                known[inner] = copy_file(checkpoint / name, partial / inner)
-                check_file(checkpoint / name, known[inner], expected)
-        write_manifest(partial, known)
-        if to.is_dir():
-            to.rmdir()
-        put_in_place(partial, to)
+        with written_whole(to) as partial:
+            for name, expected in manifest.files.items():
+                inner = name.removeprefix(f"{kind}/")
+                if inner in (name, MANIFEST_FILE):
+                    continue
+                (partial / inner).parent.mkdir(parents=True, exist_ok=True)
+                if raw and inner.startswith(network) and inner.endswith(".safetensors"):
+                    known[inner] = _write_raw(checkpoint, manifest, name, partial / inner, prefix=facts.network)
+                else:
+                    known[inner] = copy_file(checkpoint / name, partial / inner)
+                    check_file(checkpoint / name, known[inner], expected)
+            write_manifest(partial, known)
     except OSError as error:
         raise FrameBridgeError(f"cannot write {to}: {error}; free disk space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_raw(checkpoint: Path, manifest: Manifest, name: str, path: Path, *, prefix: str) -> FileFacts:

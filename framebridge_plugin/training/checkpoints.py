@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from framebridge_plugin.backbones.copying import partial_folder, put_in_place, remove_folder, sync, tidy
+from framebridge_plugin.backbones.copying import remove_folder, sync, tidy, written_whole
 from framebridge_plugin.backbones.manifest import (
     DamagedError,
     Manifest,
@@ -139,20 +139,19 @@ class Checkpointer:
             return folder
         self._check_room(size)
         try:
-            partial = partial_folder(folder)
-            (partial / "trainer").mkdir()
-            self.export(partial, self._gather_exported(weights, averages))
-            facts = {name: write_tensors(partial / name, content) for name, content in files.items()}
-            content = {
-                "step": state.step,
-                "samples_seen": state.samples_seen,
-                "optimizer": packed,
-                "settings": self.settings,
-            }
-            (partial / STATE_FILE).write_text(json.dumps(content, default=float))
-            last = max((manifest.written for manifest in whole_checkpoints(self.root).values()), default=0)
-            write_manifest(partial, facts, written=last + 1)
-            put_in_place(partial, folder)
+            with written_whole(folder) as partial:
+                (partial / "trainer").mkdir()
+                self.export(partial, self._gather_exported(weights, averages))
+                facts = {name: write_tensors(partial / name, content) for name, content in files.items()}
+                content = {
+                    "step": state.step,
+                    "samples_seen": state.samples_seen,
+                    "optimizer": packed,
+                    "settings": self.settings,
+                }
+                (partial / STATE_FILE).write_text(json.dumps(content, default=float))
+                last = max((manifest.written for manifest in whole_checkpoints(self.root).values()), default=0)
+                write_manifest(partial, facts, written=last + 1)
         except OSError as error:
             tidy(self.root)
             raise FrameBridgeError(

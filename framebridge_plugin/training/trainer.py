@@ -23,7 +23,7 @@ from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from framebridge_plugin import signals
-from framebridge_plugin.backbones.copying import link_tree, partial_folder, put_in_place
+from framebridge_plugin.backbones.copying import link_tree, written_whole
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
@@ -368,9 +368,8 @@ class FrameBridgeTrainer(SFTTrainer):
         """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
         if self.state.parallel_backend.is_main_process:
             published = output_dir / self._export_name
-            partial = partial_folder(published)
-            link_tree(checkpoint / self._export_name, partial)
-            put_in_place(partial, published)
+            with written_whole(published) as partial:
+                link_tree(checkpoint / self._export_name, partial)
         self.state.parallel_backend.wait_for_everyone()
 
     @property

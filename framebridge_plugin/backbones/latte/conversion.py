@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from framebridge_plugin.backbones.cogvideox.facts import INPUT_PROJECTION
+from framebridge_plugin.backbones.copying import written_whole
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.files import component_files
 from framebridge_plugin.backbones.folders import (
@@ -63,7 +63,7 @@ def convert_reference_checkpoint(
     main_name, main = next(iter(reference.networks.items()))
     linked = {"vae": ("diffusers", "AutoencoderKL", _find_vae(vae, main.config["out_channels"]))}
 
-    with _whole_or_not_there(Path(folder)) as partial:
+    with written_whole(Path(folder)) as partial:
         if reference.stage == "bridge_neural_prior":
             if "neural_prior" in reference.networks:
                 prior_folder = partial / "neural_prior"
@@ -123,8 +123,8 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
     layers[f"{layer}.bias"] = bias
     settings |= full_rank_settings(INPUT_PROJECTION, weight[0].numel(), settings["target_modules"])
     settings["lora_bias"] = True
-    with _whole_or_not_there(Path(folder)) as partial:
-        (partial / "scheduler").mkdir(parents=True)
+    with written_whole(Path(folder)) as partial:
+        (partial / "scheduler").mkdir()
         for name, file in component_files(found / "scheduler"):
             shutil.copyfile(file, partial / "scheduler" / name)
         save_lora_file(partial / LORA_FILE, "transformer", layers, settings)
@@ -136,22 +136,6 @@ def convert_two_file_lora(source: str | os.PathLike, folder: str | os.PathLike) 
 def _check_is_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FrameBridgeError(f"{folder.absolute()}: exists and is not an empty folder; choose another folder")
-
-
-@contextlib.contextmanager
-def _whole_or_not_there(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its place at the end, or goes if anything fails."""
-    destination = folder.absolute()
-    partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        if destination.exists():
-            destination.rmdir()
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _save_network(network: ReferenceNetwork, folder: Path) -> None:
