@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tempfile
 import urllib.request
@@ -35,7 +36,9 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """Whether what a path in a folder leads to lies outside of it; a hub cache's folder has its files in `blobs`."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return not real.is_relative_to(home) and real.parent != _hub_blobs(home)
+    snapshot = hub_snapshot(home)
+    is_blob = snapshot is not None and real.parent == snapshot.parent.parent / "blobs"
+    return not real.is_relative_to(home) and not is_blob
 
 
 def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -46,12 +49,19 @@ def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -
         )
 
 
-def _hub_blobs(folder: Path) -> Path | None:
-    """Where the hub's cache has the files of a folder: <cache>/models--owner--name/snapshots/<commit>/..."""
+def hub_snapshot(folder: Path) -> Path | None:
+    """The commit in the hub's cache that a folder belongs to: <cache>/models--owner--name/snapshots/<commit>."""
     for parent in (folder, *folder.parents):
         if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(("models--", "datasets--")):
-            return parent.parent.parent / "blobs"
+            return parent
     return None
+
+
+def local_path(name: str, base: str | os.PathLike[str] = ".") -> Path | None:
+    """The path that a name stands for, existing or not; None for a hub id (`owner/name`, and no folder `owner`)."""
+    path = Path(base, name)
+    looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ class BackboneAdapter:
         return {
             **{name: getattr(self.objective, name) for name in settings},
             "max_text_seq_length": self.max_sequence_length(self.network_config),
-            **{part: component_fingerprint(self.source.folder(part)) for part in self.frozen_parts()},
+            **{part: component_fingerprint(self.folder(part)) for part in self.frozen_parts()},
         }
 
     # A batch
@@ -290,7 +290,7 @@ class BackboneAdapter:
 
     def folder(self, part: str) -> Path:
         """The folder of a component on this machine."""
-        return self.source.folder(part)
+        return self.source.local(*self.place(part))
 
     def place(self, part: str) -> tuple[str, str]:
         """Folder or id that a component comes from, and its subfolder in it."""

@@ -27,7 +27,6 @@ from framebridge_plugin.backbones.folders import (
     config_problem,
     find_saved_model,
     is_present,
-    local_path,
     pipeline_class,
     place_problem,
 )
@@ -40,6 +39,7 @@ from framebridge_plugin.backbones.lora_folders import (
 )
 from framebridge_plugin.backbones.manifest import MANIFEST_FILE, DamagedError, Manifest, check_folder, read_manifest
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 
 Locator = Callable[[str, str | None], Path | None]
 """The folder of a source (a folder, or a hub id at a revision); None if it is not on this machine."""

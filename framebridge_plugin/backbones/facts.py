@@ -227,21 +227,21 @@ def find_backbone(name: str) -> BackboneFacts:
         UsageError: If there is none of that name, or more than one.
         FrameBridgeError: If the package that brings it cannot be imported, or brings something else.
     """
-    places = [_OWN[name]] if name in _OWN else []
-    places += [point.value for point in _entry_points() if point.name == name]
-    packages = ["framebridge-plugin"] if name in _OWN else []
-    packages += [point.dist.name if point.dist else "unknown" for point in _entry_points() if point.name == name]
+    places = [(_OWN[name], "framebridge-plugin")] if name in _OWN else []
+    points = [point for point in _entry_points() if point.name == name]
+    places += [(point.value, point.dist.name if point.dist else "unknown") for point in points]
     if not places:
         names = backbone_names()
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
         hint = f"did you mean {nearest[0]}?" if nearest else "install the one that does"
         raise UsageError(f"no installed package brings a backbone {name!r}, there are {', '.join(names)}; {hint}")
     if len(places) > 1:
-        listed = ", ".join(f"{place} of {package}" for place, package in zip(places, packages, strict=True))
+        listed = ", ".join(f"{place} of {package}" for place, package in places)
         raise UsageError(f"{len(places)} backbones are named {name!r}: {listed}; uninstall all but one")
-    where = f"{name!r} ({places[0]} of {packages[0]})"
+    [(place, package)] = places
+    where = f"{name!r} ({place} of {package})"
     try:
-        facts = _load(places[0])
+        facts = _load(place)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FrameBridgeError(f"backbone {where} cannot be imported: {reason}; mend that") from error

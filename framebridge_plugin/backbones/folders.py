@@ -6,7 +6,6 @@ Needs the standard library alone, so that a wrong path costs a second and not a 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
 from framebridge_plugin.backbones.files import Reader, read_if_whole, read_json
 from framebridge_plugin.backbones.manifest import whole_checkpoints
+from framebridge_plugin.settings.choices import is_flow_matching
 
 LORA_INFO_FILE = "framebridge.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -25,13 +25,6 @@ TWO_FILE_LORA = "two-file-lora"
 _CHECKPOINTS = (".pt", ".pth", ".ckpt")
 _MOST_STEPS = 100_000
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-
-def local_path(name: str) -> Path | None:
-    """The path that a name stands for, existing or not; None for a hub id (`owner/name`, and no folder `owner`)."""
-    path = Path(name)
-    looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
 def backbone_of(folder: Path, read: Reader = read_json) -> BackboneFacts | None:
@@ -98,12 +91,6 @@ def _scheduler_problem(config: Mapping[str, Any], facts: BackboneFacts) -> str |
         f"{found}; the bridge knows a {facts.title} by its {known} with prediction_type {predictions}: give the model "
         "as it was released"
     )
-
-
-def is_flow_matching(scheduler: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is for flow matching; several classes of diffusers are for both kinds."""
-    says_so = scheduler.get("use_flow_sigmas") or scheduler.get("prediction_type") == "flow_prediction"
-    return bool(says_so) or str(scheduler.get("_class_name")).startswith("FlowMatch")
 
 
 def file_problem(path: Path) -> str:

@@ -11,14 +11,9 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
 from framebridge_plugin.backbones.files import COMPONENT_FILES
-from framebridge_plugin.backbones.folders import (
-    EXTRA_WEIGHTS_FILE,
-    LORA_FILE,
-    LORA_INFO_FILE,
-    file_problem,
-    local_path,
-)
+from framebridge_plugin.backbones.folders import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE, file_problem
 from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.files import local_path
 from framebridge_plugin.processes import is_first
 
 _INDICES = ("model_index.json", LORA_INFO_FILE)
@@ -43,7 +38,7 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
         **hub_settings: `revision`, `cache_dir`, `token`, ... as in `huggingface_hub`.
 
     Returns:
-        The folder; of an id that of one commit, which `commit_of` tells.
+        The folder; of an id that of one commit, by which it is called.
 
     Raises:
         FrameBridgeError: If there is no such folder, or the hub does not have it.
@@ -67,12 +62,6 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
     _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
     downloaded[name_or_path] = folder.name
     return folder
-
-
-def commit_of(folder: Path) -> str:
-    """The commit of a folder in the hub's cache: <cache>/models--owner--name/snapshots/<commit>/..."""
-    parts = folder.absolute().parts
-    return parts[len(parts) - parts[::-1].index("snapshots")]
 
 
 def say(text: str) -> None:

@@ -19,9 +19,10 @@ from framebridge_plugin.backbones.files import (
     links_problem,
     read_json,
 )
-from framebridge_plugin.backbones.folders import config_problem, find_saved_model, local_path, two_file_problem
-from framebridge_plugin.backbones.hub import commit_of, local_folder
+from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
+from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.errors import FrameBridgeError, first_line
+from framebridge_plugin.files import local_path
 from framebridge_plugin.models.whole_weights import whole_weights
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
@@ -67,7 +68,7 @@ class ModelSource:
             hub["revision"] = self._commits[source]
         root = local_folder(source, patterns=patterns, **hub)
         if local_path(source) is None:
-            self._commits[source] = commit_of(root)
+            self._commits[source] = root.name
         folder = root / subfolder
         if problem := (subfolder and entry_problem(folder, root)) or links_problem(folder):
             raise FrameBridgeError(problem)

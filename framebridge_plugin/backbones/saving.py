@@ -22,10 +22,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from framebridge_plugin.backbones.copying import copy_tree, link_run_copy
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.folders import LORA_FILE
-from framebridge_plugin.backbones.hub import commit_of
 from framebridge_plugin.backbones.lora_folders import TARGETS_KEY, LoraInfo
 from framebridge_plugin.backbones.manifest import FileFacts, write_manifest
 from framebridge_plugin.backbones.tensor_files import write_tensors
+from framebridge_plugin.files import hub_snapshot
 
 
 def save_model_folder(
@@ -126,7 +126,8 @@ def save_lora_file(
 
 def describe_base(base_model: str, components: Mapping[str, tuple[str, Path]]) -> dict[str, Any]:
     """What a LoRA remembers of the model that it is trained on."""
-    commits = {name: commit_of(folder) for name, (source, folder) in components.items() if not os.path.isdir(source)}
+    downloaded = {name: folder for name, (source, folder) in components.items() if not os.path.isdir(source)}
+    commits = {name: found.name for name, folder in downloaded.items() if (found := hub_snapshot(folder.absolute()))}
     replaced = {name: source for name, (source, _) in components.items() if source != base_model}
     return {
         "base_model": _absolute(base_model),

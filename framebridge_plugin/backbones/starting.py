@@ -17,10 +17,10 @@ from framebridge_plugin.backbones.folders import (
     LORA_INFO_FILE,
     backbone_of,
     find_saved_model,
-    local_path,
     two_file_problem,
 )
 from framebridge_plugin.backbones.lora_folders import read_lora_info
+from framebridge_plugin.files import local_path
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from framebridge_plugin.backbones.examination import SavedModel, examine
-from framebridge_plugin.backbones.folders import find_part, find_saved_model, local_path, place_problem
+from framebridge_plugin.backbones.folders import find_part, find_saved_model, place_problem
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 
 
 def examine_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from framebridge_plugin.data.tables import (
     read_text,
 )
 from framebridge_plugin.errors import FrameBridgeError, first_line, get_logger
-from framebridge_plugin.files import check_within
+from framebridge_plugin.files import check_within, local_path
 
 logger = get_logger(__name__)
 
@@ -43,13 +42,12 @@ SHARD_EXTENSIONS = (".tar", ".parquet")
 
 def local_data_root(name_or_path: str, base_dir: Path) -> Path:
     """The folder of a data set: a path as it is, a hub id downloaded (or found in the cache)."""
-    path = Path(base_dir, os.path.expanduser(name_or_path))
-    if path.is_dir():
-        return path
-    if path.is_file() and path.suffix in SHARD_EXTENSIONS:
-        raise _shards_error(path.parent, path.name)
-    looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) is not None
-    if not looks_like_id or path.exists() or path.parent.is_dir():
+    path = local_path(os.path.expanduser(name_or_path), base_dir)
+    if path is not None:
+        if path.is_dir():
+            return path
+        if path.is_file() and path.suffix in SHARD_EXTENSIONS:
+            raise _shards_error(path.parent, path.name)
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
     import huggingface_hub
 

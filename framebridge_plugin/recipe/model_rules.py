@@ -11,7 +11,8 @@ from pathlib import Path
 
 from framebridge_plugin.backbones.examination import SavedModel, read_once
 from framebridge_plugin.backbones.facts import ClipRule, ClipShape, Config, KnownClasses
-from framebridge_plugin.backbones.folders import find_part, local_path
+from framebridge_plugin.backbones.folders import find_part
+from framebridge_plugin.files import local_path
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, escaped
+from framebridge_plugin.files import local_path
 from framebridge_plugin.recipe.schema import Recipe
 
 SENT, FETCHED, WRITTEN = "sends", "reads from the network", "writes outside output_dir"

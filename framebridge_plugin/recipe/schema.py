@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
 from framebridge_plugin.backbones.files import read_json
-from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.backbones.starting import find_start, goes_on
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
 from framebridge_plugin.settings.bridge import DEFAULT_LATTE_SIZE, BeginningSection, ObjectiveSection, TrainerSection

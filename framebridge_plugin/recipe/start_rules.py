@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.backbones.lora_folders import lora_problem, lora_settings
 from framebridge_plugin.backbones.starting import find_start
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
 

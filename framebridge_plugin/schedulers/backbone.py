@@ -17,7 +17,7 @@ from framebridge_plugin.bridge.alignment import (
 )
 from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, widen
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.settings.choices import AlignmentName
+from framebridge_plugin.settings.choices import AlignmentName, is_flow_matching
 
 
 def build_backbone(config: Mapping[str, Any] | None) -> Any:
@@ -72,12 +72,9 @@ def build_alignment(name: str, edge: str, schedule: BridgeSchedule, backbone: An
 
 
 def backbone_kind(backbone: Any) -> str:
-    """Name the kind of process by the scheduler's config, since several classes of diffusers have two of them:
-    "flow_matching", "variance_preserving", or "other" for what a bridge cannot be aligned to.
-    """
+    """Name the kind of process: "flow_matching", "variance_preserving", or "other", to which no bridge is aligned."""
     config = backbone.config
-    is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if is_flow or type(backbone).__name__.startswith("FlowMatch"):
+    if is_flow_matching({**config, "_class_name": type(backbone).__name__}):
         # Inverted, the noise falls while the time rises.
         return "other" if config.get("invert_sigmas") else "flow_matching"
     in_steps = hasattr(backbone, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"

@@ -4,7 +4,7 @@ pipelines ask too; no pydantic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,12 @@ ALLOWABLE = {
     "objective": "bridge, alignment, noise and dropout",
 }
 """What `--allow` takes: names of groups of settings in which a resumed run differs from its checkpoint on demand."""
+
+
+def is_flow_matching(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler's config is for flow matching; several classes are for both kinds of processes."""
+    says_so = scheduler.get("use_flow_sigmas") or scheduler.get("prediction_type") == "flow_prediction"
+    return bool(says_so) or str(scheduler.get("_class_name")).startswith("FlowMatch")
 
 
 def noise_share(sampler: str, eta: float | None) -> float:

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from framebridge_plugin.backbones.folders import local_path
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import local_path
 
 
 def run_conformance(

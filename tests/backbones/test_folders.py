@@ -9,9 +9,10 @@ import pytest
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.examination import Finding, SavedModel, examine, read_once
 from framebridge_plugin.backbones.facts import BackboneFacts, ClipShapeRule
-from framebridge_plugin.backbones.folders import backbone_of, find_part, local_path
+from framebridge_plugin.backbones.folders import backbone_of, find_part
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 from tests.cogvideox_files import write_model_folder
 from tests.latte_files import write_latte_folder
 

@@ -26,7 +26,7 @@ from framebridge_plugin.backbones.latte.networks import (
     load_network,
     read_network,
 )
-from framebridge_plugin.backbones.latte.rules import compression_of, scratch_config
+from framebridge_plugin.backbones.latte.rules import scratch_config
 from framebridge_plugin.backbones.loading import load_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.models.latte import LatteTransformer
@@ -111,18 +111,10 @@ class LatteAdapter(BackboneAdapter):
     def _new_config(self) -> dict[str, Any]:
         clip, parts = self.clip_shape or DEFAULT_CLIP_SHAPE, frozenset({"neural_prior"} if self.neural_prior else ())
         config = scratch_config(self.latte_size, self.vae_config, clip, list(self.class_names), parts)
-        step = self._vae_scale * config["patch_size"]
-        _, height, width = clip
-        if height % step or width % step:
-            raise UsageError(
-                f"clips of {height} x {width} pixels do not fit Latte-{self.latte_size} and this autoencoder; choose "
-                f"multiples of {step}"
-            )
+        rule = self.facts.clip_rule(self.vae_config, {"patch_size": config["patch_size"]})
+        for name, problem in rule.problems(*clip):
+            raise UsageError(f"clips: {name}: {problem}")
         return config | {"stage": self.stage}
-
-    @property
-    def _vae_scale(self) -> int:
-        return compression_of(self.vae_config) or 1
 
     def _check_network(self) -> None:
         """Compares what comes from different places, from the configs alone."""
@@ -248,10 +240,6 @@ class LatteAdapter(BackboneAdapter):
     def frozen_parts(self) -> list[str]:
         """The autoencoder, and the neural prior if the network takes one."""
         return ["vae", "neural_prior"] if self._takes_neural_prior else ["vae"]
-
-    def folder(self, part: str) -> Path:
-        """The folder of a component on this machine."""
-        return self.source.local(*self.place(part))
 
     def place(self, part: str) -> tuple[str, str]:
         """Folder or id that a component comes from, and its subfolder in it."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from framebridge_plugin.backbones.folders import file_problem, find_part, local_path
+from framebridge_plugin.backbones.folders import file_problem, find_part
 from framebridge_plugin.backbones.latte.rules import config_problem
 from framebridge_plugin.backbones.loading import ModelSource, cannot_load, load_config, load_weights, loading
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import local_path
 from framebridge_plugin.models.calling import unrounded_time
 from framebridge_plugin.models.latte import LatteTransformer
 
