@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE
+from framebridge_plugin.backbones.manifest import MANIFEST_FILE
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.widening import load_bridge_transformer
@@ -157,7 +158,12 @@ def test_the_lora_file_has_its_settings_in_its_header(trainer, inputs):
     assert "8 / 4" in header["scale"]
     assert all(name.startswith("transformer.") and "lora" in name for name in layers)
     assert torch.equal(layers["transformer.patch_embed.proj.lora_A.weight"].flatten(1), torch.eye(32))
-    assert sorted(path.name for path in (inputs / "run/lora").iterdir()) == [LORA_INFO_FILE, LORA_FILE, "scheduler"]
+    assert sorted(path.name for path in (inputs / "run/lora").iterdir()) == [
+        LORA_INFO_FILE,
+        MANIFEST_FILE,
+        LORA_FILE,
+        "scheduler",
+    ]
 
 
 @pytest.mark.parametrize("targets", ["(transformer_blocks).*(to_q|to_k)", ["to_v", "patch_embed.proj"]])
