@@ -17,7 +17,7 @@ from framebridge_plugin import library_messages, signals
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, masked
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, in_one_line, masked
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import adopt_slurm, is_first, rank
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
         hint = "" if debug else " (--debug shows the traceback)"
         notes = " ".join(getattr(error, "__notes__", ()))
-        print(
-            f"error: {type(error).__name__}: {escaped(' '.join(str(error).split()))}{notes or hint}", file=sys.stderr
-        )
+        print(f"error: {type(error).__name__}: {escaped(in_one_line(error))}{notes or hint}", file=sys.stderr)
         return EXIT_FAILED
 
 

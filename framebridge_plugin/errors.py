@@ -65,6 +65,11 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def in_one_line(error: object) -> str:
+    """All that an error says, its lines and spaces joined."""
+    return " ".join(str(error).split())
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module, whose messages are one line each, `escaped`."""
     logger = logging.getLogger(name)

@@ -35,7 +35,7 @@ def test_numbers_of_numpy_and_torch_are_settings():
     [
         (range(1, 30), {}, "clip settings: 29 values for .. settings; name them"),
         ((9, 64), {"height": 64, "width": 64}, "clip settings: height is given twice"),
-        ((9,), {"height": 64, "width": 64, "hight": 64}, "unknown or unsupported key 'hight'; did you mean 'height'?"),
+        ((9,), {"height": 64, "width": 64, "hight": 64}, "unknown key 'hight'; did you mean 'height'?"),
     ],
 )
 def test_values_that_belong_to_no_setting_are_refused(values, named, message):
@@ -103,7 +103,7 @@ def test_arguments_become_pythons_own_numbers():
     assert Sampler().sample(times=(np.float32(3), 2), prompt=[np.str_("a")], callback=print)[0] == 1
     for call, message in (
         ({"cuont": 3}, "unknown argument 'cuont'; did you mean 'count'?"),
-        ({"x": 3}, "leave it out"),
+        ({"x": 3}, "unknown argument .x.; there are "),
     ):
         with pytest.raises(FrameBridgeError, match=message):
             Sampler().sample(**call)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -243,7 +243,7 @@ def find_backbone(name: str) -> BackboneFacts:
     try:
         facts = _load(place)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise FrameBridgeError(f"backbone {where} cannot be imported: {reason}; mend that") from error
     if not isinstance(facts, BackboneFacts) or facts.name != name:
         raise FrameBridgeError(f"backbone {where} is no BackboneFacts of that name; mend its package")

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.facts import broken_backbones
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, in_one_line
 
 DISTRIBUTION = "framebridge-plugin"
 
@@ -138,4 +138,4 @@ def _report_held_back() -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {in_one_line(error)[:200]}"

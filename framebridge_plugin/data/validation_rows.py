@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from framebridge_plugin.data.tables import MAX_TEXT, TextError, check_header, parse_json, read_text, table_rows
+from framebridge_plugin.errors import in_one_line
 from framebridge_plugin.files import open_regular
 
 VALIDATION_SUFFIXES = (".csv", ".json", ".parquet", ".arrow")
@@ -45,7 +46,7 @@ def read_validation_rows(path: Path) -> list[dict[str, Any]]:
                     raise TextError(f"{path} holds more than {_MAX_ROWS} rows, or more than {MAX_TEXT >> 20} MiB")
                 rows_of_arrow += batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        what = getattr(error, "strerror", None) or in_one_line(error)
         raise TextError(f"{path} is no readable {suffix[1:]} file: {what}") from error
     return _without_nulls(path, rows_of_arrow)
 

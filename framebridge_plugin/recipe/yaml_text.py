@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import UsageError, in_one_line
 
 # YAML 1.1, which PyYAML reads, takes 1e-5 for a string; YAML 1.2 and every user take it for a number.
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
@@ -54,7 +54,7 @@ def read_yaml(text: str) -> Document:
         what = " ".join(part for part in (error.context, error.problem) if part)
         raise UsageError(f"line {error.problem_mark.line + 1}: {what}" if error.problem_mark else what) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(in_one_line(error)) from None
     except RecursionError:
         raise UsageError("nested too deeply") from None
     return Document(data, lines, duplicates)

@@ -22,7 +22,6 @@ Every draw comes from the caller's generator; without one, a step that draws is 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,7 @@ from framebridge_plugin.bridge.targets import predict_z_0
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers.backbone import as_json, build_alignment, build_backbone, default_alignment
 from framebridge_plugin.schedulers.process import BridgeProcess
-from framebridge_plugin.settings.checking import checked
+from framebridge_plugin.settings.checking import checked, unknown_name
 from framebridge_plugin.settings.choices import (
     AlignmentEdge,
     AlignmentName,
@@ -189,12 +188,9 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
                 "to build a bridge for that model"
             )
         known = cls._get_init_keys(cls) - {"self"}
-        for key in [*(config or {}), *kwargs]:
-            if key not in known and not key.startswith("_"):
-                nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
-                raise FrameBridgeError(
-                    f"{cls.__name__} config: unknown key {key!r}, the nearest valid one is {nearest!r}"
-                )
+        keys = (key for key in [*(config or {}), *kwargs] if not key.startswith("_"))
+        if problem := unknown_name(keys, known, "key"):
+            raise FrameBridgeError(f"{cls.__name__} config: {problem}")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # Sampling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from os.path import expanduser
 from typing import Annotated, Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.settings.checking import plain
+from framebridge_plugin.settings.checking import plain, unknown_name
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 
@@ -45,6 +44,8 @@ class CheckedSettings(Section):
     def __init__(self, *values: Any, **named: Any) -> None:
         where, known = f"{self.called}: " if self.called else "", list(type(self).model_fields)
         in_order = dict(zip(known, values, strict=False))
+        if problem := unknown_name(named, known, "key"):
+            raise UsageError(where + problem)
         if len(values) > len(known):
             raise UsageError(f"{where}{len(values)} values for {len(known)} settings; name them")
         if twice := in_order.keys() & named.keys():
@@ -56,13 +57,9 @@ class CheckedSettings(Section):
         for name, message in self.conflicts():
             raise UsageError(f"{where}{name}{': ' if name else ''}{message}")
 
-    @classmethod
-    def _problem(cls, error: dict[str, Any]) -> str:
-        name, known = str(error["loc"][0]), list(cls.model_fields)
+    @staticmethod
+    def _problem(error: dict[str, Any]) -> str:
+        name = error["loc"][0]
         if error["type"] == "missing":
             return f"{name} is missing"
-        if error["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            return f"unknown or unsupported key {name!r}; {hint}"
         return f"{name} is {error['input']!r}; it {error['msg'].removeprefix('Input ')}"

@@ -73,13 +73,14 @@ def checked(function: CallT) -> CallT:
     return typing.cast(CallT, call)
 
 
-def unknown_name(given: Iterable[str], known: Collection[str]) -> str | None:
+def unknown_name(given: Iterable[str], known: Collection[str], what: str = "argument") -> str | None:
     """What is wrong with the first of some names that is none of the known ones, with the nearest."""
     name = next((name for name in given if name not in known), None)
     if name is None:
         return None
     near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown argument {name!r}; " + (f"did you mean {near[0]!r}?" if near else "leave it out")
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted({*known} - {'self'}))}"
+    return f"unknown {what} {name!r}; {hint}"
 
 
 def _fits(kind: Any, value: Any) -> bool:

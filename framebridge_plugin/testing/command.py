@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
 from framebridge_plugin.files import local_path
 
 
@@ -63,7 +63,7 @@ def run_conformance(
         except FrameBridgeError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             raise FrameBridgeError(
                 f"cannot make {specification_class.__name__} from {model} ({type(error).__name__}: {reason}); check "
                 f"that it is a complete model for {model_name}"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from framebridge_plugin.errors import in_one_line
+
 if TYPE_CHECKING:
     from framebridge_plugin.testing.subject import Subject
 
@@ -116,7 +118,7 @@ def run_check(check: Check, subject: Subject, known_faults: Mapping[str, KnownFa
 
 def _one_line(error: Exception) -> str:
     """The message of a failure; of any other error also its type, and where in the program it was raised."""
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     if isinstance(error, ConformanceFailure):
         return text
     frame: Any = traceback.extract_tb(error.__traceback__)[-1]

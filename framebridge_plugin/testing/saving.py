@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from framebridge_plugin.backbones.folders import LORA_FILE
+from framebridge_plugin.errors import in_one_line
 from framebridge_plugin.testing.checks import differing_tensors
 from framebridge_plugin.testing.outcome import Check, fail, require
 from framebridge_plugin.testing.subject import SEED, Subject
@@ -53,7 +54,7 @@ def check_reopening(subject: Subject) -> None:
         found = again.load_diffusion_models()["transformer"].state_dict()
     except Exception as error:
         # Some of these messages list all the weights.
-        summary = " ".join(str(error).split())[:300]
+        summary = in_one_line(error)[:300]
         fail(f"cannot load what was saved ({type(error).__name__}: {summary})")
     require(not (names := differing_tensors(state_dict, found)), f"goes on with other weights: {names}")
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
@@ -78,5 +78,5 @@ def _check_lora(args: Any, specification: Any) -> None:
     try:
         add_lora_layers(specification, network, config)
     except ValueError as error:
-        raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+        raise UsageError(f"lora.target_modules: {in_one_line(error)}") from error
     start_layers(args, specification, network)

@@ -27,7 +27,7 @@ from framebridge_plugin.backbones.copying import link_tree, written_whole
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
+from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, in_one_line
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
@@ -155,7 +155,7 @@ class FrameBridgeTrainer(SFTTrainer):
         except ValueError as error:
             if isinstance(error, FrameBridgeError) or not self._is_lora:
                 raise
-            raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+            raise UsageError(f"lora.target_modules: {in_one_line(error)}") from error
 
     def _prepare_for_training(self) -> None:
         super()._prepare_for_training()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, in_one_line
 from framebridge_plugin.training.finetrainers.repairs import (
     Repair,
     defaults,
@@ -38,7 +38,7 @@ def apply_repairs() -> None:
             importlib.import_module("finetrainers")
         except Exception as error:
             raise FrameBridgeError(
-                f"finetrainers cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); run "
+                f"finetrainers cannot be imported ({type(error).__name__}: {in_one_line(error)}); run "
                 "`finetrainers doctor` and install the versions that it names"
             ) from error
         for repair in REPAIRS_AFTER_IMPORT:

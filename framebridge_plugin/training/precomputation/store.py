@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.data.bad_files import BadFile
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, in_one_line
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -124,8 +124,7 @@ def read_manifest(store: Path) -> Manifest | None:
         return Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FrameBridgeError(
-            f"{path} is no manifest of precomputed latents: {' '.join(str(error).split())}; precompute into another "
-            "folder"
+            f"{path} is no manifest of precomputed latents: {in_one_line(error)}; precompute into another folder"
         ) from error
 
 
@@ -171,7 +170,7 @@ def read_skipped(path: Path) -> list[BadFile]:
 
 
 def _damaged(path: Path, error: BaseException) -> StoreError:
-    reason = " ".join(str(error).split())
+    reason = in_one_line(error)
     return StoreError(f"{path} is damaged ({reason}); remove it and {_REMEDY}: it writes only what is missing")
 
 
