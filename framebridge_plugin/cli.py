@@ -23,7 +23,7 @@ from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import adopt_slurm, is_first, rank
 from framebridge_plugin.progress import alone
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,19 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except FrameBridgeError as error:
-        if debug:
-            print(masked(traceback.format_exc()), end="", file=sys.stderr)
-        for line in str(error).split("\n"):
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
         if debug:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
-        hint = "" if debug else " (--debug shows the traceback)"
-        notes = " ".join(getattr(error, "__notes__", ()))
-        print(f"error: {type(error).__name__}: {escaped(in_one_line(error))}{notes or hint}", file=sys.stderr)
-        return EXIT_FAILED
+        if isinstance(error, FrameBridgeError):
+            lines, exit_code = str(error).split("\n"), error.exit_code
+        else:
+            hint = "" if debug else " (--debug shows the traceback)"
+            notes = " ".join(getattr(error, "__notes__", ()))
+            lines, exit_code = [f"{type(error).__name__}: {escaped(in_one_line(error))}{notes or hint}"], EXIT_FAILED
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        return exit_code
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Reading files that may be a stranger's: nothing that never ends, and nothing that lies elsewhere."""
+"""Reading files that may be a stranger's, nothing that never ends or lies elsewhere; writing small ones whole."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         kind = IsADirectoryError if stat.S_ISDIR(mode) else NotRegularError
         raise kind(None, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file", os.fspath(path))
     return os.fdopen(descriptor, "rb")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that a reader, or a kill, finds as it was before or as it is then."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:

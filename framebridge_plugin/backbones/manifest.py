@@ -137,6 +137,9 @@ def check_folder(folder: Path, manifest: Manifest, *, digests: bool = False, set
 
 # The checkpoints of a run
 
+WEIGHTS_FILE, AVERAGE_FILE = "trainer/weights.safetensors", "trainer/ema.safetensors"
+"""In a checkpoint, the weights in training, and their average (EMA)."""
+
 
 def step_folder(root: Path, step: int) -> Path:
     """The folder of an update's checkpoint."""

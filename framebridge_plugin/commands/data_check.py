@@ -20,6 +20,7 @@ from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipRows, index_datasets
 from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.errors import FrameBridgeError, escaped
+from framebridge_plugin.files import write_whole
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.signals import leave_to_main_process
 
@@ -126,9 +127,7 @@ class _Progress:
         self.done += clips
         last = self._rows[self.done - 1][0]
         state = {"what": self._what, "done": self.done, "bytes": size, "last": last}
-        partial = self.path.with_name(f".{self.path.name}")
-        partial.write_text(json.dumps(state))
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(state))
 
 
 def _read(checks: _Checks, start: int, nproc: int) -> Iterator[list[BadFile | None]]:

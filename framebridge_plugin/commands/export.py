@@ -10,7 +10,9 @@ from framebridge_plugin.backbones.copying import copy_file, written_whole
 from framebridge_plugin.backbones.files import safetensors_header
 from framebridge_plugin.backbones.folders import backbone_of, writing_problem
 from framebridge_plugin.backbones.manifest import (
+    AVERAGE_FILE,
     MANIFEST_FILE,
+    WEIGHTS_FILE,
     DamagedError,
     FileFacts,
     Manifest,
@@ -24,8 +26,6 @@ from framebridge_plugin.backbones.manifest import (
 )
 from framebridge_plugin.backbones.tensor_files import read_tensors, write_tensors
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-
-_EMA, _RAW = "trainer/ema.safetensors", "trainer/weights.safetensors"
 
 
 def export_checkpoint(run: Path, to: Path, *, step: int | None = None, average: bool | None = None) -> str:
@@ -51,7 +51,7 @@ def export_checkpoint(run: Path, to: Path, *, step: int | None = None, average: 
     checkpoint = _find(run, step)
     try:
         manifest = read_manifest(checkpoint)
-        has_average = _EMA in manifest.files
+        has_average = AVERAGE_FILE in manifest.files
         if average and not has_average:
             raise UsageError(f"--ema: {run} keeps no average of its weights (framebridge.ema_decay); leave it out")
         kind = next(name.partition("/")[0] for name in manifest.files if name.endswith(f"/{MANIFEST_FILE}"))
@@ -104,7 +104,7 @@ def _write(checkpoint: Path, manifest: Manifest, kind: str, to: Path, *, raw: bo
 def _write_raw(checkpoint: Path, manifest: Manifest, name: str, path: Path, *, prefix: str) -> FileFacts:
     """A file of averaged weights with those that were trained in their place."""
     averaged = read_tensors(checkpoint, name, manifest)
-    trained = read_tensors(checkpoint, _RAW, manifest)
+    trained = read_tensors(checkpoint, WEIGHTS_FILE, manifest)
     # A LoRA's file names its network, and leaves out the name that peft gives to the layers.
     trained |= {f"{prefix}.{key.replace('.default.', '.')}": tensor for key, tensor in trained.items()}
     metadata = (safetensors_header(checkpoint / name) or {}).get("__metadata__")

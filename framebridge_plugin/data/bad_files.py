@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from framebridge_plugin.data.tables import parse_json, read_text, text_lines
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
+from framebridge_plugin.files import write_whole
 from framebridge_plugin.processes import of_all_ranks
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import BadFilesSection
@@ -260,9 +261,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,8 +22,6 @@ from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
 from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT
-
-__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_summary", "resolve_recipe", "shipped_recipes"]
 
 _LARGEST_RECIPE = 1_000_000  # bytes; more is some other file
 
@@ -102,8 +100,9 @@ def load_recipe(
         UsageError: With every error on a line of its own: file and line, dotted path, what is wrong, what to do.
     """
     recipe, problems = _examine(name_or_path, overrides, environment)
-    if recipe is None or not all(problem.on_disk and not needed(problem.where) for problem in problems):
-        raise UsageError(*(problem.text for problem in problems if not problem.on_disk or needed(problem.where)))
+    problems = [problem for problem in problems if not problem.on_disk or needed(problem.where)]
+    if recipe is None or problems:
+        raise UsageError(*(problem.message for problem in problems))
     return recipe
 
 
@@ -127,22 +126,18 @@ def resolve_recipe(
         UsageError: As `load_recipe`, if anything else is wrong.
     """
     recipe, problems = _examine(name_or_path, overrides, environment)
-    lines = [problem.text for problem in problems]
+    lines = [problem.message for problem in problems]
     if recipe is None or not all(problem.on_disk for problem in problems):
         raise UsageError(*lines)
     return recipe, lines
 
 
-class _Line(NamedTuple):
-    where: str
-    text: str
-    on_disk: bool
-
-
 def _examine(
     name_or_path: str | Path, overrides: Sequence[str], environment: Mapping[str, str] | None
-) -> tuple[Recipe | None, list[_Line]]:
-    """The recipe as far as it can be read, and what is wrong with it, in the order of its lines."""
+) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe as far as it can be read, and what is wrong with it, in the order of its lines; messages are whole
+    lines.
+    """
     path = find_recipe(name_or_path)
     document = _read(path)
     data = {} if document.data is None else document.data
@@ -167,7 +162,7 @@ def _examine(
         (line, where, f"stands here again, after line {first}", False) for where, line, first in document.duplicates
     ]
     return recipe, [
-        _Line(where, f"{f'{path}:{line}' if line else 'command line'}: {where}: {message}", on_disk)
+        Problem(where, f"{f'{path}:{line}' if line else 'command line'}: {where}: {message}", on_disk)
         for line, where, message, on_disk in sorted(set(found))
     ]
 
@@ -242,7 +237,7 @@ def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     for error in errors:
         _take_away(repaired, error["loc"])
     for path, value in _STAND_INS.items():
-        if any(path == where or path.startswith(f"{where}.") for where, _, _ in problems):
+        if _is_within(path, [problem.where for problem in problems]):
             _insert(repaired, path, value)
     try:
         return Recipe.model_validate(repaired), problems
@@ -323,7 +318,7 @@ def _hint(path: str) -> str:
 
 def _line_of(document: Document, overridden: set[str], where: str) -> int:
     """The line of a dotted path, 0 for the command line."""
-    if any(where == key or where.startswith(f"{key}.") or key.startswith(f"{where}.") for key in overridden):
+    if _is_within(where, overridden) or any(_is_within(key, [where]) for key in overridden):
         return 0
     # What is missing has no line of its own: take its section's.
     parts = where.split(".")

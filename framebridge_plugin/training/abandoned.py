@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +70,5 @@ def _step_of(line: bytes) -> float:
 
 
 def _write(path: Path, lines: Sequence[bytes]) -> None:
-    with path.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(b"".join(lines))
+    sync(path)

@@ -39,6 +39,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from framebridge_plugin.backbones.copying import remove_folder, sync, tidy, written_whole
 from framebridge_plugin.backbones.manifest import (
+    AVERAGE_FILE,
+    WEIGHTS_FILE,
     DamagedError,
     Manifest,
     folder_problem,
@@ -66,7 +68,9 @@ from framebridge_plugin.training.stored_checkpoints import (
 logger = logging.getLogger("finetrainers")
 
 T = TypeVar("T")
+_OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 _FINITE = "next_update_was_finite"
+_REMEDY = "free disk space or lower checkpoints.checkpointing_limit, then resume from the last checkpoint"
 _MARGIN = 64 << 20
 """Bytes that a save needs beside its tensors: small files, and what the file system takes for itself."""
 
@@ -126,11 +130,11 @@ class Checkpointer:
         averages = self.average.tensors if self.average is not None else {}
         tensors: dict[str, torch.Tensor] = {}
         packed = pack(get_optimizer_state_dict(self.model, self.optimizer), "optimizer", tensors)
-        files: dict[str, Mapping[str, Any]] = {"trainer/optimizer.safetensors": tensors}
+        files: dict[str, Mapping[str, Any]] = {_OPTIMIZER_FILE: tensors}
         if self._stores_weights:
-            files["trainer/weights.safetensors"] = weights
+            files[WEIGHTS_FILE] = weights
         if averages:
-            files["trainer/ema.safetensors"] = averages
+            files[AVERAGE_FILE] = averages
         size = sum(map(tensor_bytes, (weights, *files.values())))
         if not self.is_main_process:
             self._gather_exported(weights, averages)
@@ -154,10 +158,7 @@ class Checkpointer:
                 write_manifest(partial, facts, written=last + 1)
         except OSError as error:
             tidy(self.root)
-            raise FrameBridgeError(
-                f"cannot write checkpoint {folder}: {error}; free disk space or lower "
-                "checkpoints.checkpointing_limit, then resume from the last checkpoint"
-            ) from error
+            raise FrameBridgeError(f"cannot write checkpoint {folder}: {error}; {_REMEDY}") from error
         self._unproven = folder
         self._remove_oldest()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -199,7 +200,7 @@ class Checkpointer:
         if free < size + _MARGIN:
             raise FrameBridgeError(
                 f"cannot write a checkpoint: it takes {size / 1e9:.2f} GB and {self.root} has {free / 1e9:.2f} GB "
-                "free; free disk space or lower checkpoints.checkpointing_limit, then resume from the last checkpoint"
+                f"free; {_REMEDY}"
             )
 
     def _remove_oldest(self) -> None:
@@ -290,8 +291,8 @@ class Checkpointer:
         )
         del stored
         if self.average is not None:
-            self.average.load(self._together(lambda: read_tensors(folder, "trainer/ema.safetensors", manifest)))
-        tensors = self._together(lambda: read_tensors(folder, "trainer/optimizer.safetensors", manifest))
+            self.average.load(self._together(lambda: read_tensors(folder, AVERAGE_FILE, manifest)))
+        tensors = self._together(lambda: read_tensors(folder, _OPTIMIZER_FILE, manifest))
         own = [
             copy.deepcopy({name: value for name, value in group.items() if name != "params"})
             for group in self.optimizer.param_groups
@@ -309,7 +310,7 @@ class Checkpointer:
         return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
 
     def _read_weights(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
-        beginning = "trainer/weights" if self._stores_weights else f"model/{self.network_name}/"
+        beginning = WEIGHTS_FILE if self._stores_weights else f"model/{self.network_name}/"
         files = [name for name in manifest.files if name.startswith(beginning) and name.endswith(".safetensors")]
         return {name: tensor for file in files for name, tensor in read_tensors(folder, file, manifest).items()}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin import signals
+from framebridge_plugin.files import write_whole
 from framebridge_plugin.processes import is_alive, this_process
 from framebridge_plugin.settings.finetrainers import ParallelismSection
 
@@ -79,12 +80,10 @@ class Heartbeats:
         return self._folder / f"rank{rank}.json"
 
     def _write(self) -> bool:
-        partial = self._folder / f".rank{self._rank}"
         with self._changes:
             self._me["beat"] += 1
             try:
-                partial.write_text(json.dumps(self._me))
-                partial.replace(self._path(self._rank))
+                write_whole(self._path(self._rank), json.dumps(self._me))
             except OSError:
                 return False
         return True

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
-from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
@@ -75,8 +75,5 @@ def _check_lora(args: Any, specification: Any) -> None:
         return
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules)
     network = specification.adapter.blank_network()
-    try:
-        add_lora_layers(specification, network, config)
-    except ValueError as error:
-        raise UsageError(f"lora.target_modules: {in_one_line(error)}") from error
+    add_lora_layers(specification, network, config)
     start_layers(args, specification, network)

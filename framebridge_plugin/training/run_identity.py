@@ -15,6 +15,7 @@ from typing import Any
 
 from framebridge_plugin.backbones.starting import goes_on
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import write_whole
 from framebridge_plugin.training.resume_settings import Groups, setting_differences, settings_refusal
 
 RUN_FILE = "run.json"
@@ -53,9 +54,7 @@ def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> N
 def write_run(output_dir: Path, settings: Groups) -> None:
     """Makes the folder the run's, which keeps the id that it has."""
     run = _read(output_dir) or {"id": uuid.uuid4().hex}
-    partial = output_dir / f".{RUN_FILE}"
-    partial.write_text(json.dumps(run | {"settings": dict(settings)}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output_dir / RUN_FILE)
+    write_whole(output_dir / RUN_FILE, json.dumps(run | {"settings": dict(settings)}, indent=2) + "\n")
 
 
 def note_changes(output_dir: Path, progress: Mapping[str, Any], changes: Mapping[str, str]) -> None:

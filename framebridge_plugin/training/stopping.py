@@ -22,31 +22,21 @@ class Stopping:
         self.number: int | None = None
         """The signal that all ranks know of."""
 
-    def flags(self) -> torch.Tensor:
-        """What a sum over all ranks is to be taken of, one number for each signal: see `take`."""
-        return torch.tensor([float(number == signals.pending()) for number in signals.STOPPING], device=self._device)
-
-    def take(self, totals: list[float]) -> None:
-        """Takes the sum of all ranks' flags."""
-        told = (number for number, total in zip(signals.STOPPING, totals, strict=True) if total)
-        self.number = self.number or next(told, None)
+    def mean(self, value: torch.Tensor) -> float:
+        """The mean of a number over all ranks, which agree in the same exchange whether to stop."""
+        told = [float(number == signals.pending()) for number in signals.STOPPING]
+        shared = torch.cat([value.detach().float().reshape(1), torch.tensor(told, device=self._device)])
+        if self._world_size > 1:
+            torch.distributed.all_reduce(shared)
+        total, *counts = shared.tolist()
+        agreed = (number for number, count in zip(signals.STOPPING, counts, strict=True) if count)
+        self.number = self.number or next(agreed, None)
+        return total / self._world_size
 
     def agreed(self) -> bool:
         """Whether the run is to stop; an exchange of its own, that every rank has to call."""
-        totals = self.flags()
-        if self._world_size > 1:
-            torch.distributed.all_reduce(totals)
-        self.take(totals.tolist())
+        self.mean(torch.zeros((), device=self._device))
         return self.number is not None
-
-    def mean_loss(self, loss: torch.Tensor) -> float:
-        """The mean over all ranks, and in the same exchange whether to stop."""
-        shared = torch.cat([loss.detach().float().reshape(1), self.flags()])
-        if self._world_size > 1:
-            torch.distributed.all_reduce(shared)
-        total, *flags = shared.tolist()
-        self.take(flags)
-        return total / self._world_size
 
     def raise_if_stopped(self, step: int, where: Any) -> None:
         """Ends a run that was told to stop, whose last update is saved."""

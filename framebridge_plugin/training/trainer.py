@@ -27,7 +27,7 @@ from framebridge_plugin.backbones.copying import link_tree, written_whole
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
@@ -148,14 +148,6 @@ class FrameBridgeTrainer(SFTTrainer):
             fingerprint = run_fingerprint(self.args, self.model_specification, self._datasets)
             self._store = LatentStore(self.args.precomputed, fingerprint)
         super()._prepare_models()
-
-    def _prepare_trainable_parameters(self) -> None:
-        try:
-            super()._prepare_trainable_parameters()
-        except ValueError as error:
-            if isinstance(error, FrameBridgeError) or not self._is_lora:
-                raise
-            raise UsageError(f"lora.target_modules: {in_one_line(error)}") from error
 
     def _prepare_for_training(self) -> None:
         super()._prepare_for_training()
@@ -345,7 +337,7 @@ class FrameBridgeTrainer(SFTTrainer):
                 loss = torch.nn.functional.mse_loss(prediction, target) / args.gradient_accumulation_steps
                 loss.backward()
             total += loss.detach()
-        return self._stopping.mean_loss(total)
+        return self._stopping.mean(total)
 
     def _batches(self) -> TrainingBatches:
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from framebridge_plugin.backbones.facts import backbone_names
+from framebridge_plugin.errors import UsageError, in_one_line
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import process_count
 from framebridge_plugin.settings.bridge import ObjectiveSettings
@@ -228,11 +229,17 @@ def _dispatch(scheduler_class: type, ours: Callable[..., Any], original: Callabl
 
 
 def add_lora_layers(specification: Any, network: Any, config: Any) -> None:
-    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does."""
+    """Adds LoRA layers to a network, as its specification completes them (`complete_lora_config`) if it does.
+
+    UsageError if the network has no such layers.
+    """
     complete = getattr(specification, "complete_lora_config", None)
-    if complete is not None:
-        complete(network, config)
-    type(network).add_adapter(network, config)
+    try:
+        if complete is not None:
+            complete(network, config)
+        type(network).add_adapter(network, config)
+    except ValueError as error:
+        raise UsageError(f"lora.target_modules: {in_one_line(error)}") from error
 
 
 def _register_trainable_parameters() -> None:
