@@ -279,15 +279,10 @@ def read_once() -> Reader:
     return functools.cache(read_json)
 
 
-def local(source: str, revision: str | None) -> Path | None:
-    """The folder that a source names; None for a hub id."""
-    return local_path(source)
-
-
 def examine(
     folder: Path,
     *,
-    locate: Locator = local,
+    locate: Locator = lambda source, revision: local_path(source),
     base: str | None = None,
     components: Mapping[str, Path | None] | None = None,
     read: Reader | None = None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.files import Reader, read_json, safetensors_header
+from framebridge_plugin.backbones.files import safetensors_header
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, first_difference
 from framebridge_plugin.backbones.folders import (
     LORA_FILE,
@@ -83,10 +83,10 @@ def goes_on(output_dir: str | Path, resume_from_checkpoint: int | str | None) ->
     return any(folder.glob("checkpoints/step_*")) or any(folder.glob("finetrainers_step_*"))
 
 
-def find_start(name: str | None, read: Reader = read_json) -> Start | None:
+def find_start(name: str | None) -> Start | None:
     """What a run is to begin with: a run's, checkpoint's, model's or LoRA's folder; None for a hub id, or if it is
     none.
     """
     path = None if name is None else local_path(name)
     found = None if path is None else find_saved_model(path)
-    return None if found is None else Start(found, backbone_of(found, read))
+    return None if found is None else Start(found, backbone_of(found))

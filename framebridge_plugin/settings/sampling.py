@@ -78,6 +78,6 @@ class SampleSection(SamplerSection):
             yield "steps", f"the grid has {most_steps(self.grid)} at most, not {self.steps}; the grid lambda has more"
 
 
-def most_steps(grid: str, num_train_timesteps: int = 1000) -> float:
-    """The most steps of a grid: as many as there are bridge indices, without a limit between them."""
-    return math.inf if grid == "lambda" else num_train_timesteps
+def most_steps(grid: str) -> float:
+    """The most steps of a grid: as many as a model's bridge has indices, 1000; no limit between them."""
+    return math.inf if grid == "lambda" else 1000
