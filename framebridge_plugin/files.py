@@ -1,4 +1,4 @@
-"""Reading files that may be a stranger's, nothing that never ends or lies elsewhere; writing small ones whole."""
+"""What a name stands for; reading strangers' files, none that never ends or leads out; writing small ones whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError, first_line
 
@@ -69,6 +69,22 @@ def local_path(name: str, base: str | os.PathLike[str] = ".") -> Path | None:
     path = Path(base, name)
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
+
+
+def download(name: str, what: str, **settings: Any) -> Path:
+    """The folder of a repository of the Hugging Face Hub, or of the hub's cache: of one commit, by which it is called.
+
+    `what` the name is for begins the error's line; the settings are those of `huggingface_hub.snapshot_download`.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **settings))
+    except (OSError, ValueError) as error:
+        raise FrameBridgeError(
+            f"{what} {name!r} is neither a folder nor to be had from the hub ({first_line(error)}); check the name, "
+            "or download it and give the folder"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
-
 from framebridge_plugin.backbones.files import COMPONENT_FILES
 from framebridge_plugin.backbones.folders import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE, file_problem
-from framebridge_plugin.errors import FrameBridgeError, first_line
-from framebridge_plugin.files import local_path
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import download, local_path
 from framebridge_plugin.processes import is_first
 
 _INDICES = ("model_index.json", LORA_INFO_FILE)
@@ -52,13 +49,7 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
     revision = hub_settings.get("revision") or "main"
     if (name_or_path, revision) not in _announced and is_first():
         say(f"{name_or_path} is no folder here: it is taken from the Hugging Face Hub, revision {revision}")
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns), **hub_settings))
-    except (OSError, HFValidationError, ValueError) as error:
-        raise FrameBridgeError(
-            f"model {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); "
-            "check the name, or download it and give the folder"
-        ) from error
+    folder = download(name_or_path, "model", allow_patterns=list(patterns), **hub_settings)
     _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
     downloaded[name_or_path] = folder.name
     return folder

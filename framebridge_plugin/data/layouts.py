@@ -26,8 +26,8 @@ from framebridge_plugin.data.tables import (
     read_table,
     read_text,
 )
-from framebridge_plugin.errors import FrameBridgeError, first_line, get_logger
-from framebridge_plugin.files import check_within, local_path
+from framebridge_plugin.errors import FrameBridgeError, get_logger
+from framebridge_plugin.files import check_within, download, local_path
 
 logger = get_logger(__name__)
 
@@ -59,13 +59,7 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
     shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
     if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
         raise _shards_error(name_or_path, min(shards))
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name_or_path, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise FrameBridgeError(
-            f"data_root {name_or_path!r} is neither a folder nor to be had from the hub ({first_line(error)}); check "
-            "the name, or download it and give the folder"
-        ) from error
+    folder = download(name_or_path, "data_root", repo_type="dataset")
     logger.warning("data_root %s is revision %s of the hub's data set", name_or_path, folder.name)
     return folder
 
