@@ -60,6 +60,14 @@ def this_process() -> dict[str, Any]:
     return {"host": host, "machine": machine, "pid": os.getpid()}
 
 
+def this_job() -> tuple[str, bool]:
+    """What tells the job of this process from others, and whether torchrun or Slurm has started it again."""
+    environment = os.environ
+    torchrun = f"{environment.get('TORCHELASTIC_RUN_ID')} {this_process()['machine']} {os.getppid()}"
+    counts = (environment.get(f"{name}_RESTART_COUNT") for name in ("TORCHELASTIC", "SLURM"))
+    return environment.get("SLURM_JOB_ID") or torchrun, any(int(count or 0) > 0 for count in counts)
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of this machine is there."""
     return os.path.exists(f"/proc/{pid}")

@@ -51,12 +51,13 @@ from framebridge_plugin.backbones.manifest import (
 )
 from framebridge_plugin.backbones.tensor_files import read_tensors, tensor_bytes, whole_tensor, write_tensors
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.processes import of_all_ranks
+from framebridge_plugin.processes import of_all_ranks, this_job
 from framebridge_plugin.training.abandoned import remove_abandoned, set_aside
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.packing import pack, unpack
 from framebridge_plugin.training.resume_settings import Groups, tensors_difference
 from framebridge_plugin.training.stored_checkpoints import (
+    NEWEST,
     STATE_FILE,
     cannot_resume,
     check_settings,
@@ -71,6 +72,8 @@ T = TypeVar("T")
 _OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 _FINITE = "next_update_was_finite"
 _REMEDY = "free disk space or lower checkpoints.checkpointing_limit, then resume from the last checkpoint"
+_WENT_BACK = ".went_back"
+"""Beside the checkpoints: the step that a job went back to, and the job. When it is started again, it goes on."""
 _MARGIN = 64 << 20
 """Bytes that a save needs beside its tensors: small files, and what the file system takes for itself."""
 
@@ -222,7 +225,8 @@ class Checkpointer:
         What came after the checkpoint, and what is not whole, is set aside: see `abandoned`.
 
         Args:
-            which: A step; or "latest" or "auto", the one that was written last and is whole; or None, to start anew.
+            which: A step, to which a job that is started again has gone back already; or "latest" or "auto", the one
+                that was written last and is whole; or None, to start anew.
 
         Returns:
             The progress; None if there is no checkpoint at all.
@@ -234,10 +238,10 @@ class Checkpointer:
         folders = self._from_main(lambda: self._to_try(which))
         found = self._load_best(folders, which) if which is not None and folders else None
         if found is None:
-            self._from_main(lambda: self._leave(None, 0))
+            self._from_main(lambda: self._leave(None, 0, which))
             return None
         folder, state = found
-        self._from_main(lambda: self._leave(folder, state.step))
+        self._from_main(lambda: self._leave(folder, state.step, which))
         self._unproven = None if (folder / _FINITE).exists() else folder
         return state
 
@@ -263,9 +267,14 @@ class Checkpointer:
         tidy(self.root)
         for folder in set(step_folders(self.root).values()) - set(whole_checkpoints(self.root)):
             logger.warning(f"{folder.name} is not whole: {folder_problem(folder)}")
+        job, is_started_again = this_job()
+        note = self.root / _WENT_BACK
+        if is_started_again and note.is_file() and note.read_text() == f"{which} {job}":
+            logger.info(f"This job went back to step {which} when it began: it goes on from its last checkpoint")
+            which = "latest"
         return find_checkpoints(self.root, which)
 
-    def _leave(self, folder: Path | None, step: int) -> None:
+    def _leave(self, folder: Path | None, step: int, which: int | str | None) -> None:
         """Sets aside what came after the checkpoint in `folder`, and what is not whole."""
         whole = whole_checkpoints(self.root)
         last = 0 if folder is None else whole[folder].written
@@ -274,6 +283,8 @@ class Checkpointer:
         aside = set_aside(self.root.parent, step, later)
         if aside is not None and later:
             logger.info(f"What came after step {step} is in {aside}: {', '.join(path.name for path in later)}")
+        if folder is not None and which not in NEWEST:
+            (self.root / _WENT_BACK).write_text(f"{which} {this_job()[0]}")
 
     def _load(self, folder: Path) -> TrainingState:
         manifest, content = self._together(lambda: read_state(folder))

@@ -44,6 +44,24 @@ def test_what_came_later_is_set_aside_and_never_returned_to(tmp_path):
     assert SmallRun(tmp_path / "other").resume("latest") == 4
 
 
+@pytest.mark.parametrize("again", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_job_that_is_started_again_goes_back_once(tmp_path, monkeypatch, again):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    run = SmallRun(tmp_path / "run").train_to(3)
+    monkeypatch.setenv(again, "1")  # its first start ended before it went back
+    back = SmallRun(run.output_dir)
+    assert back.resume(1) == 1
+    back.train_to(2)
+    monkeypatch.setenv(again, "2")
+    assert SmallRun(run.output_dir).resume(1) == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    other = SmallRun(run.output_dir)
+    assert other.resume(1) == 1
+    other.train_to(3)
+    monkeypatch.delenv(again)
+    assert SmallRun(run.output_dir).resume(1) == 1
+
+
 def test_a_line_that_a_kill_cut_short_is_not_kept(tmp_path):
     run = SmallRun(tmp_path / "run").train_to(2)
     with (run.output_dir / "metrics.jsonl").open("a") as file:
