@@ -82,9 +82,9 @@ def _train(arguments: argparse.Namespace) -> int:
         if missing:
             raise UsageError(*missing)
 
-        from framebridge_plugin.training.rehearsal import rehearse
+        from framebridge_plugin.training.dry_run import check_start
 
-        rehearse(recipe, arguments.allow, processes=int(environment.get("WORLD_SIZE", "1")))
+        check_start(recipe, arguments.allow, processes=int(environment.get("WORLD_SIZE", "1")))
         print("dry run: nothing found that a start would refuse; no weights were loaded", file=sys.stderr)
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, environment)

@@ -35,8 +35,7 @@ class MetricsLogger:
         """Writes the metrics of one step."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        self._write(step, metrics)
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -44,9 +43,12 @@ class MetricsLogger:
         """Writes what is no number."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, name: text}) + "\n")
-        self._file.flush()
+        self._write(step, {name: text})
         self._tensorboard.add_text(name, text, step)
+
+    def _write(self, step: int, values: Mapping[str, object]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
 
     def log_validation(self, step: int, written: Sequence[ValidationVideo]) -> None:
         """Writes the contact sheets of one validation, with their captions, for TensorBoard."""

@@ -111,7 +111,7 @@ class FrameBridgeTrainer(SFTTrainer):
         """
         super().run()
         if self.state.repo_id is not None:  # of the first process
-            upload(Path(self.args.output_dir, self._export_name), self.state.repo_id)
+            upload(self._output_dir / self._export_name, self.state.repo_id)
         if not self._validated:
             raise FinishedRunError(
                 f"the final validation failed, see its traceback above; the model lies in {self.args.output_dir}"
@@ -133,8 +133,8 @@ class FrameBridgeTrainer(SFTTrainer):
 
     def _init_directories_and_repositories(self) -> None:
         args = self.args
-        if self.state.parallel_backend.is_main_process:
-            self.state.output_dir = Path(args.output_dir)
+        if self._is_main_process:
+            self.state.output_dir = self._output_dir
             self.state.output_dir.mkdir(parents=True, exist_ok=True)
             if args.push_to_hub:
                 name = args.hub_model_id or self.state.output_dir.name
@@ -159,13 +159,13 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
 
     def _prepare_checkpointing(self) -> None:
-        ours, output_dir = self.args.framebridge_trainer, Path(self.args.output_dir)
+        ours = self.args.framebridge_trainer
         settings = run_settings(self.args, self.model_specification, self._datasets)
-        check_run(output_dir, settings, self._allowed)
+        check_run(self._output_dir, settings, self._allowed)
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
         self.checkpointer = Checkpointer(
-            root=output_dir / "checkpoints",
+            root=self._output_dir / "checkpoints",
             model=self.transformer,
             optimizer=self.optimizer,
             export=self._export,
@@ -175,15 +175,15 @@ class FrameBridgeTrainer(SFTTrainer):
             allowed=self._allowed,
             average=self.average,
             network_name=self.model_specification.network_name,
-            is_main_process=self.state.parallel_backend.is_main_process,
+            is_main_process=self._is_main_process,
         )
         self._resume()
         self.lr_scheduler = rate_schedule(self.args, self.optimizer, self.progress.step)
-        if not self._is_lora and self.state.parallel_backend.is_main_process:
-            self.model_specification.keep_components(Path(self.args.output_dir) / "components")
+        if not self._is_lora and self._is_main_process:
+            self.model_specification.keep_components(self._output_dir / "components")
         self._on_prepared()
-        if self.state.parallel_backend.is_main_process:
-            write_run(output_dir, settings)
+        if self._is_main_process:
+            write_run(self._output_dir, settings)
 
     def _resume(self) -> None:
         which, root = self.args.resume_from_checkpoint, self.checkpointer.root
@@ -195,9 +195,9 @@ class FrameBridgeTrainer(SFTTrainer):
             message = f"no checkpoint in {root}: starting at update 1"
         else:
             return
-        if self.state.parallel_backend.is_main_process:
+        if self._is_main_process:
             print(message, file=sys.stderr)
-            note_changes(Path(self.args.output_dir), vars(self.progress), self.checkpointer.changes)
+            note_changes(self._output_dir, vars(self.progress), self.checkpointer.changes)
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Writes what sampling opens: a model folder, or LoRA layers."""
@@ -222,18 +222,18 @@ class FrameBridgeTrainer(SFTTrainer):
     # Training
 
     def _train(self) -> None:
-        backend, output_dir = self.state.parallel_backend, Path(self.args.output_dir)
+        backend = self.state.parallel_backend
         settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
         with (
             signals.deferred(),
             self._beats,
             MetricsLogger(
-                output_dir, enabled=backend.is_main_process, first_step=self.progress.step, settings=settings
+                self._output_dir, enabled=self._is_main_process, first_step=self.progress.step, settings=settings
             ) as metrics,
         ):
             checkpoint = self._train_to_the_end(metrics)
             if not self._stopping.agreed():
-                self._publish(checkpoint, output_dir)
+                self._publish(checkpoint)
                 self._validated = self._validate(self.progress.step, metrics, final_validation=True)
             with self._beats.at_leisure("waiting for the last checkpoint"):
                 backend.wait_for_everyone()
@@ -356,13 +356,21 @@ class FrameBridgeTrainer(SFTTrainer):
             stop=self._stopping.agreed if self.args.enable_precomputation else None,
         )
 
-    def _publish(self, checkpoint: Path, output_dir: Path) -> None:
+    def _publish(self, checkpoint: Path) -> None:
         """Makes the last checkpoint's model the run's: <output_dir>/model or <output_dir>/lora."""
-        if self.state.parallel_backend.is_main_process:
-            published = output_dir / self._export_name
+        if self._is_main_process:
+            published = self._output_dir / self._export_name
             with written_whole(published) as partial:
                 link_tree(checkpoint / self._export_name, partial)
         self.state.parallel_backend.wait_for_everyone()
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def _is_main_process(self) -> bool:
+        return self.state.parallel_backend.is_main_process
 
     @property
     def _export_name(self) -> str:

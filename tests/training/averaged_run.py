@@ -14,10 +14,10 @@ OPTIONS = ("--parallel_backend=ptd", "--batch_size=1", "--train_steps=3", "--ema
 
 
 class WithRankFiles(FrameBridgeTrainer):
-    def _publish(self, checkpoint: Path, output_dir: Path) -> None:
-        super()._publish(checkpoint, output_dir)
+    def _publish(self, checkpoint: Path) -> None:
+        super()._publish(checkpoint)
         whole = {name: whole_tensor(tensor) for name, tensor in self.average.tensors.items()}
-        save_file(whole, output_dir / f"rank{self.state.parallel_backend.rank}.safetensors")
+        save_file(whole, self._output_dir / f"rank{self.state.parallel_backend.rank}.safetensors")
 
 
 def main(inputs: str, output: str, kind: str, *options: str) -> None:

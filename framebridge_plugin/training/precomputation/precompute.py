@@ -29,12 +29,11 @@ from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_d
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.folder_lock import FolderLock
-from framebridge_plugin.processes import is_first
+from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
-from framebridge_plugin.training.meeting import meeting_place
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import (
     Manifest,
@@ -45,6 +44,7 @@ from framebridge_plugin.training.precomputation.store import (
     remove_partial_files,
     write_shard,
 )
+from framebridge_plugin.training.rendezvous import group_arguments
 from framebridge_plugin.training.run import build_specification, write_run_files
 
 if TYPE_CHECKING:
@@ -311,9 +311,7 @@ class _Processes:
 
 @contextlib.contextmanager
 def _processes() -> Iterator[_Processes]:
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    world_size, local_rank = process_count(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -322,9 +320,9 @@ def _processes() -> Iterator[_Processes]:
     if world_size > 1:
         # Some wait for others that have more to do, for days if need be.
         limit = timedelta(days=365)
-        torch.distributed.init_process_group("gloo", timeout=limit, **meeting_place(limit))
+        torch.distributed.init_process_group("gloo", timeout=limit, **group_arguments(limit))
     try:
-        yield _Processes(rank, world_size, device)
+        yield _Processes(rank(), world_size, device)
     finally:
         if world_size > 1:
             torch.distributed.destroy_process_group()

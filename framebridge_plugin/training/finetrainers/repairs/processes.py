@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.processes import process_count
 from framebridge_plugin.training.finetrainers.repairs import Repair
-from framebridge_plugin.training.meeting import meeting_place
+from framebridge_plugin.training.rendezvous import group_arguments
 
 _LONE_PTD_PROCESS = {"RANK": "0", "LOCAL_RANK": "0"}
 
@@ -66,7 +67,7 @@ def _count_a_lone_process_as_one() -> None:
         def _init_distributed(self: Any) -> None:
             # The other variables stay away from accelerate, which would take them for those of a launcher.
             alone = {"WORLD_SIZE": "1"} | (_LONE_PTD_PROCESS if _backend_of(self) == "ptd" else {})
-            with _environment(alone if os.environ.get("WORLD_SIZE", "1") == "1" else {}):
+            with _environment(alone if process_count() == 1 else {}):
                 original(self)
 
         return _init_distributed
@@ -95,8 +96,8 @@ def _meet_without_ports() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         distributed: Any = torch.distributed
         init_process_group = distributed.init_process_group
-        place = meeting_place(timedelta(seconds=kwargs.get("timeout", 180)))
-        distributed.init_process_group = functools.partial(init_process_group, **place)
+        arguments = group_arguments(timedelta(seconds=kwargs.get("timeout", 180)))
+        distributed.init_process_group = functools.partial(init_process_group, **arguments)
         try:
             original(self, *args, **kwargs)
         finally:
@@ -108,7 +109,7 @@ def _meet_without_ports() -> None:
 def _refuse_accelerate_processes() -> None:
     def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def _init_distributed(self: Any) -> None:
-            count = int(os.environ.get("WORLD_SIZE", "1"))
+            count = process_count()
             if count > 1 and _backend_of(self) == "accelerate":
                 raise UsageError(
                     f"parallel_backend=accelerate with {count} processes does not synchronise gradients (finetrainers "

@@ -18,7 +18,7 @@ from framebridge_plugin.errors import FrameBridgeError
 _ON_THIS_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
-def meeting_place(timeout: timedelta) -> dict[str, Any]:
+def group_arguments(timeout: timedelta) -> dict[str, Any]:
     """Arguments of `torch.distributed.init_process_group`; none where the environment alone says enough.
 
     One process has a store in its memory, those of `--nproc` have a file. What they then send each other stays on this

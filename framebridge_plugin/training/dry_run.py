@@ -23,7 +23,7 @@ from framebridge_plugin.training.starting import start_layers
 from framebridge_plugin.training.validation import check_samples
 
 
-def rehearse(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) -> None:
+def check_start(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) -> None:
     """Goes through a start of the recipe up to where weights would be loaded; writes nothing in the run's folder.
 
     Args:
