@@ -40,6 +40,15 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the errors of a disk within the block into a `FrameBridgeError` that says what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise FrameBridgeError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
 def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """Whether what a path in a folder leads to lies outside of it; a hub cache's folder has its files in `blobs`."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import writing
 from framebridge_plugin.processes import is_alive, this_process
 from framebridge_plugin.signals import end_at_once
 
@@ -42,12 +43,10 @@ class FolderLock:
         self._ended = threading.Event()
 
     def __enter__(self) -> FolderLock:
-        try:
+        with writing(self._path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._acquire()
             self._write()
-        except OSError as error:
-            raise FrameBridgeError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         return self

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 from torch.utils.data import DataLoader, Dataset
 
-from framebridge_plugin.data.bad_files import BadFile, read_bad_files, writing
+from framebridge_plugin.data.bad_files import BadFile, read_bad_files
 from framebridge_plugin.data.clips import clip_frames
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipRows, index_datasets
 from framebridge_plugin.data.showing import Conversion
 from framebridge_plugin.errors import FrameBridgeError, escaped
-from framebridge_plugin.files import write_whole
+from framebridge_plugin.files import write_whole, writing
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.signals import leave_to_main_process
 

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from framebridge_plugin.data.tables import parse_json, read_text, text_lines
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
-from framebridge_plugin.files import write_whole
+from framebridge_plugin.files import write_whole, writing
 from framebridge_plugin.processes import of_all_ranks
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import BadFilesSection
@@ -249,15 +249,6 @@ class BadFileTracker:
 
 
 _FATE = {"raise": "", "skip": "; another one takes its place", "quarantine": "; it is in quarantine now"}
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk within the block into a `FrameBridgeError` that says what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise FrameBridgeError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
 
 
 def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
