@@ -33,6 +33,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a regular file, or of a link to one; an `OSError` for other things, and for a file over `limit`."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(None, f"it is larger than {limit >> 20} MiB", os.fspath(path))
+    return content
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file that a reader, or a kill, finds as it was before or as it is then."""
     partial = path.with_name(f".{path.name}")

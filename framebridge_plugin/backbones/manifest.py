@@ -14,7 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from framebridge_plugin.files import open_regular, read_regular
+
 MANIFEST_FILE = "manifest.json"
+_LARGEST = 64 << 20
+"""Bytes of a manifest, and of a file that is read whole: a checkpoint's state."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -66,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder; a DamagedError if there is none, or it is not as it was written."""
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, _LARGEST))
         if content.pop("digest") != _digest(content):
             raise ValueError
         return Manifest(**content | {"files": {name: FileFacts(*facts) for name, facts in content["files"].items()}})
@@ -76,6 +80,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{path} is damaged") from None
 
 
+def files_in(folder: Path) -> Mapping[str, FileFacts] | None:
+    """The files in a folder as its manifest says, if it has one that can be read."""
+    with contextlib.suppress(DamagedError):
+        return read_manifest(folder).files
+    return None
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -83,8 +94,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 def file_facts(path: Path) -> FileFacts:
     """Size and digest of a file, by reading it; a DamagedError if that fails."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+        with open_regular(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
             return FileFacts(file.tell(), digest.hexdigest())
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
@@ -103,7 +116,7 @@ def read_checked(folder: Path, name: str, manifest: Manifest) -> bytes:
     if name not in manifest.files:
         raise DamagedError(f"{folder / name} is not in {MANIFEST_FILE}")
     try:
-        content = (folder / name).read_bytes()
+        content = read_regular(folder / name, _LARGEST)
     except OSError as error:
         raise DamagedError(f"{folder / name} cannot be read ({error.strerror})") from None
     check_file(folder / name, FileFacts(len(content), hashlib.sha256(content).hexdigest()), manifest.files[name])

@@ -20,6 +20,7 @@ from framebridge_plugin.backbones.folders import (
     two_file_problem,
 )
 from framebridge_plugin.backbones.lora_folders import read_lora_info
+from framebridge_plugin.backbones.manifest import step_folders
 from framebridge_plugin.files import local_path
 
 
@@ -80,7 +81,7 @@ def goes_on(output_dir: str | Path, resume_from_checkpoint: int | str | None) ->
     if resume_from_checkpoint not in ("auto", "latest"):
         return resume_from_checkpoint is not None
     folder = Path(output_dir)
-    return any(folder.glob("checkpoints/step_*")) or any(folder.glob("finetrainers_step_*"))
+    return bool(step_folders(folder / "checkpoints")) or any(folder.glob("finetrainers_step_*"))
 
 
 def find_start(name: str | None) -> Start | None:

@@ -43,6 +43,7 @@ from framebridge_plugin.backbones.manifest import (
     WEIGHTS_FILE,
     DamagedError,
     Manifest,
+    files_in,
     folder_problem,
     step_folder,
     step_folders,
@@ -202,8 +203,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.root).free
         if free < size + _MARGIN:
             raise FrameBridgeError(
-                f"cannot write a checkpoint: it takes {size / 1e9:.2f} GB and {self.root} has {free / 1e9:.2f} GB "
-                f"free; {_REMEDY}"
+                f"cannot write a checkpoint: it takes {(size + _MARGIN) / 1e9:.2f} GB and {self.root} has "
+                f"{free / 1e9:.2f} GB free; {_REMEDY}"
             )
 
     def _remove_oldest(self) -> None:
@@ -275,16 +276,31 @@ class Checkpointer:
         return find_checkpoints(self.root, which)
 
     def _leave(self, folder: Path | None, step: int, which: int | str | None) -> None:
-        """Sets aside what came after the checkpoint in `folder`, and what is not whole."""
+        """Sets aside what came after the checkpoint in `folder`, and what is not whole.
+
+        The model that the run had come to is not its model any more: a checkpoint holds it, or it is set aside too.
+        """
         whole = whole_checkpoints(self.root)
         last = 0 if folder is None else whole[folder].written
         others = sorted(step_folders(self.root).items(), reverse=True)
         later = [path for _, path in others if path not in whole or whole[path].written > last]
-        aside = set_aside(self.root.parent, step, later)
+        results = [] if folder is None else self._results_of_no_checkpoint()
+        aside = set_aside(self.root.parent, step, [*later, *results])
         if aside is not None and later:
             logger.info(f"What came after step {step} is in {aside}: {', '.join(path.name for path in later)}")
         if folder is not None and which not in NEWEST:
             (self.root / _WENT_BACK).write_text(f"{which} {this_job()[0]}")
+
+    def _results_of_no_checkpoint(self) -> list[Path]:
+        """Removes the run's `model` or `lora` if it is that of a checkpoint, and returns it if not."""
+        kept = []
+        for result in (self.root.parent / name for name in ("model", "lora")):
+            exports = [folder / result.name for folder in step_folders(self.root).values()]
+            if (files := files_in(result)) is not None and any(files_in(export) == files for export in exports):
+                remove_folder(result)
+            elif result.is_dir():
+                kept.append(result)
+        return kept
 
     def _load(self, folder: Path) -> TrainingState:
         manifest, content = self._together(lambda: read_state(folder))

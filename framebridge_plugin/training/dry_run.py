@@ -53,7 +53,7 @@ def check_start(recipe: Recipe, allowed: Collection[str] = (), processes: int = 
     _check_lora(args, specification)
     check_samples(args, specification, datasets)
     settings = run_settings(args, specification, datasets)
-    check_run(Path(args.output_dir), settings, allowed)
+    allowed = check_run(Path(args.output_dir), settings, allowed)
     for checkpoint in find_checkpoints(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)[:1]:
         check_settings(checkpoint, stored_settings(checkpoint), settings, allowed)
 

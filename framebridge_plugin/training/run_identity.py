@@ -6,6 +6,7 @@ there (of a version that wrote no run.json), which have their settings themselve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
@@ -15,21 +16,27 @@ from typing import Any
 
 from framebridge_plugin.backbones.starting import goes_on
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import write_whole
+from framebridge_plugin.files import read_regular, write_whole
 from framebridge_plugin.training.resume_settings import Groups, setting_differences, settings_refusal
 
 RUN_FILE = "run.json"
+_CHANGES_FILE = "allowed.jsonl"
+_LARGEST = 64 << 20
+"""Bytes of either file."""
 
 logger = logging.getLogger(__name__)
 
 
-def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> None:
+def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> set[str]:
     """Refuses a run with other settings in the folder of one, and a model there that is of no run.
 
     Args:
         output_dir: The run's folder, which need not exist.
         settings: The run's `run_settings`.
         allowed: Groups of them in which it may differ.
+
+    Returns:
+        The groups in which its checkpoints may differ: those, and in which it has been another before.
 
     Raises:
         FrameBridgeError: In one line, with the settings that differ.
@@ -49,6 +56,7 @@ def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> N
                     f"checkpoints.output_dir: {output_dir / name} is of no run that could go on, and a run here would "
                     "replace it; choose another folder"
                 )
+    return {*allowed, *_noted_groups(output_dir)}
 
 
 def write_run(output_dir: Path, settings: Groups) -> None:
@@ -62,8 +70,16 @@ def note_changes(output_dir: Path, progress: Mapping[str, Any], changes: Mapping
     for group, text in changes.items():
         logger.warning("--allow %s: up to update %s it was trained %s", group, progress["step"], text)
     if changes:
-        with (output_dir / "allowed.jsonl").open("a") as file:
+        with (output_dir / _CHANGES_FILE).open("a") as file:
             file.write(json.dumps({**progress, **changes}) + "\n")
+
+
+def _noted_groups(output_dir: Path) -> set[str]:
+    """The groups of settings in which the run has been another before, as `note_changes` wrote them."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        lines = read_regular(output_dir / _CHANGES_FILE, _LARGEST).splitlines()
+        return {name for line in lines for name in json.loads(line)}
+    return set()
 
 
 def _read(output_dir: Path) -> dict[str, Any] | None:
@@ -71,9 +87,9 @@ def _read(output_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(read_regular(path, _LARGEST))
         if isinstance(run["id"], str) and isinstance(run["settings"], dict):
             return run
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UsageError(f"{path} is not readable; choose another folder, or remove that file if the run is this one")

@@ -14,6 +14,7 @@ from framebridge_plugin.backbones.manifest import (
     folder_problem,
     read_checked,
     read_manifest,
+    step_folder,
     step_folders,
     whole_checkpoints,
 )
@@ -63,7 +64,10 @@ def stored_settings(folder: Path) -> Groups:
 def read_state(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     """The manifest of a checkpoint, and what its state says; a DamagedError if they are not as they were written."""
     manifest = read_manifest(folder)
-    return manifest, json.loads(read_checked(folder, STATE_FILE, manifest))
+    state = json.loads(read_checked(folder, STATE_FILE, manifest))
+    if folder.name != step_folder(folder.parent, state["step"]).name:
+        raise DamagedError(f"{folder} is a copy of the checkpoint of update {state['step']}")
+    return manifest, state
 
 
 def check_settings(folder: Path, stored: Groups, settings: Groups, allowed: Collection[str] = ()) -> dict[str, str]:

@@ -161,7 +161,7 @@ class FrameBridgeTrainer(SFTTrainer):
     def _prepare_checkpointing(self) -> None:
         ours = self.args.framebridge_trainer
         settings = run_settings(self.args, self.model_specification, self._datasets)
-        check_run(self._output_dir, settings, self._allowed)
+        allowed = check_run(self._output_dir, settings, self._allowed)
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
         self.checkpointer = Checkpointer(
@@ -172,7 +172,7 @@ class FrameBridgeTrainer(SFTTrainer):
             trainable_only=self._is_lora,
             limit=self.args.checkpointing_limit,
             settings=settings,
-            allowed=self._allowed,
+            allowed=allowed,
             average=self.average,
             network_name=self.model_specification.network_name,
             is_main_process=self._is_main_process,

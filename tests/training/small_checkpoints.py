@@ -54,6 +54,7 @@ class SmallRun:
         network = folder / "model/transformer"
         network.mkdir(parents=True)
         (network / "config.json").write_text('{"_class_name": "Small"}')
+        (folder / "model/model_index.json").write_text("{}")
         facts = write_tensors(network / "diffusion_pytorch_model.safetensors", weights)
         write_manifest(folder / "model", {"transformer/diffusion_pytorch_model.safetensors": facts})
 

@@ -96,6 +96,22 @@ def test_folders_that_are_no_checkpoints_are_in_nobodys_way(tmp_path):
     assert (run.output_dir / "abandoned/1-after-step-2/step_000099").is_dir()
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "trainer/state.json"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path, name):
+    run = SmallRun(tmp_path / "run").train_to(2)
+    (run.output_dir / "checkpoints/step_000002" / name).unlink()
+    os.mkfifo(run.output_dir / "checkpoints/step_000002" / name)
+    assert SmallRun(run.output_dir).resume("auto") == 1
+
+
+def test_a_copy_under_another_number_is_not_that_step(tmp_path):
+    run = SmallRun(tmp_path / "run").train_to(3)
+    shutil.copytree(run.output_dir / "checkpoints/step_000002", run.output_dir / "checkpoints/step_000007")
+    with pytest.raises(FrameBridgeError, match=r"step_000007 is a copy of the checkpoint of update 2"):
+        SmallRun(run.output_dir).resume(7)
+    assert SmallRun(run.output_dir).resume("auto") == 3
+
+
 def test_none_left_is_an_error_and_nothing_is_moved(tmp_path):
     run = SmallRun(tmp_path / "run").train_to(2)
     for file in run.output_dir.rglob("optimizer.safetensors"):

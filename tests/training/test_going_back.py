@@ -62,6 +62,26 @@ def test_a_job_that_is_started_again_goes_back_once(tmp_path, monkeypatch, again
     assert SmallRun(run.output_dir).resume(1) == 1
 
 
+def publish(run: SmallRun) -> None:
+    (run.output_dir / "model").mkdir()
+    link_tree(run.output_dir / f"checkpoints/step_{run.step:06d}/model", run.output_dir / "model")
+
+
+def test_what_a_run_had_come_to_is_not_its_model_once_it_goes_on_or_back(tmp_path):
+    run = SmallRun(tmp_path / "run").train_to(3)
+    publish(run)
+    assert find_saved_model(run.output_dir) == run.output_dir / "model"
+    further = SmallRun(run.output_dir)
+    assert further.resume("auto") == 3
+    assert find_saved_model(run.output_dir) == run.output_dir / "checkpoints/step_000003/model"
+    further.train_to(4)
+    publish(further)
+    shutil.rmtree(run.output_dir / "checkpoints/step_000004")  # no checkpoint holds the model any more
+    assert SmallRun(run.output_dir).resume(2) == 2
+    assert find_saved_model(run.output_dir) == run.output_dir / "checkpoints/step_000002/model"
+    assert (run.output_dir / "abandoned/1-after-step-2/model/model_index.json").is_file()
+
+
 def test_a_line_that_a_kill_cut_short_is_not_kept(tmp_path):
     run = SmallRun(tmp_path / "run").train_to(2)
     with (run.output_dir / "metrics.jsonl").open("a") as file:

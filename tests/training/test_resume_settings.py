@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framebridge_plugin.training.checkpoints import stored_settings
 from framebridge_plugin.training.resume_settings import (
     setting_differences,
     settings_refusal,
     tensors_difference,
 )
+from framebridge_plugin.training.stored_checkpoints import stored_settings
 from tests.training.run_results import LORA, accept_changes, metrics, succeeded
 
 WEIGHTS = "model/transformer/diffusion_pytorch_model.safetensors"
@@ -125,6 +125,11 @@ def test_what_is_allowed_is_taken_and_noted_and_what_a_run_is_is_never(train, mo
     # What has been taken is the run's own from now on.
     assert succeeded(train(*options, "--dry-run", resume))
     assert train("--dry-run", resume).returncode == 1
+    # Also from a checkpoint of before, when a kill left no later one.
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000002")
+    assert succeeded(train(*options, "--dry-run", resume))
+    assert succeeded(train(*options, "optimization.train_steps=2"))
+    assert [entry["samples_seen"] for entry in metrics(tmp_path / "run")] == [2, 6]
 
 
 def test_a_resume_with_other_data_is_refused_and_changes_no_file(train, clips_folder, tmp_path):
