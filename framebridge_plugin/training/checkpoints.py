@@ -203,8 +203,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.root).free
         if free < size + _MARGIN:
             raise FrameBridgeError(
-                f"cannot write a checkpoint: it takes {(size + _MARGIN) / 1e9:.2f} GB and {self.root} has "
-                f"{free / 1e9:.2f} GB free; {_REMEDY}"
+                f"cannot write a checkpoint: it takes {(size + _MARGIN) / 1e6:,.0f} MB and {self.root} has "
+                f"{free / 1e6:,.0f} MB free; {_REMEDY}"
             )
 
     def _remove_oldest(self) -> None:

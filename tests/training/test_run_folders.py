@@ -43,7 +43,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(train, tmp_
     result = train()
     assert result.returncode == 1
     line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: cannot write a checkpoint: it takes 0.00 GB and ")
+    assert line.startswith("error: cannot write a checkpoint: it takes 6")
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
