@@ -7,13 +7,14 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from framebridge_plugin.backbones.files import component_files
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.backbones.manifest import (
     MANIFEST_FILE,
+    DamagedError,
     FileFacts,
     file_facts,
     folder_problem,
@@ -21,6 +22,7 @@ from framebridge_plugin.backbones.manifest import (
     write_manifest,
 )
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import check_within
 
 _FICLONE = 0x40049409
 """Linux' request for a copy that shares its blocks until either is written to."""
@@ -54,16 +56,22 @@ def copy_tree(source: Path, destination: Path) -> dict[str, FileFacts]:
     return {name: copy_file(path, destination / name) for name, path in component_files(source)}
 
 
-def link_tree(source: Path, destination: Path) -> None:
+def link_tree(source: Path, destination: Path) -> dict[str, FileFacts]:
     """Fills the folder `destination` with hard links to the files of `source`, or with copies where the file system
-    has none.
+    has none; returns what its manifest says of them. What this does not name is left out, and a link refused.
     """
-    if not source.is_dir():
-        raise FrameBridgeError(f"{source} is gone: nothing can be taken from it")
-    shutil.copytree(source, destination, copy_function=_link_or_copy, dirs_exist_ok=True)
+    try:
+        files = read_manifest(source).files
+    except DamagedError as error:
+        raise FrameBridgeError(f"nothing can be taken from {source}: {error}") from error
+    for name in (*files, MANIFEST_FILE):
+        check_within(source / name, source)
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy((source / name).resolve(), destination / name)
+    return dict(files)
 
 
-def _link_or_copy(source: str, destination: str) -> None:
+def _link_or_copy(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except OSError:
@@ -74,8 +82,9 @@ def run_copy(parent: Path, name: str, source: Path) -> Path:
     """The run's own copy of a component in the folder `parent`, made once, with its manifest: `link_run_copy` takes
     it from checkpoint to checkpoint. Its name says what it is a copy of.
     """
-    folder = parent / f"{name}-{short_digest(component_fingerprint(source))}"
-    if not folder.is_dir() or folder_problem(folder) is not None:
+    fingerprint = component_fingerprint(source)
+    folder = parent / f"{name}-{short_digest(fingerprint)}"
+    if not _is_copy(folder, fingerprint):
         try:
             with written_whole(folder) as partial:
                 write_manifest(partial, copy_tree(source, partial))
@@ -85,11 +94,23 @@ def run_copy(parent: Path, name: str, source: Path) -> Path:
     return folder
 
 
+def _is_copy(folder: Path, fingerprint: Mapping[str, str]) -> bool:
+    """Whether a folder, perhaps a stranger's, holds a component of this fingerprint, whole, and nothing else."""
+    if folder.is_symlink() or not folder.is_dir() or folder_problem(folder) is not None:
+        return False
+    try:
+        return (
+            read_manifest(folder).files.keys() == fingerprint.keys() and component_fingerprint(folder) == fingerprint
+        )
+    except FrameBridgeError:
+        return False
+
+
 def link_run_copy(source: Path, destination: Path) -> dict[str, FileFacts]:
     """Links the files of a `run_copy`; returns what its manifest says of them."""
-    link_tree(source, destination)
+    files = link_tree(source, destination)
     (destination / MANIFEST_FILE).unlink()
-    return dict(read_manifest(source).files)
+    return files
 
 
 # Whole or not there at all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.copying import link_run_copy, link_tree, run_copy
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.files import component_files, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import ModelSource
+from framebridge_plugin.backbones.manifest import FileFacts, file_facts, read_manifest, write_manifest
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.widening import load_bridge_transformer
 from tests.cogvideox_files import write_model_folder
@@ -66,6 +70,54 @@ def test_links_that_are_followed(tmp_path):
     (vae / "config.json").symlink_to(write(tmp_path / "models--owner--other/blobs/0123"))
     with pytest.raises(FrameBridgeError, match="outside its folder"):
         component_files(vae)
+
+
+def link_folder(copy: Path, home: Path) -> None:
+    (copy / "dirlink").symlink_to(home)
+
+
+def link_file(copy: Path, home: Path) -> None:
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to(home / "id_rsa")
+
+
+def other_bytes(copy: Path, home: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+
+
+def further_file(copy: Path, home: Path) -> None:
+    write(copy / "sub/more.txt")
+    write_manifest(copy)
+
+
+def name_that_leads_out(copy: Path, home: Path) -> None:
+    rewrite_manifest(copy, {os.path.relpath(home / "id_rsa", copy): file_facts(home / "id_rsa")})
+
+
+def rewrite_manifest(folder: Path, further: dict[str, FileFacts]) -> None:
+    """As `write_manifest` does, with files that are elsewhere."""
+    content = {"files": {**read_manifest(folder).files, **further}, "written": 0}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write(folder / "manifest.json", json.dumps({**content, "digest": digest}))
+
+
+@pytest.mark.parametrize("change", [link_folder, link_file, other_bytes, further_file, name_that_leads_out])
+def test_a_stranger_s_copy_of_a_component_is_made_anew(tmp_path, change):
+    vae, home = write_model_folder(tmp_path / "model") / "vae", tmp_path / "home"
+    write(home / "id_rsa", "{}")
+    copy = run_copy(tmp_path / "components", "vae", vae)
+    assert run_copy(copy.parent, "vae", vae) == copy
+    made = copy.stat().st_ino
+    change(copy, home)
+    with contextlib.suppress(FrameBridgeError):  # a folder that is taken from as it is
+        link_tree(copy, tmp_path / "taken")
+    assert not list((tmp_path / "taken").rglob("id_rsa"))
+    assert run_copy(copy.parent, "vae", vae).stat().st_ino != made
+    link_run_copy(copy, tmp_path / "model2/vae")
+    assert {path.name for path in (tmp_path / "model2").rglob("*")} == {"vae", "config.json", "model.safetensors"}
+    assert component_fingerprint(tmp_path / "model2/vae") == component_fingerprint(vae)
+    assert (home / "id_rsa").stat().st_nlink == 1
 
 
 def test_folders_pipes_and_sockets(tmp_path):
