@@ -18,6 +18,7 @@ from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
 from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, in_one_line, masked
+from framebridge_plugin.files import why_no_file
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import adopt_slurm, is_first, rank
@@ -178,8 +179,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.format == TWO_FILE_LORA:
         return _convert_two_file_lora(arguments)
-    if not arguments.checkpoint.is_file():
-        raise UsageError(f"{arguments.checkpoint}: no such file")
+    if reason := why_no_file(arguments.checkpoint):
+        raise UsageError(f"{arguments.checkpoint}: {reason}")
 
     from framebridge_plugin.backbones.latte.conversion import DEFAULT_VAE, convert_reference_checkpoint
     from framebridge_plugin.data import UCF101_CLASSES
@@ -199,7 +200,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _convert_two_file_lora(arguments: argparse.Namespace) -> int:
     if not arguments.checkpoint.is_dir():
-        raise UsageError(f"{arguments.checkpoint}: no such folder")
+        what = "it is no folder" if arguments.checkpoint.exists() else "no such folder"
+        raise UsageError(f"{arguments.checkpoint}: {what}")
     for option in ("vae", "neural_prior", "heads"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} is not for --from {TWO_FILE_LORA}; leave it out")

@@ -42,6 +42,17 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+def why_no_file(path: Path) -> str | None:
+    """Why there is no regular file, nor a link to one."""
+    try:
+        open_regular(path).close()
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file that a reader, or a kill, finds as it was before or as it is then."""
     partial = path.with_name(f".{path.name}")

@@ -20,6 +20,7 @@ from framebridge_plugin.backbones.files import (
     links_problem,
     read_if_whole,
     read_json,
+    tokenizer_problem,
 )
 from framebridge_plugin.backbones.folders import (
     LORA_INFO_FILE,
@@ -236,9 +237,8 @@ class SavedModel(os.PathLike):
             yield Finding(part, problem)
             return
         if part == "tokenizer":
-            if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-                # transformers would make up a vocabulary without a word.
-                yield Finding(part, f"{folder} has no vocabulary (spiece.model); download the model again")
+            if problem := tokenizer_problem(folder, self.read):
+                yield Finding(part, problem)
             return
         try:
             config = self.read(file)

@@ -25,12 +25,15 @@ _JSON_DEPTH = 50
 _LARGEST_NUMBER = 10**7
 _QUANTIZERS = ("bitsandbytes", "torchao", "quanto")  # others fetch kernels from the hub
 COMPONENT_FILES = (
-    *("config.json", "*_config.json", "*.safetensors.index.json"),
+    *("config.json", "generation_config.json", "scheduler_config.json", "tokenizer_config.json"),
+    "*.safetensors.index.json",
     *("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
     *("*.model", "vocab.txt", "merges.txt"),
     "*.safetensors",
 )
-"""What diffusers and transformers write into the folder of a component, and read from it; no pickles."""
+"""What diffusers and transformers write into the folder of a component, and read from it; no pickles, no adapters."""
+_ADAPTER = "adapter_config.json"  # transformers takes it for layers to add, where a stranger's pattern matches
+_EXTRA_TOKENS = 10_000  # T5's tokenizers have 100 to 300
 
 
 def component_files(folder: Path) -> list[tuple[str, Path]]:
@@ -160,6 +163,8 @@ def folder_weights_problem(folder: Path, config: Mapping[str, Any], read: Reader
         for name in sorted(names):
             if Path(name).name != name or not (folder / name).is_file():
                 return f"{folder / name} is missing, although {index.name} lists it; download the model again"
+    if os.path.lexists(folder / _ADAPTER):
+        return f"{folder / _ADAPTER} would add layers to the weights; merge them into these, or remove that file"
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         what = "weights as a pickle alone, which could run code" if any(folder.glob("*.bin")) else "no weights"
@@ -173,6 +178,20 @@ def folder_weights_problem(folder: Path, config: Mapping[str, Any], read: Reader
         # Modules without end are made before the weights are looked at.
         if type(value) is int and (value > _LARGEST_NUMBER or ("layers" in name and value > tensors)):
             return f"{folder}: its config says {name} {value}, for which its weights are too few; download it again"
+    return None
+
+
+def tokenizer_problem(folder: Path, read: Reader = read_json) -> str | None:
+    """What is wrong with a tokenizer's folder."""
+    if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        # transformers would make up a vocabulary without a word.
+        return f"{folder} has no vocabulary (spiece.model); download the model again"
+    config = read_if_whole(file := folder / "tokenizer_config.json", read)
+    inputs = config.get("init_inputs")
+    # Tokens without end are made by it, or by what its class is called with.
+    for value in (config.get("extra_ids"), *(inputs if isinstance(inputs, list) else ())):
+        if isinstance(value, int | float) and value > _EXTRA_TOKENS:
+            return f"{file} asks for {value} extra tokens (extra_ids), more than {_EXTRA_TOKENS}; download it again"
     return None
 
 

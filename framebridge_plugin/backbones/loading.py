@@ -18,6 +18,7 @@ from framebridge_plugin.backbones.files import (
     folder_weights_problem,
     links_problem,
     read_json,
+    tokenizer_problem,
 )
 from framebridge_plugin.backbones.folders import config_problem, find_saved_model, two_file_problem
 from framebridge_plugin.backbones.hub import local_folder
@@ -124,7 +125,10 @@ def load_tokenizer(tokenizer_class: Any, model: ModelSource, expected: str) -> A
     """A model's tokenizer, with its vocabulary."""
     source, _ = model.place("tokenizer")
     with loading("tokenizer", source, expected):
-        tokenizer = tokenizer_class.from_pretrained(model.folder("tokenizer"))
+        folder = model.folder("tokenizer")
+        if problem := tokenizer_problem(folder):
+            raise FrameBridgeError(problem)
+        tokenizer = tokenizer_class.from_pretrained(folder)
     # Without its file, transformers makes up a vocabulary of special tokens and one more.
     if len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 1:
         raise cannot_load("tokenizer", source, "it has no vocabulary (spiece.model)", expected)

@@ -16,7 +16,7 @@ from framebridge_plugin.backbones.manifest import folder_problem
 from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError
-from framebridge_plugin.files import local_path
+from framebridge_plugin.files import local_path, why_no_file
 from framebridge_plugin.media import read_image
 from framebridge_plugin.settings.sampling import SamplerSection, SampleSection
 
@@ -172,8 +172,8 @@ class SampleRequest(SampleSection):
         problems = []
         for path in self.images:
             if is_video(path.name) and not path.is_dir():
-                if not path.is_file():
-                    problems.append(f"--image {path}: no such file")
+                if reason := why_no_file(path):
+                    problems.append(f"--image {path}: {reason}")
                 continue  # decoded when the libraries are loaded
             try:
                 read_image(path)

@@ -18,7 +18,7 @@ from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUM
 from framebridge_plugin.data.ucf101_classes import read_split, split_list
 from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import is_web_address, local_path
+from framebridge_plugin.files import is_web_address, local_path, why_no_file
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
@@ -185,8 +185,8 @@ def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
         path = str(row.get(name) or "")
         if not path or is_web_address(path):
             continue
-        if not Path(path).exists() or (name == "video_path" and not Path(path).is_file()):
-            yield f"{name}: no such file: {path}"
+        if (name == "video_path" or not Path(path).exists()) and (reason := why_no_file(Path(path))):
+            yield f"{name}: {reason}: {path}"
         elif name == "image_path":
             try:
                 read_image(path)
@@ -195,6 +195,6 @@ def _row_file_problems(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _file_problem(path: Path) -> str | None:
-    if not path.is_file():
-        return f"no such file: {path}"
+    if reason := why_no_file(path):
+        return f"{reason}: {path}"
     return f"{path} is empty" if path.stat().st_size == 0 else None

@@ -17,7 +17,7 @@ from framebridge_plugin.backbones.copying import link_run_copy, link_tree, run_c
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.files import component_files, read_json, safetensors_header, weights_problem
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
-from framebridge_plugin.backbones.loading import ModelSource
+from framebridge_plugin.backbones.loading import ModelSource, load_tokenizer, load_weights
 from framebridge_plugin.backbones.manifest import FileFacts, file_facts, read_manifest, write_manifest
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.widening import load_bridge_transformer
@@ -37,7 +37,17 @@ def names_of(folder: Path) -> list[str]:
 def test_what_belongs_to_a_component(tmp_path):
     tokenizer = ["added_tokens.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json"]
     weights = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
-    strays = ["id_rsa", ".env", ".config.json", "modeling.py", "notes.txt", "credentials.json", "old/config.json"]
+    adapters = ["adapter_config.json", "tied_config.json"]
+    strays = [
+        *adapters,
+        "id_rsa",
+        ".env",
+        ".config.json",
+        "modeling.py",
+        "notes.txt",
+        "credentials.json",
+        "old/config.json",
+    ]
     pickles = ["training_args.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     for name in (*tokenizer, *weights, *strays, *pickles):
         write(tmp_path / name)
@@ -245,6 +255,35 @@ def test_a_config_that_names_code_elsewhere(tmp_path, values, message):
         assert not list(SavedModel(COGVIDEOX, model).findings())
     else:
         assert message in problem_of(model)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_an_adapter_beside_the_weights(tmp_path, part):
+    """transformers would add it, and match a stranger's pattern with each of the names of the layers."""
+    model = write_model_folder(tmp_path)
+    write(model / part / "adapter_config.json", json.dumps({"peft_type": "LORA", "target_modules": "(a|a)*b"}))
+    assert f"{part}/adapter_config.json would add layers to the weights" in problem_of(model)
+    with pytest.raises(FrameBridgeError, match="adapter_config.json would add layers"):
+        load_weights(None, part, ModelSource(str(model)), (str(model), part), "a model")  # no class is asked
+
+
+@pytest.mark.parametrize(
+    "values, is_wrong",
+    [
+        ({"extra_ids": 300, "model_max_length": 10**30}, False),
+        ({"extra_ids": 1_000_000}, True),
+        ({"init_inputs": ["</s>", "<unk>", "<pad>", 1_000_000]}, True),
+    ],
+)
+def test_a_tokenizer_of_tokens_without_end(tmp_path, values, is_wrong):
+    model = write_model_folder(tmp_path)
+    write(model / "tokenizer/tokenizer_config.json", json.dumps(values))
+    if not is_wrong:
+        assert not list(SavedModel(COGVIDEOX, model).findings())
+        return
+    assert "asks for 1000000 extra tokens" in problem_of(model)
+    with pytest.raises(FrameBridgeError, match="asks for 1000000 extra tokens"):
+        load_tokenizer(None, ModelSource(str(model)), "a model")  # no class is asked
 
 
 def test_all_parts_of_a_model_are_of_one_commit_of_a_download_that_is_announced(tmp_path, capsys):

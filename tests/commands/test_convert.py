@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,13 @@ def test_what_is_refused(folder, tmp_path, capsys):
     torch.save({"ema": Code()}, tmp_path / "code.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "taken").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "taken/file").touch()
     for checkpoint, target, code, message in (
         ("nowhere.pt", "new", 2, "nowhere.pt: no such file"),
+        (tmp_path / "pipe.pt", "new", 2, "pipe.pt: it is no regular file"),
+        ("/dev/zero", "new", 2, "/dev/zero: it is no regular file"),
+        (tmp_path / "taken", "new", 2, "taken: it is a folder"),
         (tmp_path / "code.pt", "new", 1, "refused, for it holds more than weights"),
         (tmp_path / "text.pt", "new", 1, "text.pt: "),
         ("bridge.pt", "taken", 1, "exists and is not an empty folder"),
