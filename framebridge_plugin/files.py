@@ -85,6 +85,21 @@ def check_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -
         )
 
 
+def foreign_entry(folder: Path) -> str | None:
+    """What somebody put into a folder that is written into, so that something else is written in its place."""
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *names)):
+            try:
+                mode = path.lstat().st_mode
+            except OSError:  # of a process that writes there, and gone by now
+                continue
+            if stat.S_ISLNK(mode) and leads_out(path, folder):
+                return f"{path} is a link to {os.path.realpath(path)}, outside of {folder}"
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                return f"{path} is neither a file nor a folder"
+    return None
+
+
 def hub_snapshot(folder: Path) -> Path | None:
     """The commit in the hub's cache that a folder belongs to: <cache>/models--owner--name/snapshots/<commit>."""
     for parent in (folder, *folder.parents):

@@ -64,7 +64,7 @@ class FolderLock:
         started, seen = time.monotonic(), None
         while True:
             # Not opened a second time: closing any descriptor of the file would give the lock away.
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             is_locked = _try_to_lock(descriptor)
             if not self._is_there(descriptor):  # removed by its last owner between the two
                 os.close(descriptor)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from framebridge_plugin.backbones.folders import writing_problem
+from framebridge_plugin.files import foreign_entry
 from framebridge_plugin.recipe.data_rules import content_problems, data_problems, validation_problems
 from framebridge_plugin.recipe.model_rules import RecipeModel
 from framebridge_plugin.recipe.problem import Problem
@@ -47,6 +48,9 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from validation_problems(recipe, model.sample_rule, model.caption_problem)
     if problem := writing_problem(Path(recipe.checkpoints.output_dir)):
         yield Problem("checkpoints.output_dir", problem, on_disk=True)
+    elif problem := foreign_entry(Path(recipe.checkpoints.output_dir)):
+        remedy = "remove it (the run's folder itself may be a link, or lie on another disk)"
+        yield Problem("checkpoints.output_dir", f"{problem}; {remedy}", on_disk=True)
 
 
 def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[Problem]:

@@ -34,7 +34,7 @@ def set_aside(output_dir: Path, step: int, checkpoints: Sequence[Path]) -> Path 
         partial.rename(output_dir / METRICS_FILE)
     # The newest first: after a kill in between, the newest that is left is nearer to the step.
     for checkpoint in checkpoints:
-        shutil.move(checkpoint, folder / checkpoint.name)  # the checkpoints may lie on another disk
+        shutil.move(checkpoint, folder / checkpoint.name)  # a mount may be another disk
     for path in (folder, parent, output_dir):
         sync(path)
     return folder

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from framebridge_plugin.cli import main
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.recipe import load_recipe, outside_effects
 from tests.cogvideox_files import write_clips
+from tests.recipe.helpers import problems_of
 
 
 def effects(path, *overrides) -> list[str]:
@@ -69,3 +75,47 @@ def test_a_quarantine_is_no_file_of_something_else(minimal, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert "framebridge.bad_files.quarantine_file: " in line
     assert "link: name the file" in line or "should end in .jsonl and lie in no hidden folder" in line
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What lies in a folder, links as such."""
+    return {str(path): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".lock", "metrics.jsonl", "loss.png", ".run.json", "crash-rank0.txt", "checkpoints", "model", "tensorboard"),
+        *("checkpoints/.went_back", "abandoned/1-after-step-2", ".heartbeats/.rank0.json", "validation/step-1-00.mp4"),
+    ],
+)
+def test_a_run_writes_through_no_link_of_its_folder(minimal, tmp_path, name, capsys):
+    run, home = tmp_path / "run", tmp_path / "home"
+    home.mkdir()
+    (home / "mine").write_text("mine")
+    (run / name).parent.mkdir(parents=True)
+    for target in (home / "mine", home, home / "new"):
+        (run / name).symlink_to(target)
+        before = contents(tmp_path)
+        for more in (["--dry-run"], []):
+            assert main(["train", "--recipe", str(minimal), *more]) == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert f"checkpoints.output_dir: {run / name} is a link to {target}, outside of {run}; remove it" in line
+        assert contents(tmp_path) == before
+        (run / name).unlink()
+    os.mkfifo(run / name)
+    (problem,) = problems_of(minimal)
+    assert f"{run / name} is neither a file nor a folder; remove it" in problem
+
+
+def test_a_run_s_folder_may_be_a_link_and_have_links_within(minimal, tmp_path):
+    (tmp_path / "other disk/logs/wandb/run-1").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "other disk")
+    (tmp_path / "run/logs/wandb/latest-run").symlink_to("run-1")
+    load_recipe(minimal)
+    with FolderLock(tmp_path / "run"):
+        assert (tmp_path / "other disk/.lock").is_file()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "key")
+    with pytest.raises(FrameBridgeError, match=r"cannot write .*\.lock: "), FolderLock(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "key").exists()
