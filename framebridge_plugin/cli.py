@@ -17,7 +17,7 @@ from framebridge_plugin import library_messages, signals
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, in_one_line, masked
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, in_one_line, print_line, print_lines, say
 from framebridge_plugin.files import why_no_file
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
@@ -50,22 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals.handled(), signals.ending_forks(), alone():
             return _RUNS[arguments.run](arguments)
     except signals.Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        say(interruption)
         return interruption.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         if debug:
-            print(masked(traceback.format_exc()), end="", file=sys.stderr)
+            print_lines(traceback.format_exc(), file=sys.stderr)
         if isinstance(error, FrameBridgeError):
             lines, exit_code = str(error).split("\n"), error.exit_code
         else:
             hint = "" if debug else " (--debug shows the traceback)"
             notes = " ".join(getattr(error, "__notes__", ()))
-            lines, exit_code = [f"{type(error).__name__}: {escaped(in_one_line(error))}{notes or hint}"], EXIT_FAILED
+            lines, exit_code = [f"{type(error).__name__}: {in_one_line(error)}{notes or hint}"], EXIT_FAILED
         for line in lines:
-            print(f"error: {line}", file=sys.stderr)
+            say(f"error: {line}")
         return exit_code
 
 
@@ -77,16 +77,16 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         recipe, missing = resolve_recipe(arguments.recipe, arguments.overrides, environment)
         if is_first():
-            print(recipe.to_yaml(), end="", flush=True)
+            print_lines(recipe.to_yaml())
             for line in outside_effects(recipe):
-                print(line, file=sys.stderr)
+                say(line)
         if missing:
             raise UsageError(*missing)
 
         from framebridge_plugin.training.dry_run import check_start
 
         check_start(recipe, arguments.allow, processes=int(environment.get("WORLD_SIZE", "1")))
-        print("dry run: nothing found that a start would refuse; no weights were loaded", file=sys.stderr)
+        say("dry run: nothing found that a start would refuse; no weights were loaded")
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, environment)
     if several:
@@ -126,7 +126,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
 def _write_crash(output_dir: Path) -> Path:
     path = output_dir / f"crash-rank{rank()}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(masked(traceback.format_exc()), encoding="utf-8")
+    path.write_text("".join(f"{escaped(line)}\n" for line in traceback.format_exc().split("\n")), encoding="utf-8")
     return path
 
 
@@ -172,7 +172,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.commands.export import export_checkpoint
 
     exported = export_checkpoint(arguments.from_run, arguments.to, step=arguments.step, average=arguments.average)
-    print(f"{arguments.to}: {exported}")
+    print_line(f"{arguments.to}: {exported}")
     return 0
 
 
@@ -193,8 +193,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         class_names=UCF101_CLASSES,
         num_attention_heads=arguments.heads,
     )
-    print(f"{arguments.checkpoint}: {converted.describe()}")
-    print(f"model: {arguments.to}")
+    print_line(f"{arguments.checkpoint}: {converted.describe()}")
+    print_line(f"model: {arguments.to}")
     return 0
 
 
@@ -209,8 +209,8 @@ def _convert_two_file_lora(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.backbones.latte.conversion import convert_two_file_lora
 
     found = convert_two_file_lora(arguments.checkpoint, arguments.to)
-    print(f"{found}: its input projection is now a layer of the LoRA file")
-    print(f"LoRA: {arguments.to}")
+    print_line(f"{found}: its input projection is now a layer of the LoRA file")
+    print_line(f"LoRA: {arguments.to}")
     return 0
 
 
@@ -231,7 +231,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
     recipes = shipped_recipes()
     for name, path in recipes.items():
-        print(f"{name:{max(map(len, recipes))}}  {recipe_summary(path)}")
+        print_line(f"{name:{max(map(len, recipes))}}  {recipe_summary(path)}")
     return 0
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
+from typing import TextIO
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-_LOGIN = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{34,}")  # shorter, or with more _ in it, is a name
+_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^\s/?#]+(?=@)", re.IGNORECASE)  # a path has one of the slashes
+_SIGNED = re.compile(
+    r"([?&;#](?:[\w.-]*(?:token|secret|password|passwd|signature|credential)|(?:[\w.-]*[_-])?(?:(?:api|access)[_-]?key"
+    r"|key|sig|pwd|pass))=)[^\s&;#'\"]+",
+    re.IGNORECASE,
+)
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _SHORTEST_TOKEN = 8  # what is shorter would be found in other words
 
@@ -47,10 +54,30 @@ def escaped(text: object) -> str:
 
 
 def masked(text: str) -> str:
-    """The text with `***` for tokens of the hub, for those in the environment, and for user and password of a URL."""
+    """The text with `***` for tokens of the hub, for those in the environment, and for what opens a URL: user,
+    password, token or signature.
+    """
     for value in filter(None, map(os.environ.get, _TOKEN_VARIABLES)):
         text = text.replace(value, "***") if len(value) >= _SHORTEST_TOKEN else text
-    return _LOGIN.sub("***", _TOKEN.sub("***", text))
+    for secret in (_LOGIN, _SIGNED):
+        text = secret.sub(r"\1***", text)
+    return _TOKEN.sub("***", text)
+
+
+def print_line(line: object = "", *, file: TextIO | None = None) -> None:
+    """Prints one `escaped` line, at once: the one way to standard output, or to another stream."""
+    print(escaped(line), file=file, flush=True)
+
+
+def print_lines(text: str, *, file: TextIO | None = None) -> None:
+    """Prints text whose line ends are our own, each line as `print_line` does."""
+    for line in text.removesuffix("\n").split("\n"):
+        print_line(line, file=file)
+
+
+def say(line: object = "") -> None:
+    """Says something to the user, in one `escaped` line of the error stream."""
+    print_line(line, file=sys.stderr)
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -53,6 +53,14 @@ def why_no_file(path: Path) -> str | None:
     return None
 
 
+def whole_number(text: str) -> int:
+    """The whole number that a stranger's file says; a ValueError if it is longer than Python reads."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"a whole number of {len(text)} digits is too long to be read") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file that a reader, or a kill, finds as it was before or as it is then."""
     partial = path.with_name(f".{path.name}")

@@ -13,14 +13,13 @@ import errno
 import fcntl
 import json
 import os
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.files import writing
 from framebridge_plugin.processes import is_alive, this_process
 from framebridge_plugin.signals import end_at_once
@@ -83,10 +82,9 @@ class FolderLock:
                     return descriptor
                 self._path.unlink()  # a lock that a machine has left behind
             elif seen is None and owner is not None:
-                print(
+                say(
                     f"{self.folder}: {owner['host']} held it {age:.0f} s ago (process {owner['pid']}); waiting for a "
-                    f"sign of it until {FREE_AFTER_S:.0f} s have passed",
-                    file=sys.stderr,
+                    f"sign of it until {FREE_AFTER_S:.0f} s have passed"
                 )
             seen = owner
             os.close(descriptor)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+from framebridge_plugin.errors import say
 from framebridge_plugin.processes import is_first
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -100,7 +101,7 @@ class Progress:
             postfix=notes,
             bar_format=_LINE,
         )
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def __enter__(self) -> Progress:
         return self

@@ -16,6 +16,8 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from framebridge_plugin.errors import say
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_TO_END = 10.0
 """How long the end may take of what has nothing to save."""
@@ -133,7 +135,7 @@ def deferred() -> Iterator[None]:
 
 def end_at_once(exit_code: int, message: str) -> None:
     """Ends the process from whatever thread, with the processes that it has forked."""
-    print(message, file=sys.stderr, flush=True)
+    say(message)
     for child in _forked():
         child.kill()
     os._exit(exit_code)

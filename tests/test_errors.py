@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import framebridge_plugin
 from framebridge_plugin.cli import main
 from framebridge_plugin.data import BadFilePolicy, BadFileTracker
 from framebridge_plugin.data.decoding.errors import ClipError
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, masked
 
 NAME = "a\x1b[2J\x9b\u202e\r\nerror: forged.mp4"
+TOKEN = "hf_" + "secret" * 6
 SHOWN = r"a\x1b[2J\x9b\u202e\r\nerror: forged.mp4"
 
 
@@ -23,6 +27,27 @@ def test_what_is_escaped():
     assert escaped(NAME) == escaped(SHOWN) == SHOWN
     assert escaped("\udce9\ud800\u2028\x7f\t") == r"\xe9\ud800\u2028\x7f\t"
     assert escaped("é 日本語\u3000\U0001f469\u200d\U0001f52c \\x") == "é 日本語\u3000\U0001f469\u200d\U0001f52c \\x"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (f"{TOKEN}: no", "***: no"),
+        ("/x/hf_experiment1/hf_datasets_of_a_name_that_is_very_long", None),
+        ("http://me:pa55@host/x.png", "http://***@host/x.png"),
+        ("http:/me:p@55@host/x.png", "http:/***@host/x.png"),  # as a path has it
+        ("https://host/x?a=b@c&size=3&Expires=4&Key-Pair-Id=5", None),
+        ("https://host/x?token=s3cr3t&n=1", "https://host/x?token=***&n=1"),
+        ("https://host/x?n=1&X-Amz-Signature=ab12", "https://host/x?n=1&X-Amz-Signature=***"),
+        (
+            "https://host/x?X-Amz-Credential=a/b&api_key=c&sig=d e",
+            "https://host/x?X-Amz-Credential=***&api_key=***&sig=*** e",
+        ),
+        ("me@host: monkey=2", None),
+    ],
+)
+def test_what_is_masked(text, shown):
+    assert masked(text) == (shown or text)
 
 
 def test_lines_of_an_error_are_its_arguments():
@@ -36,6 +61,32 @@ def test_a_command_line(capsys, tmp_path):
     assert main(["sample", "--model", str(tmp_path), "--prompt=x", "--image", NAME, f"--output={tmp_path}/x.mp4"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert f"error: --image {SHOWN}: no such file" in lines
+    address = "https://me:pa55word@host/x.png"
+    assert (
+        main(["sample", "--model", str(tmp_path), "--prompt=x", "--image", address, f"--output={tmp_path}/x.mp4"]) == 2
+    )
+    assert main(["train", "--recipe=latte_bridge", "--token=pa55word"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown argument --token; see" in said
+    assert "pa55word" not in said
+
+
+def test_what_a_command_prints_is_escaped(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "a\x1b[2J.yaml"
+    recipe.write_text("# \u202ea run\n")
+    monkeypatch.setattr("framebridge_plugin.recipe.shipped_recipes", lambda: {recipe.stem: recipe})
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out == "a\\x1b[2J  \\u202ea run\n"
+    assert main(["convert", "--from=reference", NAME, "--to=x", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert not [line for line in said.splitlines() if escaped(line) != line or line.startswith("error: forged")]
+
+
+def test_one_module_alone_prints():
+    package = Path(framebridge_plugin.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if re.search(r"(?<![\w.])print\(", path.read_text())]
+    assert found == ["errors.py"]
 
 
 def test_what_libraries_say_in_the_command_is_escaped_and_holds_no_token():
@@ -43,7 +94,7 @@ def test_what_libraries_say_in_the_command_is_escaped_and_holds_no_token():
         "import logging, sys, warnings\nfrom framebridge_plugin.cli import main\nassert main(['recipes']) == 0\n"
         "name = sys.argv[1]\nwarnings.warn(name)\nlogging.getLogger('library').warning('%s', name)\n"
         "logging.getLogger('finetrainers').error('Error during training: %s', name)\n"  # the command says it itself
-        "logging.getLogger('library').warning('https://me:pass@example.org hf_secretsecret ' + '%d', 3)\n"
+        f"logging.getLogger('library').warning('https://me:pass@example.org {TOKEN} ' + '%d', 3)\n"
     )
     said = subprocess.run([sys.executable, "-c", code, NAME], capture_output=True, text=True, check=True).stderr
     warning, *logged = said.splitlines()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.files import leads_out
+from framebridge_plugin.files import leads_out, whole_number
 
 Reader = Callable[[Path], dict[str, Any]]
 """`read_json`, or one that remembers what it has read."""
@@ -106,7 +106,7 @@ def read_if_whole(path: Path, read: Reader = read_json) -> dict[str, Any]:
 def parse_json(text: str | bytes) -> Any:
     """What JSON says; a ValueError for what is nested so deeply that nobody could walk through it."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [content]

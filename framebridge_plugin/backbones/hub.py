@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.files import COMPONENT_FILES
 from framebridge_plugin.backbones.folders import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE, file_problem
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.files import download, local_path
 from framebridge_plugin.processes import is_first
 
@@ -53,8 +52,3 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
     _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
     downloaded[name_or_path] = folder.name
     return folder
-
-
-def say(text: str) -> None:
-    """Says to the user what was chosen for them."""
-    print(text, file=sys.stderr)

@@ -16,10 +16,10 @@ from framebridge_plugin.backbones.examination import SavedModel, examine
 from framebridge_plugin.backbones.facts import BackboneFacts, working_backbones
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.folders import LORA_FILE, find_saved_model
-from framebridge_plugin.backbones.hub import local_folder, say
+from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.lora_folders import adapter_settings
 from framebridge_plugin.backbones.sampling_loop import check_scheduler
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.files import local_path
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone

@@ -112,7 +112,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments.overrides += [item for item in rest if not item.startswith("-")]
         rest = [item for item in rest if item.startswith("-")]
     if rest:
-        parser.error(f"unknown argument {rest[0]}")
+        parser.error(f"unknown argument {rest[0].partition('=')[0]}")  # the value may be a password
     arguments.argv = list(argv)
     return arguments
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.isolation import read_video_isolated
 from framebridge_plugin.data.folders import ClipRows, index_datasets
 from framebridge_plugin.data.showing import Conversion
-from framebridge_plugin.errors import FrameBridgeError, escaped
+from framebridge_plugin.errors import FrameBridgeError, print_line, say
 from framebridge_plugin.files import write_whole, writing
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.signals import leave_to_main_process
@@ -45,7 +44,7 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
         file = progress.resume()
     with file:
         if progress.done:
-            print(f"going on after {progress.done} of {len(rows)} clips", file=sys.stderr)
+            say(f"going on after {progress.done} of {len(rows)} clips")
         try:
             for found in _read(_Checks(rows, full), progress.done, nproc):
                 with writing(output):
@@ -53,14 +52,15 @@ def check_data(content: Mapping[str, Any], output: Path, *, nproc: int, full: bo
                     file.flush()
                     progress.save(len(found), file.tell())
         except KeyboardInterrupt:
-            print(f"{progress.done} of {len(rows)} clips are checked; the same command goes on", file=sys.stderr)
+            say(f"{progress.done} of {len(rows)} clips are checked; the same command goes on")
             raise
     progress.path.unlink()
     bad_files = read_bad_files(output)
     for index, _ in rows.datasets:
         for note in filter(None, index.description.split("\n")):
-            print(escaped(f"{index.common_folder()}: {note}"))
-    print("\n".join(map(escaped, _table(bad_files, len(rows), output))))
+            print_line(f"{index.common_folder()}: {note}")
+    for line in _table(bad_files, len(rows), output):
+        print_line(line)
     return 1 if bad_files else 0
 
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from framebridge_plugin import library_messages
 from framebridge_plugin.backbones.facts import broken_backbones
-from framebridge_plugin.errors import FrameBridgeError, in_one_line
+from framebridge_plugin.errors import FrameBridgeError, in_one_line, print_line, print_lines
 
 DISTRIBUTION = "framebridge-plugin"
 
@@ -38,17 +38,17 @@ def run_doctor() -> int:
     problems.other.extend(broken_backbones())
     _report_held_back()
     if not problems.preventing and not problems.other:
-        print("\nNo problems found.")
+        print_lines("\nNo problems found.")
     for title, lines in (("Problems that prevent training", problems.preventing), ("Other problems", problems.other)):
         if lines:
-            print(f"\n{title}")
+            print_lines(f"\n{title}")
             for line in lines:
-                print(f"  {line}")
+                print_line(f"  {line}")
     return 1 if problems.preventing else 0
 
 
 def _report_versions(problems: Problems) -> None:
-    print(f"Versions\n  python {platform.python_version()}")
+    print_lines(f"Versions\n  python {platform.python_version()}")
     try:
         requirements = _requirements()
     except importlib.metadata.PackageNotFoundError:
@@ -58,12 +58,12 @@ def _report_versions(problems: Problems) -> None:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            print(f"  {name} missing (needs {requirement.specifier or 'any version'})")
+            print_line(f"  {name} missing (needs {requirement.specifier or 'any version'})")
             problems.preventing.append(f"{name} is not installed; run `pip install '{requirement}'`")
             continue
         # A build such as 2.13.0+cpu counts as the version that it builds.
         fits = requirement.specifier.contains(version, prereleases=True)
-        print(f"  {name} {version}" + ("" if fits else f" (tested: {requirement.specifier})"))
+        print_line(f"  {name} {version}" + ("" if fits else f" (tested: {requirement.specifier})"))
         if not fits:
             problems.other.append(
                 f"{name} {version} is outside the tested range; if something fails, run `pip install '{requirement}'`"
@@ -80,7 +80,7 @@ def _requirements() -> dict[str, Requirement]:
 
 
 def _report_devices(problems: Problems) -> None:
-    print(f"\nDevices\n  cpu with {os.cpu_count()} cores")
+    print_lines(f"\nDevices\n  cpu with {os.cpu_count()} cores")
     try:
         import torch
     except Exception as error:
@@ -89,7 +89,7 @@ def _report_devices(problems: Problems) -> None:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         bf16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "without"
-        print(f"  cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16} bfloat16")
+        print_line(f"  cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16} bfloat16")
     if torch.version.cuda is not None and not torch.cuda.is_available():
         problems.other.append(
             f"torch is built for CUDA {torch.version.cuda} and finds no device, so training would run on the CPU; "
@@ -98,19 +98,19 @@ def _report_devices(problems: Problems) -> None:
 
 
 def _report_decoders(problems: Problems) -> None:
-    print("\nDecoders")
+    print_lines("\nDecoders")
     needed = {"av": "reads the training clips", "decord": "finetrainers imports it", "imageio_ffmpeg": "writes videos"}
     for name, purpose in needed.items():
         try:
             module = importlib.import_module(name)
         except Exception as error:
-            print(f"  {name} does not load")
+            print_line(f"  {name} does not load")
             problems.preventing.append(
                 f"{name} ({purpose}) does not load ({_one_line(error)}); run `pip install --force-reinstall "
                 f"{name.replace('_', '-')}`"
             )
         else:
-            print(f"  {name} {module.__version__} ({purpose})")
+            print_line(f"  {name} {module.__version__} ({purpose})")
 
 
 def _report_repairs(problems: Problems) -> None:
@@ -124,17 +124,18 @@ def _report_repairs(problems: Problems) -> None:
         problems.preventing.append(text)
         if not isinstance(error, FrameBridgeError):
             return
-    print("\nRepairs of finetrainers and of what it stands on")
+    print_lines("\nRepairs of finetrainers and of what it stands on")
     states = {True: "active", False: "not needed", None: "not reached"}
     for repair, needed in repair_status():
-        print(f"  {states[needed]:<11} {repair.name}: {repair.reason}")
+        print_line(f"  {states[needed]:<11} {repair.name}: {repair.reason}")
 
 
 def _report_held_back() -> None:
     if messages := library_messages.held_back():
-        print("\nWhat libraries say of each other, and is not shown elsewhere")
+        print_lines("\nWhat libraries say of each other, and is not shown elsewhere")
         for message, meaning in messages.items():
-            print(f"  {message[:140]}\n    {meaning}")
+            print_line(f"  {message[:140]}")
+            print_line(f"    {meaning}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 
 from framebridge_plugin import signals
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.processes import STORE, python_command
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -111,7 +110,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
     for process in running:
         process.terminate()
     if running:
-        print(file=sys.stderr)  # what comes next does not belong into their progress bar
+        say()  # what comes next does not belong into their progress bar
     deadline = time.monotonic() + _SECONDS_TO_END
     for process in running:
         try:

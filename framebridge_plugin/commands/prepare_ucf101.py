@@ -17,7 +17,7 @@ from pathlib import Path
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.data.tables import MAX_TEXT
 from framebridge_plugin.data.ucf101_classes import UCF101_CLASSES, read_split
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, print_line
 from framebridge_plugin.files import open_regular
 
 UCF101_CLIPS = 13_320
@@ -61,7 +61,7 @@ def prepare_ucf101(archive: Path, folder: Path, splits: Path | None = None) -> N
         raise FrameBridgeError(
             f"{videos} is not the whole of UCF-101: {problem}; remove it and unpack {archive.name} again"
         )
-    print(f"{videos}: {len(UCF101_CLASSES)} classes, {UCF101_CLIPS} clips")
+    print_line(f"{videos}: {len(UCF101_CLASSES)} classes, {UCF101_CLIPS} clips")
 
 
 def _unpack_videos(archive: Path, folder: Path) -> None:
@@ -80,7 +80,7 @@ def _unpack_videos(archive: Path, folder: Path) -> None:
     partial.mkdir(parents=True)
     failures = []
     for name in tools:
-        print(f"{name} unpacks {archive} ...", flush=True)
+        print_line(f"{name} unpacks {archive} ...")
         problem = _unpack_zip(archive, partial) if is_zip else _run_unpacker(name, archive, partial)
         found = [path for path in (partial / _VIDEOS, *partial.glob(f"*/{_VIDEOS}")) if path.is_dir()]
         if problem is None and found:

@@ -83,7 +83,7 @@ class Conversion(NamedTuple):
     cover: tuple[int, int] | None = None
     """Height and width that FFmpeg's bilinear filter resizes it to cover."""
     finish: Callable[[np.ndarray], np.ndarray] | None = None
-    """What is made of its uint8 RGB values [H, W, 3], so that large pictures are never held together."""
+    """What is made of its uint8 RGB values [H, W, 3], as [3, H, W]: large pictures are never held together."""
 
 
 AS_SHOWN = Conversion()
@@ -118,7 +118,8 @@ def to_rgb(
         if finish is not None:
             picture = finish(picture)
         if pictures is None:
-            check_bytes(path, (count, *picture.shape), picture.itemsize)
+            shown = picture.shape[:2] if finish is None else picture.shape[1:]
+            check_bytes(path, (count, *shown), picture.itemsize, is_resized=conversion != AS_SHOWN)
             pictures = np.empty((count, *picture.shape), picture.dtype)
         if found < count:
             pictures[found] = picture
@@ -137,11 +138,13 @@ def resized(pictures_FHWC: np.ndarray, height: int, width: int) -> np.ndarray:
     )
 
 
-def check_bytes(path: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
-    """Refuse pictures [F, H, W, 3] that take more than `MAX_BYTES` together."""
-    if (size := math.prod(shape) * itemsize) > MAX_BYTES:
+def check_bytes(path: str, shape: tuple[int, ...], itemsize: int = 1, *, is_resized: bool = False) -> None:
+    """Refuse RGB pictures of a shape (F, H, W), resized to a clip's or not, that take over `MAX_BYTES` together."""
+    if (size := math.prod(shape) * 3 * itemsize) > MAX_BYTES:
         what = f"its {shape[0]} pictures of {shape[2]}x{shape[1]} take {size / 2**30:.1f} GiB together"
-        remedy = "decoder: pyav with resize: decoder makes each small by itself"
+        remedy = "take fewer frames, or a smaller height and width"
+        if not is_resized:
+            remedy = "decoder: pyav with resize: decoder makes each small by itself"
         reason = f"{what}, more than the limit of {MAX_BYTES / 2**30:g}; {remedy}"
         raise ClipError(path, reason, "too_large")
 

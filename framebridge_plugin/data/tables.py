@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import check_within, open_regular
+from framebridge_plugin.files import check_within, open_regular, whole_number
 
 WEBVID_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 OPTIONAL_WEBVID_COLUMNS = ("contentUrl", "duration", "page_dir")
@@ -238,7 +238,7 @@ _ESCAPES = re.compile(r"\\(?:ud[89ab]..\\ud[c-f]..|(?P<half>ud[89a-f]..)|.)", re
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON; `UsageError`, with where it stands, if it is none, or holds text that is not Unicode."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_doubles)
+        value = json.loads(text, object_pairs_hook=_without_doubles, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is no valid JSON: {error}") from error
     for escape in _ESCAPES.finditer(text) if r"\ud" in text.lower() else ():

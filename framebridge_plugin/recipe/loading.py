@@ -23,7 +23,8 @@ from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
 from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT
 
-_LARGEST_RECIPE = 1_000_000  # bytes; more is some other file
+_LARGEST_RECIPE = 200_000  # bytes; more is some other file
+_SHOWN = 20  # errors; more have one cause
 
 # Stand-ins for required values that are missing, so that the other rules can still be checked and all errors
 # come at once; whatever is said about a stand-in is not reported.
@@ -102,7 +103,7 @@ def load_recipe(
     recipe, problems = _examine(name_or_path, overrides, environment)
     problems = [problem for problem in problems if not problem.on_disk or needed(problem.where)]
     if recipe is None or problems:
-        raise UsageError(*(problem.message for problem in problems))
+        raise UsageError(*_first(problems))
     return recipe
 
 
@@ -126,10 +127,15 @@ def resolve_recipe(
         UsageError: As `load_recipe`, if anything else is wrong.
     """
     recipe, problems = _examine(name_or_path, overrides, environment)
-    lines = [problem.message for problem in problems]
+    lines = _first(problems)
     if recipe is None or not all(problem.on_disk for problem in problems):
         raise UsageError(*lines)
     return recipe, lines
+
+
+def _first(problems: Sequence[Problem]) -> list[str]:
+    lines, more = [problem.message for problem in problems[:_SHOWN]], len(problems) - _SHOWN
+    return [*lines, f"and {more} more errors"] if more > 0 else lines
 
 
 def _examine(
@@ -149,7 +155,7 @@ def _examine(
     data = {key: {} if value is None else value for key, value in (required | data).items()}
     _drop_defaults_without_effect(data)
 
-    recipe, problems = _validate(data)
+    recipe, problems = _validate(data, lambda where: _line_of(document, overridden, where))
     problems += _secret_problems(data)
     reported = {problem.where for problem in problems} | {where for where, _, _ in document.duplicates}
     # Without the model's name, which most of the rules depend on, they would be those of another model.
@@ -226,13 +232,15 @@ def _drop_defaults_without_effect(data: dict[str, Any]) -> None:
                 del section[name]
 
 
-def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _validate(data: dict[str, Any], line_of: Callable[[str], int]) -> tuple[Recipe | None, list[Problem]]:
     """Check the single values; the recipe that comes back with problems lacks the wrong ones."""
     try:
         return Recipe.model_validate(data), []
     except ValidationError as failure:
         errors = failure.errors(include_url=False)
-    problems = [Problem(_dotted(error["loc"]), _message(dict(error))) for error in errors]
+    errors.sort(key=lambda error: (line_of(_dotted(error["loc"])), _dotted(error["loc"])))
+    # What is meant by a key takes a while to find, and is shown for the first ones.
+    problems = [Problem(_dotted(e["loc"]), _message(dict(e), hint=n < _SHOWN)) for n, e in enumerate(errors)]
     repaired = copy.deepcopy(data)
     for error in errors:
         _take_away(repaired, error["loc"])
@@ -265,12 +273,12 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location))
 
 
-def _message(error: dict[str, Any]) -> str:
+def _message(error: dict[str, Any], *, hint: bool) -> str:
     path, kind, value = _dotted(error["loc"]), error["type"], error.get("input")
     if kind == "extra_forbidden":
         if (found := WITHOUT_EFFECT.get(path.rpartition(".")[2])) is not None:
             return f"finetrainers has it, and here it has no effect: {found[1]}; remove it"
-        return f"unknown key; {_hint(path)}"
+        return f"unknown key; {_hint(path)}" if hint else "unknown key"
     if kind == "missing":
         return "is required"
     if kind in ("model_type", "model_attributes_type"):

@@ -8,10 +8,13 @@ from typing import Any
 
 import yaml
 
-from framebridge_plugin.errors import UsageError, in_one_line
+from framebridge_plugin.errors import UsageError, escaped, in_one_line
+from framebridge_plugin.files import whole_number
 
 # YAML 1.1, which PyYAML reads, takes 1e-5 for a string; YAML 1.2 and every user take it for a number.
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+# It also takes 010 for eight, and 1:30 for ninety.
+_DECIMAL = re.compile(r"[-+]?[0-9][0-9_]*$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,6 +25,14 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if _DECIMAL.match(node.value):
+            return whole_number(node.value)
+        if ":" in node.value:
+            problem = f"{node.value} is no number: write it in decimals, or text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_yaml_int(node)  # 0x10, 0b10
+
 
 class _Dumper(yaml.SafeDumper):
     pass
@@ -29,6 +40,8 @@ class _Dumper(yaml.SafeDumper):
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _DECIMAL, list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 @dataclass(frozen=True)
@@ -89,4 +102,7 @@ def parse_value(text: str) -> Any:
 
 def dump_yaml(data: dict[str, Any]) -> str:
     """YAML in the order of `data`, which `read_yaml` reads back to the same values."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    if any(escaped(line) != line for line in text.split("\n")):  # then all but ASCII is escaped, in YAML's way
+        text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=110)
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -152,13 +153,14 @@ class BadFilesSection(Section):
 
 def _place_problem(file: str) -> str | None:
     """Why a file may not be added to: a recipe of others could name any that there is."""
-    path = Path(file)
-    if path.is_relative_to(Path.cwd()):  # which may itself be hidden
-        path = path.relative_to(Path.cwd())
+    path, here = Path(file), Path(os.path.realpath("."))
     if path.is_symlink():
         return f"{file} is a link: name the file"
-    if path.suffix != ".jsonl" or any(part.startswith(".") and part not in (".", "..") for part in path.parts):
-        return f"{file} should end in .jsonl and lie in no hidden folder"
+    path = Path(os.path.realpath(path))  # a folder on the way may be a link, too
+    if path.is_relative_to(here):  # which may itself be hidden
+        path = path.relative_to(here)
+    if path.suffix != ".jsonl" or any(part.startswith(".") for part in path.parts):
+        return f"{file} should end in .jsonl and lie in no hidden folder, as {path} does"
     return None
 
 

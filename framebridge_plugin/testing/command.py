@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line, print_line, print_lines
 from framebridge_plugin.files import local_path
 
 
@@ -71,17 +71,17 @@ def run_conformance(
         faults = known_faults_of(specification_class)
         frames, height, width = subject.clip_shape
         what = "images" if subject.is_image_model else f"clips of {frames} frames"
-        print(f"{subject.name} with {model}, {what} of {height} x {width}")
+        print_line(f"{subject.name} with {model}, {what} of {height} x {width}")
         results = []
         for name in selected:
             result = run_check(CHECKS[name], subject, faults)
             line = f"{name:{max(map(len, CHECKS))}}  {result.status:8}  {result.seconds:6.1f} s  {result.message}"
-            print(line.rstrip(), flush=True)
+            print_line(line.rstrip())
             if debug and result.traceback:
-                print(result.traceback, file=sys.stderr)
+                print_lines(result.traceback, file=sys.stderr)
             results.append(result)
     counts = collections.Counter(result.status for result in results)
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    print_line(", ".join(f"{count} {status}" for status, count in counts.items()))
     return int(counts["FAILED"] > 0)
 
 

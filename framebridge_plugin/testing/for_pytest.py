@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from framebridge_plugin.errors import print_lines
 from framebridge_plugin.testing.known_faults import known_faults_of
 from framebridge_plugin.testing.outcome import Check, KnownFault, run_check
 from framebridge_plugin.testing.subject import Subject
@@ -73,5 +74,5 @@ class SpecificationConformance:
         if result.status == "known":
             pytest.xfail(result.message)
         if result.status != "ok":
-            print(result.traceback)
+            print_lines(result.traceback)
             pytest.fail(result.message, pytrace=False)

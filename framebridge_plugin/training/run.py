@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.hub import downloaded
-from framebridge_plugin.errors import FinishedRunError, UsageError
+from framebridge_plugin.errors import FinishedRunError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import is_first, rank
@@ -71,7 +71,7 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
     refuse_start(recipe)
     if is_first():
         for line in outside_effects(recipe, SENT):
-            print(line, file=sys.stderr)
+            say(line)
     staging = output_dir / f".starting.{rank()}"
     with FolderLock(output_dir) if is_first() else contextlib.nullcontext():
         shutil.rmtree(staging, ignore_errors=True)
@@ -88,8 +88,8 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
 def _say_result(recipe: Recipe) -> None:
     if is_first():
         _write_loss_curve(Path(recipe.checkpoints.output_dir))
-        print(f"model: {recipe.result_folder}", file=sys.stderr)
-        print(f"sample from it: {sample_line(recipe)}", file=sys.stderr)
+        say(f"model: {recipe.result_folder}")
+        say(f"sample from it: {sample_line(recipe)}")
 
 
 def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[str]) -> None:
@@ -198,4 +198,4 @@ def _write_loss_curve(output_dir: Path) -> None:
     from framebridge_plugin.media import loss_curve
 
     loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
-    print(f"loss curve: {output_dir / 'loss.png'}", file=sys.stderr)
+    say(f"loss curve: {output_dir / 'loss.png'}")

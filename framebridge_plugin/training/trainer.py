@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from framebridge_plugin.backbones.copying import link_tree, written_whole
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError
+from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, say
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.batches import TrainingBatches
@@ -196,7 +195,7 @@ class FrameBridgeTrainer(SFTTrainer):
         else:
             return
         if self._is_main_process:
-            print(message, file=sys.stderr)
+            say(message)
             note_changes(self._output_dir, vars(self.progress), self.checkpointer.changes)
 
     def _export(self, folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:

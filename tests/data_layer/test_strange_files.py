@@ -194,6 +194,10 @@ def test_deep_json_is_refused_in_one_line(tmp_path):
     assert len(str(caught.value)) < 300
     with pytest.raises(FrameBridgeError, match="x is no valid JSON"):
         parse_json(deep, "x")
+    with pytest.raises(
+        FrameBridgeError, match="x is no valid JSON: a whole number of 5000 digits is too long to be read$"
+    ):
+        parse_json("9" * 5000, "x")
     (tmp_path / "bad.jsonl").write_text(deep + "\n" + json.dumps({"path": "/a.mp4"}))
     assert read_bad_files(tmp_path / "bad.jsonl") == [{"path": "/a.mp4"}]
 

@@ -42,6 +42,15 @@ def test_all_errors_at_once_with_path_nearest_name_and_line(minimal, tmp_path):
         assert text in problem
 
 
+def test_of_very_many_errors_the_first_are_said(minimal):
+    first = len(minimal.read_text().splitlines()) + 1
+    minimal.write_text(minimal.read_text() + "".join(f"lines_{number}: 1\n" for number in range(10_000)))
+    found = problems_of(minimal)
+    assert [line.split(": ")[0] for line in found[:-1]] == [f"{minimal}:{first + n}" for n in range(20)]
+    assert all("unknown key; " in line for line in found[:-1])
+    assert found[-1] == "and 9980 more errors"
+
+
 def test_what_is_required(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
@@ -66,7 +75,7 @@ def test_what_is_required(tmp_path):
         (b"\xff\xfe\x00\x01", "is not a text file"),
         (b"a: \x07\n", "special characters are not allowed"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"#" * 2_000_000, "too large for a recipe"),
+        (b"#" * 200_001, "too large for a recipe"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path, content, message):

@@ -66,10 +66,14 @@ def test_everything_that_leaves_the_run_is_listed(minimal, tmp_path, monkeypatch
     assert not any("Weights" in line for line in effects(minimal, *overrides))
 
 
-@pytest.mark.parametrize("file", ["/root/.ssh/keys.jsonl", "~/.bashrc", ".hidden.jsonl", "bad.txt", "link.jsonl"])
+@pytest.mark.parametrize(
+    "file", ["/root/.ssh/keys.jsonl", "~/.bashrc", ".hidden.jsonl", "bad.txt", "link.jsonl", "d/new.jsonl"]
+)
 def test_a_quarantine_is_no_file_of_something_else(minimal, tmp_path, monkeypatch, file, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / "d").symlink_to(tmp_path / ".ssh")
     policy = ("framebridge.bad_files.policy=quarantine", f"framebridge.bad_files.quarantine_file={file}")
     assert main(["train", "--recipe", str(minimal), "--dry-run", *policy]) == 2
     (line,) = capsys.readouterr().err.splitlines()

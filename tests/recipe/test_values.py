@@ -9,6 +9,8 @@ from framebridge_plugin.errors import UsageError
 from framebridge_plugin.recipe import load_recipe, resolve_recipe
 from tests.recipe.helpers import problems_of
 
+TOKEN = "hf_" + "secret" * 6
+
 
 def test_overrides_are_typed_as_yaml(minimal):
     recipe = load_recipe(
@@ -83,6 +85,7 @@ def test_the_resolved_recipe_reads_back_as_itself(minimal, tmp_path):
         [],
         ["training.training_type=lora", "lora.target_modules=[to_q, to_k]", "optimization.lr=1e-7"],
         ["tracking.tracker_name='1e-5'", "model.revision='true'", "framebridge.data.id_token='null'"],
+        ["tracking.tracker_name='08'", "model.revision='1:30'", 'framebridge.data.id_token="\\u202e\\e[2J é"'],
     ):
         recipe = load_recipe(minimal, overrides)
         resolved = tmp_path / "resolved.yaml"
@@ -95,18 +98,43 @@ def test_the_resolved_recipe_reads_back_as_itself(minimal, tmp_path):
 @pytest.mark.parametrize(
     "override",
     [
-        "hub.hub_token=hf_secretsecret",
-        "hub=hf_secretsecret",
-        "tracking.wandb_api_key=hf_secretsecret",
-        "tracking.tracker_name=hf_secretsecret",
-        "lora.target_modules=[to_q, 'https://me:hf_secretsecret@example.org/x']",
-        "hub.push_to_hub hf_secretsecret",
+        f"hub.hub_token={TOKEN}",
+        f"hub={TOKEN}",
+        f"tracking.wandb_api_key={TOKEN}",
+        f"tracking.tracker_name={TOKEN}",
+        f"lora.target_modules=[to_q, 'https://me:{TOKEN}@example.org/x']",
+        f"hub.push_to_hub {TOKEN}",
     ],
 )
 def test_a_token_is_neither_for_recipes_nor_shown(minimal, override):
     problems = problems_of(minimal, override)
-    assert "hf_secretsecret" not in "\n".join(problems)
+    assert TOKEN not in "\n".join(problems)
     assert any("set HF_TOKEN" in problem or "an override is" in problem for problem in problems)
+
+
+def test_names_that_begin_as_a_token_does_are_no_secrets(minimal, tmp_path):
+    folder = tmp_path / "hf_experiment1_of_a_long_name_that_says_all"
+    (tmp_path / "clips").rename(folder)
+    recipe = load_recipe(minimal, [f"framebridge.data.data_root={folder}", f"checkpoints.output_dir={folder}/run"])
+    assert str(folder) in recipe.to_yaml()
+
+
+@pytest.mark.parametrize("text, steps", [("000010", 10), ("0o10", None), ("08", 8), ("1_000", 1000), ("0x10", 16)])
+def test_whole_numbers_are_decimal(minimal, text, steps):
+    override = f"optimization.train_steps={text}"
+    minimal.write_text(minimal.read_text() + f"\noptimization: {{train_steps: {text}}}\n")
+    for overrides in ([override], []):
+        if steps is None:
+            assert "valid integer" in problems_of(minimal, *overrides)[0]
+        else:
+            assert load_recipe(minimal, overrides).optimization.train_steps == steps
+
+
+def test_numbers_of_base_60_and_of_endless_digits_are_refused(minimal):
+    (problem,) = problems_of(minimal, "checkpoints.resume_from_checkpoint=1:30")
+    assert "1:30 is no number: write it in decimals" in problem
+    (problem,) = problems_of(minimal, f"training.seed={'9' * 5000}")
+    assert problem.endswith("(a whole number of 5000 digits is too long to be read)")
 
 
 def test_dataset_config_has_absolute_paths(minimal, tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def _checked_size(path: str, index: PacketIndex, numbers: Sequence[int]) -> tupl
     if turn.is_reflection:
         raise _refused(path, "it is shown mirrored")
     shown_size = turn.size(square_pixel_size(first.height, first.width, aspect))
-    check_bytes(path, (len(numbers), *shown_size, 3))  # nothing of a stored picture is left out of it
+    check_bytes(path, (len(numbers), *shown_size))  # nothing of a stored picture is left out of it
     return shown_size
 
 

@@ -27,7 +27,7 @@ from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, Cli
 from framebridge_plugin.data.bad_files import BadFile, bad_file_policy, files_to_skip
 from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
-from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
@@ -125,10 +125,9 @@ def _report(store: Path, manifest: Manifest, written: int) -> None:
         bad_files = {bad_file["path"]: bad_file for shard in shards for bad_file in read_skipped(store / shard.name)}
         lines = [json.dumps(bad_files[path]) + "\n" for path in sorted(bad_files)]
         (store / "bad_files.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(
+    say(
         f"{store}: {manifest.rows} clips x {manifest.variants}, {manifest.captions} captions; {written} files "
-        f"written, {len(shards) + len(list(manifest.caption_shards())) - written} were there",
-        file=sys.stderr,
+        f"written, {len(shards) + len(list(manifest.caption_shards())) - written} were there"
     )
 
 
