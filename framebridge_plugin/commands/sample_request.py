@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,10 @@ class SampleRequest(SampleSection):
     def _model_problems(self, saved: SavedModel | None, problems: list[str]) -> list[str]:
         if saved is None:
             return problems
-        if self.verify and not problems and (problem := folder_problem(Path(saved), digests=True)):
-            return [f"--verify: {problem}"]
+        if self.verify and not problems:
+            if (problem := folder_problem(Path(saved), digests=True)) is not None:
+                return [f"--verify: {problem}"]
+            print(f"--verify: every file of {os.fspath(saved)} is as its manifest says", file=sys.stderr)
         problems = [*problems, *self._condition_problems(saved)]
         found = saved.clip_rule.problems(self.num_frames, self.height, self.width)
         return problems + [f"--{option.replace('_', '-')}: {message}" for option, message in found]

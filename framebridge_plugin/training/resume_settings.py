@@ -107,7 +107,7 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
             present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)
             absent = ", ".join(name for name in shown if name not in theirs)
             parts = [f"{word} {part}" for word, part in (("with", present), ("without", absent)) if part]
-            more = f" ({len(changed) - _SHOWN} more settings differ)" if len(changed) > _SHOWN else ""
+            more = f" (and {len(changed) - _SHOWN} more)" if len(changed) > _SHOWN else ""
             found[group] = f"{' and '.join(parts)}{more}"
     return found
 

@@ -46,7 +46,7 @@ def check_run(output_dir: Path, settings: Groups, allowed: Collection[str]) -> s
         refusal = settings_refusal(setting_differences(run["settings"], settings), allowed)
         if refusal is not None:
             raise FrameBridgeError(
-                f"cannot resume from {output_dir}, the folder of another run ({run['id'][:8]}): {refusal}, or choose "
+                f"cannot resume from {output_dir}, the folder of run {run['id'][:8]}: {refusal}, or choose "
                 "another checkpoints.output_dir for a new run"
             )
     elif not goes_on(output_dir, "auto"):

@@ -124,6 +124,7 @@ def test_sample_compares_every_byte_if_it_is_asked_to(runs, tmp_path, kind, caps
     folder = Path(shutil.copytree((runs / f"plain_{kind}" / WEIGHTS[kind][0]).parents[kind == "full"], tmp_path / "x"))
     options = ["--image", str(next(runs.glob("*.png"))), "--prompt=a", f"--output={tmp_path / 'v.mp4'}", "--steps=1"]
     assert main(["sample", "--model", str(folder), "--verify", *options]) == 0
+    assert f"--verify: every file of {folder} is as its manifest says\n" in capsys.readouterr().err
     file = folder / WEIGHTS[kind][1]
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

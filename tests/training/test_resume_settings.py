@@ -38,7 +38,7 @@ def test_settings_of_either_side_alone_are_differences():
     read_once = {"vae": "a", "vae (every byte)": "b"}
     assert setting_differences({"base": read_once}, {"base": {"vae": "a"}}) == {}
     assert setting_differences({"base": {"vae": "a"}}, {"base": read_once}) == {}
-    many = "with setting0 0, setting1 1, setting2 2, setting3 3 (2 more settings differ)"
+    many = "with setting0 0, setting1 1, setting2 2, setting3 3 (and 2 more)"
     assert difference({f"setting{number}": number for number in range(6)}, {}) == many
 
 

@@ -106,7 +106,7 @@ def test_the_same_command_starts_and_goes_on_and_another_run_is_refused(train, t
     dry = train("training.seed=8", "--dry-run")
     assert other.returncode == dry.returncode == 1
     (line,) = (line for line in other.stderr.splitlines() if line.startswith("error: "))
-    assert "the folder of another run" in line
+    assert f"the folder of run {identity['id'][:8]}: it was trained" in line
     assert "with seed 7" in line
     assert dry.stderr.splitlines()[-1] == line
     assert (run / "metrics.jsonl").read_bytes() == before
