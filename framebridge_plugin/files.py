@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import re
 import stat
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from framebridge_plugin.errors import FrameBridgeError, UsageError, first_line
+from framebridge_plugin.errors import FrameBridgeError, UsageError, first_line, say
+from framebridge_plugin.processes import is_first
 
 MAX_DOWNLOAD_BYTES = 2**30
 _TIMEOUT_S = 60.0
@@ -123,20 +125,77 @@ def local_path(name: str, base: str | os.PathLike[str] = ".") -> Path | None:
     return None if looks_like_id and not path.exists() and not path.parent.is_dir() else path
 
 
-def download(name: str, what: str, **settings: Any) -> Path:
+class NotFetchedError(FrameBridgeError):
+    """Something is not on this machine, and nothing is taken from the network now."""
+
+
+downloaded: dict[str, str] = {}
+"""The commit of each name that this process took from the hub."""
+_pinned: dict[str, str] = {}
+_announced: set[tuple[str, str]] = set()
+_is_online = True
+
+
+@contextlib.contextmanager
+def without_network() -> Iterator[None]:
+    """Nothing is taken from the network within the block: what no cache has is a `NotFetchedError`."""
+    global _is_online
+    _is_online, before = False, _is_online
+    try:
+        yield
+    finally:
+        _is_online = before
+
+
+def pin(commits: Mapping[str, str]) -> None:
+    """From here on takes these names from the hub at these commits, where no revision is asked for."""
+    _pinned.clear()
+    _pinned.update(commits)
+
+
+def download(name: str, what: str, *, look: Callable[[], None] = lambda: None, **settings: Any) -> Path:
     """The folder of a repository of the Hugging Face Hub, or of the hub's cache: of one commit, by which it is called.
 
-    `what` the name is for begins the error's line; the settings are those of `huggingface_hub.snapshot_download`.
+    It is announced first; then `look` may refuse what is there. `what` the name is for begins the error's line; the
+    settings are those of `huggingface_hub.snapshot_download`.
     """
     import huggingface_hub
 
+    revision = settings.get("revision") or _pinned.get(name)
+    if _is_online:
+        if (name, revision or "main") not in _announced and is_first():
+            where = f"the Hugging Face Hub, revision {revision or 'main'}"
+            say(f"{name} is no folder here: it is taken from {where}")
+        look()
+    else:
+        settings["local_files_only"] = True
     try:
-        return Path(huggingface_hub.snapshot_download(name, **settings))
+        folder = Path(
+            huggingface_hub.snapshot_download(name, **settings | ({"revision": revision} if revision else {}))
+        )
     except (OSError, ValueError) as error:
+        if not _is_online:
+            raise NotFetchedError(f"{name} is not in the hub's cache") from error
         raise FrameBridgeError(
             f"{what} {name!r} is neither a folder nor to be had from the hub ({first_line(error)}); check the name, "
             "or download it and give the folder"
         ) from error
+    if not _is_online and not _is_whole(folder, settings.get("allow_patterns")):
+        raise NotFetchedError(f"{name} is not whole in the hub's cache")
+    _announced.update({(name, revision or "main"), (name, folder.name)})
+    downloaded[name] = folder.name
+    return folder
+
+
+def _is_whole(folder: Path, patterns: Sequence[str] | None) -> bool:
+    """Whether the cache has what is wanted of a repository: anything, and weights beside a network's config."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if patterns is not None:
+        names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    wants_weights = any(pattern.endswith(".safetensors") for pattern in patterns or ())
+    weights = {os.path.dirname(name) for name in names if name.endswith(".safetensors")}
+    networks = {os.path.dirname(name) for name in names if os.path.basename(name) == "config.json"}
+    return bool(names) and not (wants_weights and networks - weights)
 
 
 @contextlib.contextmanager
@@ -145,6 +204,8 @@ def local_copy(address: str) -> Iterator[Path]:
     if not is_web_address(address):
         yield Path(address)
         return
+    if not _is_online:
+        raise NotFetchedError(f"{address} is not fetched")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "download")
         try:

@@ -8,9 +8,8 @@ from typing import Any
 
 from framebridge_plugin.backbones.files import COMPONENT_FILES
 from framebridge_plugin.backbones.folders import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE, file_problem
-from framebridge_plugin.errors import FrameBridgeError, say
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.files import download, local_path
-from framebridge_plugin.processes import is_first
 
 _INDICES = ("model_index.json", LORA_INFO_FILE)
 _MODEL_FILES = (
@@ -19,10 +18,6 @@ _MODEL_FILES = (
     *(LORA_FILE, EXTRA_WEIGHTS_FILE, "config.json", "*model*.safetensors", "*.safetensors.index.json"),
 )
 """What is read of a repository with a whole model, a LoRA, or a component alone."""
-
-_announced: set[tuple[str, str]] = set()
-downloaded: dict[str, str] = {}
-"""The commit of each name that this process took from the hub."""
 
 
 def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, **hub_settings: Any) -> Path:
@@ -45,10 +40,4 @@ def local_folder(name_or_path: str, *, patterns: Sequence[str] = _MODEL_FILES, *
         raise FrameBridgeError(
             file_problem(path) if path.is_file() else f"no such folder: {name_or_path!r}; check the name"
         )
-    revision = hub_settings.get("revision") or "main"
-    if (name_or_path, revision) not in _announced and is_first():
-        say(f"{name_or_path} is no folder here: it is taken from the Hugging Face Hub, revision {revision}")
-    folder = download(name_or_path, "model", allow_patterns=list(patterns), **hub_settings)
-    _announced.update({(name_or_path, revision), (name_or_path, folder.name)})
-    downloaded[name_or_path] = folder.name
-    return folder
+    return download(name_or_path, "model", allow_patterns=list(patterns), **hub_settings)

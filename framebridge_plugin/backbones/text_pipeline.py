@@ -17,7 +17,6 @@ import torch
 from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.folders import two_file_problem
-from framebridge_plugin.backbones.hub import say
 from framebridge_plugin.backbones.opening import load_components
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
@@ -28,7 +27,7 @@ from framebridge_plugin.backbones.sampling_loop import (
     images_to_pixels,
     repeat_batch,
 )
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.settings.checking import checked, unknown_name
 from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType

@@ -13,14 +13,14 @@ from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.files import read_if_whole
 from framebridge_plugin.backbones.folders import find_part, pipeline_class
-from framebridge_plugin.backbones.hub import local_folder, say
+from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.loading import A_MODEL, ModelSource, load_weights, loading
 from framebridge_plugin.backbones.opening import (
     find_folder,
     find_model,
     load_scheduler,
 )
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.media import contact_sheet, write_video
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 

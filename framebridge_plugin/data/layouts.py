@@ -49,19 +49,20 @@ def local_data_root(name_or_path: str, base_dir: Path) -> Path:
         if path.is_file() and path.suffix in SHARD_EXTENSIONS:
             raise _shards_error(path.parent, path.name)
         raise FrameBridgeError(f"data_root {path} is not an existing folder")
-    import huggingface_hub
 
-    try:
-        files = huggingface_hub.list_repo_files(name_or_path, repo_type="dataset")
-    except (OSError, ValueError):
-        files = []  # no network: the download, or the cache, says the rest
-    # Such data sets tend to be large, so this comes before the download.
-    shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
-    if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
-        raise _shards_error(name_or_path, min(shards))
-    folder = download(name_or_path, "data_root", repo_type="dataset")
-    logger.warning("data_root %s is revision %s of the hub's data set", name_or_path, folder.name)
-    return folder
+    def refuse_shards() -> None:
+        # Such data sets tend to be large, so this comes before the download.
+        import huggingface_hub
+
+        try:
+            files = huggingface_hub.list_repo_files(name_or_path, repo_type="dataset")
+        except (OSError, ValueError):
+            return  # no network: the download, or the cache, says the rest
+        shards = [file for file in files if file.endswith(SHARD_EXTENSIONS)]
+        if shards and not any("/" not in file and (file in METADATA_FILES or file.endswith(".txt")) for file in files):
+            raise _shards_error(name_or_path, min(shards))
+
+    return download(name_or_path, "data_root", look=refuse_shards, repo_type="dataset")
 
 
 def _shards_error(where: str | Path, shard: str) -> FrameBridgeError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from peft import LoraConfig
 from framebridge_plugin.data import ClipStream
 from framebridge_plugin.data.bad_files import BadFilePolicy, bad_file_policy, describe, files_to_skip
 from framebridge_plugin.data.folders import common_clip_shape, index_datasets
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
+from framebridge_plugin.files import NotFetchedError, without_network
+from framebridge_plugin.processes import is_first
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.resume_settings import run_settings
-from framebridge_plugin.training.run import build_specification, refuse_start
+from framebridge_plugin.training.run import build_specification, pin_downloads, refuse_start
 from framebridge_plugin.training.run_identity import check_run
 from framebridge_plugin.training.starting import start_layers
 from framebridge_plugin.training.validation import check_samples
@@ -36,26 +39,54 @@ def check_start(recipe: Recipe, allowed: Collection[str] = (), processes: int = 
     """
     refuse_start(recipe)
     register()  # before finetrainers is imported
+    pin_downloads(recipe)
+    with without_network():
+        _check(recipe, allowed, processes)
 
+
+def _check(recipe: Recipe, allowed: Collection[str], processes: int) -> None:
     from framebridge_plugin.training.refusals import refuse_unsupported
     from framebridge_plugin.training.stored_checkpoints import check_settings, find_checkpoints, stored_settings
 
-    args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
-    refuse_unsupported(args)
-    specification: Any = build_specification(recipe, args)
+    args: Any = None
+    specification: Any = None
+    datasets: Any = None
     content = recipe.dataset_config()
-    datasets = index_datasets(content, "the recipe's data")
-    specification.clip_shape = common_clip_shape(datasets)
-    specification.load_scheduler()
-    if args.precomputed is not None:
-        LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
-    _check_first_clip(args, datasets, bad_file_policy(content, "the recipe's data"))
-    _check_lora(args, specification)
-    check_samples(args, specification, datasets)
-    settings = run_settings(args, specification, datasets)
-    allowed = check_run(Path(args.output_dir), settings, allowed)
-    for checkpoint in find_checkpoints(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)[:1]:
-        check_settings(checkpoint, stored_settings(checkpoint), settings, allowed)
+    with _if_here("the data"):
+        datasets = index_datasets(content, "the recipe's data")
+        clip_shape = common_clip_shape(datasets)
+    with _if_here("the model"):
+        args = recipe_arguments(recipe, "", processes)  # no file: nothing here reads one
+        refuse_unsupported(args)
+        specification = build_specification(recipe, args)
+        specification.load_scheduler()
+    if datasets is not None and args is not None:
+        _check_first_clip(args, datasets, bad_file_policy(content, "the recipe's data"))
+    if specification is None:
+        return
+    specification.clip_shape = clip_shape if datasets is not None else specification.clip_shape
+    with _if_here("the LoRA layers"):
+        _check_lora(args, specification)
+    if datasets is None:
+        return
+    with _if_here("the validation samples"):
+        check_samples(args, specification, datasets)
+    with _if_here("the stored latents, and what a resume may not change"):
+        if args.precomputed is not None:
+            LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
+        settings = run_settings(args, specification, datasets)
+        allowed = check_run(Path(args.output_dir), settings, allowed)
+        for checkpoint in find_checkpoints(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)[:1]:
+            check_settings(checkpoint, stored_settings(checkpoint), settings, allowed)
+
+
+@contextlib.contextmanager
+def _if_here(what: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFetchedError as error:
+        if is_first():
+            say(f"not checked: {what}, and what depends on it: {error}; a dry run takes nothing from the network")
 
 
 def _check_first_clip(args: Any, datasets: Any, policy: BadFilePolicy) -> None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.facts import find_backbone
-from framebridge_plugin.backbones.hub import downloaded
+from framebridge_plugin.backbones.files import read_json
+from framebridge_plugin.backbones.starting import goes_on
 from framebridge_plugin.errors import FinishedRunError, UsageError, say
+from framebridge_plugin.files import downloaded, pin
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import is_first, rank
@@ -94,6 +96,7 @@ def _say_result(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[str]) -> None:
     """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
+    pin_downloads(recipe)
     dataset_config = write_run_files(recipe, staging)
 
     with without_collection():
@@ -163,6 +166,16 @@ def refuse_start(recipe: Recipe) -> None:
             raise UsageError("hub.push_to_hub: there is no login here; run `hf auth login`, or set this false")
         if constants.HF_HUB_OFFLINE:
             raise UsageError("hub.push_to_hub: HF_HUB_OFFLINE keeps this process from the hub; set one of them false")
+
+
+def pin_downloads(recipe: Recipe) -> None:
+    """A run that goes on takes from the hub what it began with (`downloads.json`)."""
+    folder = Path(recipe.checkpoints.output_dir)
+    path = folder / "downloads.json"
+    if goes_on(folder, recipe.checkpoints.resume_from_checkpoint) and path.is_file():
+        pin({name: str(commit) for name, commit in read_json(path).items()})
+    else:
+        pin({})
 
 
 def write_run_files(recipe: Recipe, output_dir: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from framebridge_plugin import files
 from framebridge_plugin.data import (
     UCF101_CLASSES,
     ClipError,
@@ -356,7 +358,7 @@ def test_ucf101_has_its_101_classes_in_the_order_of_its_folders(tmp_path):
     assert UCF101_CLASSES[100] == "YoYo"
 
 
-def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch, caplog):
+def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     stored = tmp_path / "datasets--someone--clips"
     metadata_csv_folder = stored / "snapshots" / "abc"
@@ -366,7 +368,8 @@ def test_a_data_set_of_the_hub_comes_from_the_cache(tmp_path, monkeypatch, caplo
     (stored / "refs" / "main").write_text("abc")
     rows = index_dataset({"data_root": "someone/clips"})
     assert rows[0] == (str(metadata_csv_folder / "clips/0.mp4"), CLEAN[0])
-    assert "data_root someone/clips is revision abc of the hub's data set" in caplog.text
+    announced = "someone/clips is no folder here: it is taken from the Hugging Face Hub, revision main\n"
+    assert capsys.readouterr().err == announced
     with pytest.raises(FrameBridgeError, match=r"'someone/others' is neither a folder nor to be had from the hub"):
         index_dataset({"data_root": "someone/others"})
     (tmp_path / "someone").mkdir()  # the name is one of a folder here
@@ -382,7 +385,7 @@ def test_tar_files_are_refused_by_their_name_and_do_no_harm_beside_a_layout(tmp_
     assert len(index_dataset({"data_root": str(tmp_path)})) == 5
 
 
-def test_a_data_set_of_tar_files_is_refused_before_it_is_downloaded(monkeypatch):
+def test_a_data_set_of_tar_files_is_refused_before_it_is_downloaded(monkeypatch, capsys):
     files = ["README.md", "train/0000.tar", "train/0001.tar"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, repo_type: files)
     downloads = []
@@ -396,7 +399,29 @@ def test_a_data_set_of_tar_files_is_refused_before_it_is_downloaded(monkeypatch)
         index_dataset({"data_root": "someone/shards"})
     assert "\n" not in str(caught.value)
     assert downloads == []
+    announced = "someone/shards is no folder here: it is taken from the Hugging Face Hub, revision main\n"
+    assert capsys.readouterr().err == announced
     files.append("metadata.csv")
     with pytest.raises(FrameBridgeError, match="no network"):
         index_dataset({"data_root": "someone/shards"})
     assert downloads == ["someone/shards"]
+
+
+def test_a_data_set_of_the_hub_is_recorded_and_a_run_that_goes_on_keeps_to_its_commit(tmp_path, monkeypatch):
+    repository = tmp_path / "datasets--owner--recorded"
+    for commit in ("1" * 40, "2" * 40):
+        folder = repository / "snapshots" / commit
+        touch(folder, "a.mp4")
+        (folder / "a.txt").write_text(commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("2" * 40)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path, local_files_only=True),
+    )
+    assert index_dataset({"data_root": "owner/recorded"})[0][1] == "2" * 40
+    assert files.downloaded["owner/recorded"] == "2" * 40
+    files.pin({"owner/recorded": "1" * 40})
+    assert index_dataset({"data_root": "owner/recorded"})[0][1] == "1" * 40
+    files.pin({})

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.cli import main
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.files import NotFetchedError, without_network
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.recipe import load_recipe, outside_effects
+from framebridge_plugin.training.validation import read_validation_file
 from tests.cogvideox_files import write_clips
+from tests.hub_server import serve_hub
 from tests.recipe.helpers import problems_of
 
 
@@ -123,3 +127,31 @@ def test_a_run_s_folder_may_be_a_link_and_have_links_within(minimal, tmp_path):
     with pytest.raises(FrameBridgeError, match=r"cannot write .*\.lock: "), FolderLock(tmp_path / "run"):
         pass
     assert not (tmp_path / "key").exists()
+
+
+def test_a_dry_run_takes_nothing_from_the_network(minimal, tmp_path, monkeypatch, capsys):
+    (tmp_path / "val.csv").write_text("caption,image_path\na cat,http://127.0.0.1:9/cat.png\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = ("model.pretrained_model_name_or_path=me/mine", f"model.cache_dir={tmp_path / 'cache'}")
+    dry_run = ("train", "--recipe", str(minimal), "--dry-run", *model)
+    with serve_hub(monkeypatch, "x" * 40) as hub:
+        assert main([*dry_run, "framebridge.data.data_root=me/clips"]) == 0
+        said = capsys.readouterr().err
+        assert (
+            "not checked: the data, and what depends on it: me/clips is not in the hub's cache; a dry run takes"
+            in said
+        )
+        assert (
+            "not checked: the model, and what depends on it: me/mine is not in the hub's cache; a dry run takes"
+            in said
+        )
+        assert "is taken from the Hugging Face Hub" not in said
+        config = tmp_path / "cache/models--me--mine/snapshots" / ("1" * 40) / "transformer/config.json"
+        for path, text in ((config, "{}"), (config.parents[3] / "refs/main", "1" * 40)):
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+        with without_network(), pytest.raises(NotFetchedError, match="me/mine is not whole in the hub's cache"):
+            local_folder("me/mine", cache_dir=tmp_path / "cache")
+        with without_network(), pytest.raises(NotFetchedError, match=r"http://127.0.0.1:9/cat.png is not fetched"):
+            read_validation_file(tmp_path / "val.csv")
+        assert hub.asked == []
