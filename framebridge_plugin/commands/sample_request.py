@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from framebridge_plugin.backbones.folders import writing_problem
 from framebridge_plugin.backbones.manifest import folder_problem
 from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import UsageError, say
 from framebridge_plugin.files import local_path, why_no_file
 from framebridge_plugin.media import read_image
 from framebridge_plugin.settings.sampling import SamplerSection, SampleSection
@@ -120,7 +119,7 @@ class SampleRequest(SampleSection):
         if self.verify and not problems:
             if (problem := folder_problem(Path(saved), digests=True)) is not None:
                 return [f"--verify: {problem}"]
-            print(f"--verify: every file of {os.fspath(saved)} is as its manifest says", file=sys.stderr)
+            say(f"--verify: every file of {os.fspath(saved)} is as its manifest says")
         problems = [*problems, *self._condition_problems(saved)]
         found = saved.clip_rule.problems(self.num_frames, self.height, self.width)
         return problems + [f"--{option.replace('_', '-')}: {message}" for option, message in found]
