@@ -17,14 +17,14 @@ from framebridge_plugin import library_messages, signals
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
 from framebridge_plugin.commands.arguments import parse
 from framebridge_plugin.commands.launching import end_with_launcher, launch, starts_processes
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, in_one_line, print_line, print_lines, say
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line, print_line, print_lines, say
 from framebridge_plugin.files import why_no_file
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.processes import adopt_slurm, is_first, rank
+from framebridge_plugin.processes import adopt_slurm, is_first
 from framebridge_plugin.progress import alone
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,14 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = debug or arguments.debug
         if debug:
             library_messages.show()
-        with signals.handled(), signals.ending_forks(), alone():
+        with signals.handled(), signals.as_interruption(), signals.ending_forks(), alone():
             return _RUNS[arguments.run](arguments)
-    except signals.Interrupted as interruption:
-        say(interruption)
-        return interruption.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        return signals.ended_by(interruption)
     except Exception as error:
         if debug:
             print_lines(traceback.format_exc(), file=sys.stderr)
@@ -89,19 +85,14 @@ def _train(arguments: argparse.Namespace) -> int:
         say("dry run: nothing found that a start would refuse; no weights were loaded")
         return 0
     recipe = load_recipe(arguments.recipe, arguments.overrides, environment)
+    if recipe.checkpoints.stop_on_sigusr1:
+        signals.handle_sigusr1()
     if several:
         return launch(arguments.argv, arguments.nproc)
 
     from framebridge_plugin.training.run import train
 
-    try:
-        train(recipe, arguments.allow)
-    except FrameBridgeError:
-        raise
-    except Exception as error:
-        # Nobody wants to repeat hours of training to see a traceback.
-        error.add_note(f" (traceback: {_write_crash(Path(recipe.checkpoints.output_dir))})")
-        raise
+    train(recipe, arguments.allow)
     return 0
 
 
@@ -121,13 +112,6 @@ def _precompute(arguments: argparse.Namespace) -> int:
     recipe = recipe.model_copy(update={"framebridge": settings})
     precompute(recipe, store, variants=arguments.variants, shard_size=arguments.shard_size)
     return 0
-
-
-def _write_crash(output_dir: Path) -> Path:
-    path = output_dir / f"crash-rank{rank()}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{escaped(line)}\n" for line in traceback.format_exc().split("\n")), encoding="utf-8")
-    return path
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

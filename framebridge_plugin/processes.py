@@ -37,11 +37,17 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def have_met() -> bool:
+    """Whether this process and those that were started with it have found each other."""
+    torch: Any = sys.modules.get("torch.distributed")
+    return torch is not None and torch.is_initialized()
+
+
 def of_all_ranks(value: T) -> list[T]:
     """The values of all ranks of a run, on each, if they have met already."""
     import torch.distributed
 
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not have_met() or torch.distributed.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)

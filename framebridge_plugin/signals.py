@@ -50,6 +50,7 @@ class _Signals:
         """Lets a signal stop the command, unless the process was started to ignore it (`nohup`)."""
         if number not in self.before and signal.getsignal(number) is not signal.SIG_IGN:
             self.before[number] = signal.signal(number, self._in_main_thread)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # what started the process may have `blocked` it
 
     def _in_main_thread(self, number: int, _: object) -> None:
         if self.pending is None:
@@ -107,6 +108,33 @@ def handled() -> Iterator[None]:
         os.close(signals.pipe[1])  # ends the thread
         thread.join()
         os.close(signals.pipe[0])
+
+
+@contextlib.contextmanager
+def as_interruption() -> Iterator[None]:
+    """Raises `Interrupted` again where a library has made another error of it, as an import may."""
+    try:
+        yield
+    except Exception as error:
+        if _current is not None and _current.raised and _current.pending is not None:
+            raise Interrupted(_current.pending) from error
+        raise
+
+
+def ended_by(interruption: KeyboardInterrupt) -> int:
+    """Says what ends the command; returns its exit code."""
+    say(str(interruption) or "interrupted")
+    return interruption.exit_code if isinstance(interruption, Interrupted) else 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Processes that are started within the block hear of these signals only once they handle them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, () if _current is None else _current.before)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def handle_sigusr1() -> None:

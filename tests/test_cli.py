@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import yaml
@@ -158,20 +159,18 @@ def test_sample_refuses_before_torch_is_imported(tmp_path):
     ]
 
 
-def test_an_unforeseen_error_ends_in_one_line_and_keeps_its_traceback(recipe, tmp_path, capsys):
-    # A file stands where the run wants a folder.
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".starting.0").touch()
+def test_an_unforeseen_error_ends_in_one_line_and_keeps_its_traceback(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert main(["train", "--recipe", str(recipe)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     crash = tmp_path / "run" / "crash-rank0.txt"
-    assert line.startswith("error: FileExistsError: ")
+    assert line.startswith("error: FileNotFoundError: ")
     assert line.endswith(f"(traceback: {crash})")
     assert crash.read_text().startswith("Traceback")
     assert main(["train", "--recipe", str(recipe), "--debug"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.splitlines()[-1].startswith("error: FileExistsError: ")
+    assert error.splitlines()[-1].startswith("error: FileNotFoundError: ")
 
 
 def test_debug_by_environment(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def test_the_wheel_holds_package_recipes_and_command(tmp_path):
     recipes = {path.name for path in (REPOSITORY / "recipes").glob("*.yaml")}
     assert {path.name for path in (site / "framebridge_plugin/recipes").glob("*.yaml")} == recipes
     entry_points = next(site.glob("*.dist-info/entry_points.txt")).read_text()
-    assert "finetrainers = framebridge_plugin.cli:main" in entry_points
+    assert "finetrainers = framebridge_plugin.__main__:main" in entry_points
     listed = subprocess.run(
         [sys.executable, "-m", "framebridge_plugin", "recipes"], cwd=site, capture_output=True, text=True, check=True
     )

@@ -46,7 +46,6 @@ def launch(arguments: Sequence[str], count: int) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
     command, environment = python_command("framebridge_plugin", *arguments)
-    signals.handle_sigusr1()
     with tempfile.TemporaryDirectory(prefix="framebridge-") as private, signals.deferred():
         environment |= {
             "WORLD_SIZE": str(count),
@@ -54,17 +53,18 @@ def launch(arguments: Sequence[str], count: int) -> int:
             STORE: os.path.join(private, "store"),
             "OMP_NUM_THREADS": str(max(1, threads // count)),
         }
-        processes = [
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                # Nothing is written to it: it closes when this process ends, in whatever way.
-                stdin=subprocess.PIPE,
-                # Ctrl-C comes to this process alone, which passes it on.
-                start_new_session=True,
-            )
-            for rank in range(count)
-        ]
+        with signals.blocked():
+            processes = [
+                subprocess.Popen(
+                    command,
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    # Nothing is written to it: it closes when this process ends, in whatever way.
+                    stdin=subprocess.PIPE,
+                    # Ctrl-C comes to this process alone, which passes it on.
+                    start_new_session=True,
+                )
+                for rank in range(count)
+            ]
         try:
             return _wait(processes)
         finally:

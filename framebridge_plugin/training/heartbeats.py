@@ -22,6 +22,8 @@ from framebridge_plugin.files import write_whole
 from framebridge_plugin.processes import is_alive, this_process
 from framebridge_plugin.settings.finetrainers import ParallelismSection
 
+HEARTBEATS = ".heartbeats"
+"""Their folder in the run's."""
 BEAT_S = 2.0
 GONE_AFTER_S = 6.0
 """Without a sign of life, once the run is told to stop: its checkpoint would need that rank."""
@@ -137,4 +139,4 @@ class Heartbeats:
 def heartbeats_of(args: Any, rank: int, world_size: int) -> Heartbeats:
     """Those of a run; arguments that were not made of a recipe may lack the limit."""
     timeout = getattr(args, "heartbeat_timeout", ParallelismSection.model_fields["heartbeat_timeout"].default)
-    return Heartbeats(Path(args.output_dir, ".heartbeats"), rank, world_size, timeout)
+    return Heartbeats(Path(args.output_dir, HEARTBEATS), rank, world_size, timeout)

@@ -9,6 +9,8 @@ import platform
 import shlex
 import shutil
 import sys
+import tempfile
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +19,14 @@ from framebridge_plugin import signals
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.starting import goes_on
-from framebridge_plugin.errors import FinishedRunError, UsageError, say
-from framebridge_plugin.files import downloaded, pin
+from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, escaped, say
+from framebridge_plugin.files import downloaded, pin, write_whole
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.imports import without_collection
-from framebridge_plugin.processes import is_first, rank
+from framebridge_plugin.processes import have_met, is_first, rank
 from framebridge_plugin.recipe.outside import SENT, outside_effects
 from framebridge_plugin.recipe.scratch_rules import data_class_names, data_clip_shape
+from framebridge_plugin.training.heartbeats import HEARTBEATS
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
@@ -68,22 +71,30 @@ def train(recipe: Recipe, allowed: Collection[str] = ()) -> None:
         FinishedRunError: If the model is trained and saved, but not validated at the end, or not uploaded.
     """
     output_dir = Path(recipe.checkpoints.output_dir)
-    if recipe.checkpoints.stop_on_sigusr1:
-        signals.handle_sigusr1()
     refuse_start(recipe)
     if is_first():
         for line in outside_effects(recipe, SENT):
             say(line)
-    staging = output_dir / f".starting.{rank()}"
+    # The other ranks touch nothing in the folder before they have met the first one, which holds the lock by then.
     with FolderLock(output_dir) if is_first() else contextlib.nullcontext():
-        shutil.rmtree(staging, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(output_dir / HEARTBEATS, ignore_errors=True)  # of a run that did not end in order
         try:
-            _train(recipe, output_dir, staging, allowed)
+            with signals.as_interruption(), tempfile.TemporaryDirectory(prefix="framebridge-") as private:
+                _train(recipe, output_dir, Path(private), allowed)
         except FinishedRunError:
             _say_result(recipe)
             raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except FrameBridgeError:
+            raise
+        except Exception as error:
+            if is_first() or have_met():
+                # Nobody wants to repeat hours of training to see a traceback.
+                crash = output_dir / f"crash-rank{rank()}.txt"
+                lines = traceback.format_exc().split("\n")
+                crash.write_text("".join(f"{escaped(line)}\n" for line in lines), encoding="utf-8")
+                error.add_note(f" (traceback: {crash})")
+            raise
         _say_result(recipe)
 
 
@@ -94,10 +105,12 @@ def _say_result(recipe: Recipe) -> None:
         say(f"sample from it: {sample_line(recipe)}")
 
 
-def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[str]) -> None:
-    """Trains; the files that describe the run are in `staging` until nothing more can refuse it."""
+def _train(recipe: Recipe, output_dir: Path, private: Path, allowed: Collection[str]) -> None:
+    """Trains; the files that describe the run are written once nothing more can refuse it."""
     pin_downloads(recipe)
-    dataset_config = write_run_files(recipe, staging)
+    # What this process reads; a copy for others comes into the run's folder.
+    dataset_config = private / "dataset_config.json"
+    dataset_config.write_text(json.dumps(recipe.dataset_config()))
 
     with without_collection():
         from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
@@ -111,14 +124,10 @@ def _train(recipe: Recipe, output_dir: Path, staging: Path, allowed: Collection[
     args.logging_dir = str(output_dir / args.logging_dir)
 
     def publish() -> None:
-        names = {"recipe.yaml": "recipe-resumed.yaml"} if trainer.progress.step else {}
-        if is_first() and downloaded:
-            (staging / "downloads.json").write_text(json.dumps(downloaded, indent=2) + "\n")
-        # Every rank its own dataset_config.json, which all read.
-        for path in staging.iterdir():
-            path.replace(output_dir / names.get(path.name, path.name))
-        staging.rmdir()
-        args.dataset_config = str(output_dir / dataset_config.name)
+        if is_first():
+            write_run_files(recipe, output_dir, "recipe-resumed.yaml" if trainer.progress.step else "recipe.yaml")
+            if downloaded:
+                write_whole(output_dir / "downloads.json", json.dumps(downloaded, indent=2) + "\n")
 
     trainer = FrameBridgeTrainer(
         args,
@@ -178,17 +187,13 @@ def pin_downloads(recipe: Recipe) -> None:
         pin({})
 
 
-def write_run_files(recipe: Recipe, output_dir: Path) -> Path:
-    """Writes recipe, versions and the description of the data sets; returns the path of that."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if is_first():
-        (output_dir / "recipe.yaml").write_text(recipe.to_yaml())
-        versions = {"python": platform.python_version()}
-        versions |= {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
-        (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    path = output_dir / "dataset_config.json"
-    path.write_text(json.dumps(recipe.dataset_config(), indent=2) + "\n")
-    return path
+def write_run_files(recipe: Recipe, output_dir: Path, name: str = "recipe.yaml") -> None:
+    """Writes the recipe, by that name, the versions, and the description of the data sets."""
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in _VERSIONS_OF}
+    write_whole(output_dir / name, recipe.to_yaml())
+    write_whole(output_dir / "versions.json", json.dumps(versions, indent=2) + "\n")
+    write_whole(output_dir / "dataset_config.json", json.dumps(recipe.dataset_config(), indent=2) + "\n")
 
 
 def sample_line(recipe: Recipe) -> str:

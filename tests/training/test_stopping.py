@@ -161,6 +161,12 @@ def test_several_processes_agree_to_stop_and_a_hung_one_is_named(recipe_file, tm
     run = tmp_path / "run"
     options = (*LONG, "--nproc=2", "checkpoints.stop_on_sigusr1=true")
     with started(*command(recipe_file, run, *options)) as process:
+        wait_for((run / ".lock").is_file, process)
+        with started(*command(recipe_file, run, *options)) as second:
+            _, stderr = second.communicate(timeout=120)
+        assert second.returncode == 1
+        assert f"error: {run} is in use by process {ranks(process)[0]} on " in stderr
+        # Which has hurt nobody.
         wait_for(lambda: last_step(run) >= 2, process)
         assert set().union(*map(listening, ranks(process).values())) == {"0100007F"}
         process.send_signal(signal.SIGUSR1)
@@ -169,17 +175,8 @@ def test_several_processes_agree_to_stop_and_a_hung_one_is_named(recipe_file, tm
     first = last_step(run)
     assert f"stopped by SIGUSR1 after update {first}" in stderr
 
-    # One of them alone is told.
-    with started(*command(recipe_file, run, *options)) as process:
-        wait_for(lambda: last_step(run) > first + 1, process)
-        os.kill(ranks(process)[1], signal.SIGTERM)
-        _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143
-    second = last_step(run)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"step_{n:06d}" for n in (first, second)}
-
     with started(*command(recipe_file, run, *options, "parallelism.heartbeat_timeout=5")) as process:
-        wait_for(lambda: last_step(run) > second + 1, process)
+        wait_for(lambda: last_step(run) > first + 1, process)
         stopped = ranks(process)[1]
         os.kill(stopped, signal.SIGSTOP)
         _, stderr = process.communicate(timeout=120)
@@ -187,6 +184,59 @@ def test_several_processes_agree_to_stop_and_a_hung_one_is_named(recipe_file, tm
     assert f"error: rank 1 (process {stopped} on " in stderr
     assert "has shown no sign of life for" in stderr
     wait_for_end([stopped])
+
+    # What it has left holds up nobody. One of them alone is told.
+    (run / ".heartbeats/rank0.json").rename(run / ".heartbeats/rank2.json")
+    assert (run / ".lock").is_file()
+    (run / "metrics.jsonl").unlink()
+    with started(*command(recipe_file, run, *options)) as process:
+        wait_for(lambda: last_step(run) > first + 1, process)
+        os.kill(ranks(process)[1], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "waiting" not in stderr
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        f"step_{n:06d}" for n in (first, last_step(run))
+    }
+    assert [path.name for path in run.glob(".*")] == []
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_IMPORT"]:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException as error:
+                raise RuntimeError("an error that a library makes of it") from error
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_signal_at_the_start_ends_it_in_one_word(recipe_file, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGUSR1, 0)):
+        with started(*command(recipe_file, run, "--nproc=2", "checkpoints.stop_on_sigusr1=true")) as process:
+            wait_for(lambda: ranks(process), process)  # Python is hardly there
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stderr.split()) == (code, ["interrupted"] * 2)
+
+    # Python runs this file before anything else.
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT)
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    for module in ("framebridge_plugin.cli", "diffusers"):
+        monkeypatch.setenv("INTERRUPTED_IMPORT", module)
+        with started(*command(recipe_file, run)) as process:
+            _, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stderr) == (130, "interrupted\n")
+    assert list(run.iterdir()) == []
 
 
 def test_a_killed_process_is_started_again_by_torchrun_and_ends_with_the_same_bits(recipe_file, tmp_path):
