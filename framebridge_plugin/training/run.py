@@ -163,7 +163,12 @@ def refuse_start(recipe: Recipe) -> None:
     if recipe.tracking.report_to == "wandb" and not sys.stdin.isatty():  # in a terminal it asks
         import wandb
 
-        if wandb.setup().settings.mode in ("online", "run", "shared") and not wandb.login(prompt=False, verify=False):
+        try:
+            sends = wandb.setup().settings.mode in ("online", "run", "shared")
+            has_login = not sends or wandb.login(verify=False)
+        except wandb.errors.UsageError:  # there is none, and nobody to ask for it
+            has_login = False
+        if not has_login:
             raise UsageError(
                 "tracking.report_to: wandb has no login here; run `wandb login`, or set WANDB_MODE=offline to write "
                 "files that `wandb sync` sends later"
