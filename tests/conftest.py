@@ -15,6 +15,7 @@ os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 # Tests import diffusers directly, as a user's program would after importing this package.
 import framebridge_plugin  # noqa: E402, F401
+from framebridge_plugin import files  # noqa: E402
 
 LONGEST = (
     *("test_upstream_mixins.py", "test_conformance.py", "test_two_processes.py", "test_precompute.py"),
@@ -44,6 +45,14 @@ def _no_other_priority():
     before = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == before
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads_of_another_test():
+    """A process remembers what it took from the hub, and at which commit: it is one command."""
+    yield
+    files.downloaded.clear()
+    files.pin({})
 
 
 @pytest.fixture(autouse=True)
