@@ -205,16 +205,19 @@ def test_control_channel_concat_refuses_unknown_inputs():
 
 def test_adapter_keeps_its_type_beside_an_8_bit_layer(monkeypatch):
     name = "_move_adapter_to_device_of_base_layer"
-    monkeypatch.setattr(BaseTunerLayer, name, getattr(BaseTunerLayer, name))  # put back at the end
+    found = getattr(BaseTunerLayer, name)  # put back at the end; a run of this process may have changed it
+    monkeypatch.setattr(BaseTunerLayer, name, getattr(found, "__wrapped__", found))
 
-    def adapter_type() -> torch.dtype:
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(torch.float8_e4m3fn)
+    def adapter_type(stored: torch.dtype = torch.float8_e4m3fn) -> torch.dtype:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(stored)
         inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), model)
         return model[0].lora_A["default"].weight.dtype
 
     assert adapter_type() == torch.float8_e4m3fn
     patch_peft_move_adapter_to_device_of_base_layer()
     assert adapter_type() == torch.float32
+    # As what a pipeline opens in half precision later in this process.
+    assert adapter_type(torch.bfloat16) == torch.bfloat16
 
 
 @pytest.mark.parametrize("module", ["ltx_video", "wan"])

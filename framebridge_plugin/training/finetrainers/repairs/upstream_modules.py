@@ -86,10 +86,11 @@ def control_channel_concat(
 
 
 def patch_peft_move_adapter_to_device_of_base_layer() -> None:
-    """Makes peft keep an adapter's type when it moves the adapter to its base layer's device.
+    """Makes peft keep an adapter's type when it moves the adapter to the device of a base layer of 8 bits.
 
-    With layerwise upcasting the base layers are stored in 8 bits; peft would cast the adapter's weights to that
-    type as well, and training would start from weights that 8 bits have rounded.
+    With layerwise upcasting the base layers are stored so; peft would cast the adapter's weights to that type as well,
+    and training would start from weights that 8 bits have rounded. Beside other layers, such as those of a pipeline that
+    is opened later in the same process, peft does as ever.
     """
     from finetrainers.patches.utils import DisableTensorToDtype
     from peft.tuners import tuners_utils
@@ -101,7 +102,9 @@ def patch_peft_move_adapter_to_device_of_base_layer() -> None:
 
     @functools.wraps(original)
     def move(self: Any, *args: Any, **kwargs: Any) -> None:
-        with DisableTensorToDtype():
+        weight = getattr(self.get_base_layer(), "weight", None)
+        is_8_bit = weight is not None and weight.is_floating_point() and weight.element_size() == 1
+        with DisableTensorToDtype() if is_8_bit else contextlib.nullcontext():
             original(self, *args, **kwargs)
 
     layer._move_adapter_to_device_of_base_layer = move
