@@ -89,8 +89,8 @@ def patch_peft_move_adapter_to_device_of_base_layer() -> None:
     """Makes peft keep an adapter's type when it moves the adapter to the device of a base layer of 8 bits.
 
     With layerwise upcasting the base layers are stored so; peft would cast the adapter's weights to that type as well,
-    and training would start from weights that 8 bits have rounded. Beside other layers, such as those of a pipeline that
-    is opened later in the same process, peft does as ever.
+    and training would start from weights that 8 bits have rounded. Beside other layers, such as those of a pipeline
+    that is opened later in the same process, peft does as ever.
     """
     from finetrainers.patches.utils import DisableTensorToDtype
     from peft.tuners import tuners_utils
