@@ -190,7 +190,7 @@ def _convert_two_file_lora(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} is not for --from {TWO_FILE_LORA}; leave it out")
 
-    from framebridge_plugin.backbones.latte.conversion import convert_two_file_lora
+    from framebridge_plugin.backbones.cogvideox.conversion import convert_two_file_lora
 
     found = convert_two_file_lora(arguments.checkpoint, arguments.to)
     print_line(f"{found}: its input projection is now a layer of the LoRA file")

@@ -34,7 +34,11 @@ FORBIDDEN = {
         *("finetrainers", "datasets", "av", "decord", "wandb"),
         *("framebridge_plugin.backbones", "framebridge_plugin.models", "framebridge_plugin.data", *UPPER),
     ),
-    "models backbones": ("finetrainers", "datasets", "av", "decord", "wandb", "framebridge_plugin.data", *UPPER),
+    "models": (
+        *("finetrainers", "datasets", "av", "decord", "wandb"),
+        *("framebridge_plugin.backbones", "framebridge_plugin.data", *UPPER),
+    ),
+    "backbones": ("finetrainers", "datasets", "av", "decord", "wandb", "framebridge_plugin.data", *UPPER),
     "data": (
         *("finetrainers", "diffusers", "transformers", "accelerate", "peft", "decord", "wandb"),
         *("framebridge_plugin.backbones", "framebridge_plugin.models", "framebridge_plugin.schedulers", *UPPER),
@@ -49,7 +53,7 @@ FORBIDDEN = {
 
 ABOVE = ("training", "testing")
 """Layers that may import finetrainers."""
-CHAINS = (("settings", "bridge", "schedulers", "models backbones"), ("data", "training", "testing"), ("recipe",))
+CHAINS = (("settings", "bridge", "schedulers", "models", "backbones"), ("data", "training", "testing"), ("recipe",))
 """Layers that one process imports, in this order: what a later one must do without, no earlier one may have either."""
 
 BLOCK = """

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.backbones.encoding import encode_video
 from framebridge_plugin.backbones.sampling_loop import images_to_pixels
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames
 from framebridge_plugin.media import contact_sheet
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.training.objective import bridge_prediction
 
 HELDOUT_SCENE = "carphone_pristine"  # the scene of which nothing at all was trained on

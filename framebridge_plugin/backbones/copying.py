@@ -116,6 +116,12 @@ def link_run_copy(source: Path, destination: Path) -> dict[str, FileFacts]:
 # Whole or not there at all
 
 
+def check_is_free(folder: Path) -> None:
+    """Refuses a place for a new folder where something is already, other than an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FrameBridgeError(f"{folder.absolute()}: exists and is not an empty folder; choose another folder")
+
+
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A hidden folder to write into, which is put in the place of `folder` at the end, or goes if anything fails."""

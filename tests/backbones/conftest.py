@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.backbones.saving import save_model_folder
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from tests.tiny_models import LATTE_KINDS, make_tiny_cogvideox, make_tiny_latte
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
 from framebridge_plugin.backbones.copying import link_run_copy, link_tree, run_copy
 from framebridge_plugin.backbones.examination import SavedModel
@@ -20,7 +21,6 @@ from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import ModelSource, load_tokenizer, load_weights
 from framebridge_plugin.backbones.manifest import FileFacts, file_facts, read_manifest, write_manifest
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.widening import load_bridge_transformer
 from tests.cogvideox_files import write_model_folder
 
 

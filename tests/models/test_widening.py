@@ -11,10 +11,10 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
 from peft import LoraConfig
 
-from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
+from framebridge_plugin.backbones.cogvideox.adapter import call_transformer, load_bridge_transformer
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
-from framebridge_plugin.models.widening import load_bridge_transformer, widen_input_channels
+from framebridge_plugin.models.widening import widen_input_channels
 from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.tiny_wan import make_tiny_wan_network

@@ -14,13 +14,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
+from framebridge_plugin.backbones.cogvideox.adapter import call_transformer, load_bridge_transformer
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.folders import LORA_FILE, LORA_INFO_FILE
 from framebridge_plugin.backbones.manifest import MANIFEST_FILE
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.training import FrameBridgeTrainer
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox

@@ -13,8 +13,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
 from framebridge_plugin.training.objective import ObjectiveSettings

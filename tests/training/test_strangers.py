@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.backbones.examination import examine
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.latte.conversion import convert_reference_checkpoint
 from framebridge_plugin.cli import main
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training.bridge_runs import make_inputs, make_specification, run_trainer
 

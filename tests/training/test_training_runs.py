@@ -18,9 +18,9 @@ import torch
 import wandb
 import yaml
 
+from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.media import read_image, to_uint8
-from framebridge_plugin.models.widening import load_bridge_transformer
 from framebridge_plugin.randomness import derive_seed
 from tests.training.conftest import command_environment
 from tests.training.run_results import (

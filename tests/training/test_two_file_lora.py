@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
+from framebridge_plugin.backbones.cogvideox.adapter import call_transformer, load_bridge_transformer
 from framebridge_plugin.backbones.cogvideox.pipeline import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.backbones.folders import EXTRA_WEIGHTS_FILE, LORA_FILE, LORA_INFO_FILE
 from framebridge_plugin.cli import main
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.widening import load_bridge_transformer
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
 from tests.training.run_results import LORA
 

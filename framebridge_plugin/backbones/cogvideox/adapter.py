@@ -12,8 +12,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from transformers import T5EncoderModel, T5Tokenizer
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
-from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX
+from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX, INPUT_PROJECTION, config_problem
+from framebridge_plugin.backbones.loading import ModelSource, load_config, load_weights
+from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.calling import unrounded_time
+from framebridge_plugin.models.widening import widen_input_channels
 
 
 def call_transformer(
@@ -78,3 +81,30 @@ def _rotary_embedding(config: Any, latents_BTCHW: torch.Tensor) -> tuple[torch.T
         temporal_size=num_frames,
         device=latents_BTCHW.device,
     )
+
+
+def load_bridge_transformer(
+    pretrained_model_name_or_path: str, *, subfolder: str | None = None, **kwargs: Any
+) -> CogVideoXTransformer3DModel:
+    """Loads a CogVideoX transformer and widens it where that is needed.
+
+    Args:
+        pretrained_model_name_or_path: A folder or hub id: a whole CogVideoX model (with `subfolder="transformer"`),
+            plain or widened already, or a `transformer/` folder alone.
+        subfolder: The folder of the transformer inside a whole model.
+        **kwargs: Passed to diffusers' `from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
+
+    Returns:
+        A transformer with twice as many input as output channels.
+
+    Raises:
+        FrameBridgeError: If it is a CogVideoX 1.5, has another number of channels, or its weights lack a tensor.
+    """
+    source = pretrained_model_name_or_path
+    model = ModelSource(source, hub={name: kwargs.pop(name) for name in ("revision", "cache_dir") if name in kwargs})
+    place, expected = (source, subfolder or ""), "a CogVideoX model in diffusers format, or its transformer/ alone"
+    config = load_config(CogVideoXTransformer3DModel, model, place, expected)
+    if problem := config_problem("transformer", config):  # before a long download
+        raise FrameBridgeError(f"{source} {problem}")
+    transformer = load_weights(CogVideoXTransformer3DModel, "transformer", model, place, expected, **kwargs)
+    return widen_input_channels(transformer, INPUT_PROJECTION)
