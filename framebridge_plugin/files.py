@@ -70,6 +70,15 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def writing_problem(folder: Path) -> str | None:
+    """Why a folder cannot be written into, or made."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return f"{existing} is a file: name another folder"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the errors of a disk within the block into a `FrameBridgeError` that says what cannot be written."""

@@ -128,15 +128,6 @@ def two_file_problem(folder: Path) -> str | None:
     return f"{folder} is a LoRA in the two files of an earlier version; make one of them first: {command}"
 
 
-def writing_problem(folder: Path) -> str | None:
-    """Why a folder cannot be written into, or made."""
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not existing.is_dir():
-        return f"{existing} is a file: name another folder"
-    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
-
-
 def place_problem(path: Path) -> str | None:
     """Why a path is not the folder of a model or of a component."""
     if not path.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from framebridge_plugin.backbones.copying import copy_file, written_whole
 from framebridge_plugin.backbones.files import safetensors_header
-from framebridge_plugin.backbones.folders import backbone_of, writing_problem
+from framebridge_plugin.backbones.folders import backbone_of
 from framebridge_plugin.backbones.manifest import (
     AVERAGE_FILE,
     MANIFEST_FILE,
@@ -26,6 +26,7 @@ from framebridge_plugin.backbones.manifest import (
 )
 from framebridge_plugin.backbones.tensor_files import read_tensors, write_tensors
 from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import writing_problem
 
 
 def export_checkpoint(run: Path, to: Path, *, step: int | None = None, average: bool | None = None) -> str:

@@ -11,12 +11,11 @@ from pydantic import ValidationError
 
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts
-from framebridge_plugin.backbones.folders import writing_problem
 from framebridge_plugin.backbones.manifest import folder_problem
 from framebridge_plugin.commands.sample_model import examine_model
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.errors import UsageError, say
-from framebridge_plugin.files import local_path, why_no_file
+from framebridge_plugin.files import local_path, why_no_file, writing_problem
 from framebridge_plugin.media import read_image
 from framebridge_plugin.settings.sampling import SamplerSection, SampleSection
 

@@ -11,14 +11,13 @@ from typing import Any
 
 from framebridge_plugin.backbones.facts import ClipRule
 from framebridge_plugin.backbones.files import read_json
-from framebridge_plugin.backbones.folders import writing_problem
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.layouts import find_clips
 from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, TextError, csv_files, read_table
 from framebridge_plugin.data.ucf101_classes import read_split, split_list
 from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import is_web_address, local_path, why_no_file
+from framebridge_plugin.files import is_web_address, local_path, why_no_file, writing_problem
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, escaped
-from framebridge_plugin.files import local_path
+from framebridge_plugin.files import is_web_address, local_path
 from framebridge_plugin.recipe.schema import Recipe
 
 SENT, FETCHED, WRITTEN = "sends", "reads from the network", "writes outside output_dir"
@@ -53,7 +53,7 @@ def _fetched(recipe: Recipe) -> Iterator[str]:
         yield f"{where}: {name}{revision}, from the hub, unless its cache has it"
     for number, row in enumerate(_validation_rows(recipe), start=1):
         for name in ("image_path", "video_path"):
-            if str(row.get(name)).startswith("http"):
+            if is_web_address(str(row.get(name))):
                 yield f"validation.validation_dataset_file: row {number}: {row[name]}"
 
 

@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from framebridge_plugin.backbones.folders import writing_problem
-from framebridge_plugin.files import foreign_entry
+from framebridge_plugin.files import foreign_entry, writing_problem
 from framebridge_plugin.recipe.data_rules import content_problems, data_problems, validation_problems
 from framebridge_plugin.recipe.model_rules import RecipeModel
 from framebridge_plugin.recipe.problem import Problem
