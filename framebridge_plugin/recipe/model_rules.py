@@ -46,14 +46,17 @@ class RecipeModel:
     @functools.cached_property
     def scratch_config(self) -> Config | None:
         """What is known of the config of a network from scratch; None for a trained one."""
-        return self._scratch_config(data_clip_shape(self.recipe), data_class_names(self.recipe))
+        return self._scratch_config(of_data=True)
 
-    def _scratch_config(
-        self, clip_shape: tuple[int, int, int] | None = None, class_names: list[str] | None = None
-    ) -> Config | None:
+    @functools.cached_property
+    def _data_classes(self) -> list[str] | None:
+        return data_class_names(self.recipe)
+
+    def _scratch_config(self, *, of_data: bool) -> Config | None:
         size, make = self.recipe.framebridge.latte_size, self.facts.scratch_config
         if not self.recipe.is_from_scratch or make is None or size is None:
             return None
+        clip_shape, class_names = (data_clip_shape(self.recipe), self._data_classes) if of_data else (None, None)
         return make(size, self.saved.configs["vae"], clip_shape, class_names, frozenset(self.saved.parts))
 
     @property
@@ -64,7 +67,7 @@ class RecipeModel:
     @property
     def clip_rule(self) -> ClipRule:
         """Which clips it can be trained on."""
-        if (config := self._scratch_config()) is not None:
+        if (config := self._scratch_config(of_data=False)) is not None:
             return self.facts.clip_rule(self.saved.configs["vae"], config)
         return self.saved.clip_rule
 
@@ -79,7 +82,7 @@ class RecipeModel:
         """The classes that it knows; None for a model of text, and one that is not to be seen."""
         if not self.recipe.is_from_scratch:
             return self.saved.known_classes
-        names = data_class_names(self.recipe)
+        names = self._data_classes
         return None if names is None else KnownClasses(len(names), tuple(names))
 
     @property
@@ -102,8 +105,8 @@ class RecipeModel:
 
     def _class_problems(self) -> Iterator[Problem]:
         """That a trained network does not know a class of the data."""
-        names = data_class_names(self.recipe) if self.known_classes else None
-        problems = [problem for name in names or () if (problem := self.caption_problem(name))]
+        names, problem_of = self._data_classes if self.known_classes else None, self.caption_problem
+        problems = [problem for name in names or () if (problem := problem_of(name))]
         if problems:
             where = "dataset.dataset_config" if self.recipe.framebridge.data is None else "framebridge.data.class_root"
             more = f" (and {len(problems) - 1} more of the data)" if len(problems) > 1 else ""
