@@ -223,8 +223,8 @@ class TextBridgePipeline(BridgePipeline):
             "negative_prompt_embeds": negative_prompt_embeds,
             **embeds,
         }
-        checked = inspect.signature(self.check_inputs).parameters
-        self.check_inputs(**{name: value for name, value in given.items() if name in checked})
+        taken = inspect.signature(self.check_inputs).parameters
+        self.check_inputs(**{name: value for name, value in given.items() if name in taken})
         self._attention_kwargs = attention_kwargs
         device = self._execution_device
 
