@@ -10,6 +10,7 @@ import torch
 from framebridge_plugin.backbones.latte.reference_checkpoints import read_reference_checkpoint
 from framebridge_plugin.models.latte import LatteTransformer
 from tests.reference_vectors import load_vectors
+from tests.tiny_models import latte_config
 
 HEADS = 4
 STAGES = ("bridge", "bridge_neural_prior", "nwarp")
@@ -34,3 +35,17 @@ def reference_network(stage: str, folder: Path) -> LatteTransformer:
     network = LatteTransformer(**read.config)
     network.load_state_dict(read.state_dict)
     return network
+
+
+def full_size_network(stage: str) -> LatteTransformer:
+    """Return a network from scratch of the size that the authors trained, S/2 on UCF-101."""
+    config = latte_config(
+        "S/2",
+        sample_height=32,
+        sample_width=32,
+        num_frames=16,
+        num_classes=101,
+        takes_neural_prior=stage == "bridge_neural_prior",
+        stage="neural_prior" if stage == "nwarp" else "bridge",
+    )
+    return LatteTransformer.from_scratch(config, seed=0)

@@ -15,9 +15,8 @@ import torch
 from framebridge_plugin.backbones.latte.reference_checkpoints import read_reference_checkpoint
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
-from tests.latte_reference import HEADS, STAGES, reference_weights, write_checkpoint
+from tests.latte_reference import HEADS, STAGES, full_size_network, reference_weights, write_checkpoint
 from tests.reference_vectors import DATA
-from tests.tiny_models import latte_config
 
 SHARED = {
     "num_layers": 4,
@@ -117,16 +116,7 @@ def test_full_size_checkpoints(tmp_path, stage):
     weights[f"{prefix}temp_embed"] = temporal_positions(shapes[f"{prefix}temp_embed"][1], 384)[None]
     checkpoint = read_reference_checkpoint(write_checkpoint(tmp_path / "checkpoint.pt", weights))
     (network,) = checkpoint.networks.values()
-    config = latte_config(
-        "S/2",
-        sample_height=32,
-        sample_width=32,
-        num_frames=16,
-        num_classes=101,
-        takes_neural_prior=stage == "bridge_neural_prior",
-        stage="neural_prior" if stage == "nwarp" else "bridge",
-    )
-    expected = LatteTransformer.from_scratch(config, seed=0)
+    expected = full_size_network(stage)
     assert network.config == {name: expected.config[name] for name in network.config}
     assert {name: tensor.shape for name, tensor in network.state_dict.items()} == {
         name: tensor.shape for name, tensor in expected.state_dict().items()

@@ -11,9 +11,8 @@ import torch
 from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.sampling_loop import guide
 from framebridge_plugin.models.latte import LatteTransformer, spatial_positions, temporal_positions
-from tests.latte_reference import STAGES, reference_network
+from tests.latte_reference import STAGES, full_size_network, reference_network
 from tests.reference_vectors import DATA, load_vectors, relative_error
-from tests.tiny_models import latte_config
 
 TOLERANCE = 1e-5
 VECTORS, DESCRIPTION = load_vectors("latte_model")
@@ -126,16 +125,7 @@ def test_positions():
 @pytest.mark.parametrize("stage", STAGES)
 def test_s2_at_full_size_has_the_weights_of_the_reference(stage):
     reference = json.loads((DATA / "latte_s2_keys.json").read_text())["stages"][stage]
-    config = latte_config(
-        "S/2",
-        sample_height=32,
-        sample_width=32,
-        num_frames=16,
-        num_classes=101,
-        takes_neural_prior=stage == "bridge_neural_prior",
-        stage="neural_prior" if stage == "nwarp" else "bridge",
-    )
-    transformer = LatteTransformer.from_scratch(config, seed=0)
+    transformer = full_size_network(stage)
     shapes: dict[str, list[int]] = {}
     for name, tensor in transformer.state_dict().items():
         theirs = their_name(name)
