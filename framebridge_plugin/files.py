@@ -18,6 +18,7 @@ from framebridge_plugin.processes import is_first
 
 MAX_DOWNLOAD_BYTES = 2**30
 _TIMEOUT_S = 60.0
+_MOST_LEVELS = 50  # of JSON
 
 
 class NotRegularError(OSError):
@@ -61,6 +62,17 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"a whole number of {len(text)} digits is too long to be read") from None
+
+
+def check_depth(content: Any) -> None:
+    """A ValueError for what JSON says, if it is nested so deeply that nobody could walk through it."""
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [value for values in nodes for value in values]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.files import leads_out, whole_number
+from framebridge_plugin.files import check_depth, leads_out, whole_number
 
 Reader = Callable[[Path], dict[str, Any]]
 """`read_json`, or one that remembers what it has read."""
 
 _JSON_BYTES = 64 * 2**20  # the largest that is needed, a tokenizer of 256,000 pieces, has 17 MiB
 _HEADER_BYTES = 16 * 2**20  # safetensors allows 100 MB; 100 bytes for each of 10,000 tensors make one
-_JSON_DEPTH = 50
 _LARGEST_NUMBER = 10**7
 _QUANTIZERS = ("bitsandbytes", "torchao", "quanto")  # others fetch kernels from the hub
 COMPONENT_FILES = (
@@ -109,12 +108,7 @@ def parse_json(text: str | bytes) -> Any:
         content = json.loads(text, parse_int=whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [content]
-    for _ in range(_JSON_DEPTH):
-        nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
-        level = [value for values in nodes for value in values]
-    if level:
-        raise ValueError("it is nested too deeply")
+    check_depth(content)
     return content
 
 

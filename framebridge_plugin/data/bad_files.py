@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from framebridge_plugin.data.tables import parse_json, read_text, text_lines
+from framebridge_plugin.data.tables import read_json, text_lines
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.files import write_whole, writing
 from framebridge_plugin.processes import of_all_ranks
@@ -66,7 +66,7 @@ def load_bad_file_policy(path: str | os.PathLike[str]) -> BadFilePolicy:
         UsageError: A key or value is wrong.
         FrameBridgeError: The file cannot be read.
     """
-    return bad_file_policy(parse_json(read_text(Path(path)), str(path)), str(path))
+    return bad_file_policy(read_json(Path(path)), str(path))
 
 
 def bad_file_policy(content: Any, where: str) -> BadFilePolicy:

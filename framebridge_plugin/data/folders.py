@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from framebridge_plugin.data.clips import ClipSettings
 from framebridge_plugin.data.decoding.decoders import load_decoder
 from framebridge_plugin.data.layouts import find_clips, local_data_root
-from framebridge_plugin.data.tables import parse_json, read_text
+from framebridge_plugin.data.tables import read_json
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
 from framebridge_plugin.errors import UsageError, escaped, get_logger
@@ -138,7 +138,7 @@ def load_dataset_config(path: str | os.PathLike[str]) -> list[tuple[ClipIndex, C
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is not an existing file")
-    return index_datasets(parse_json(read_text(path), str(path)), str(path))
+    return index_datasets(read_json(path), str(path))
 
 
 def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettings]]:

@@ -20,7 +20,7 @@ from framebridge_plugin.data.listing import (
 from framebridge_plugin.data.tables import (
     MAX_LINE,
     check_header,
-    parse_json,
+    read_json,
     read_json_lines,
     read_lines,
     read_table,
@@ -117,7 +117,7 @@ def _read_metadata(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix.lower() == ".jsonl":
         records = read_json_lines(path)
     else:
-        content = parse_json(read_text(path), str(path))
+        content = read_json(path)
         if not isinstance(content, list):
             raise FrameBridgeError(f"{path} must be a list of objects with file_name and caption")
         records = [(f"{path}: entry {number}", record) for number, record in enumerate(content)]

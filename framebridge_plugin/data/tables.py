@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import check_within, open_regular, whole_number
+from framebridge_plugin.files import check_depth, check_within, open_regular, whole_number
 
 WEBVID_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 OPTIONAL_WEBVID_COLUMNS = ("contentUrl", "duration", "page_dir")
@@ -239,6 +239,7 @@ def parse_json(text: str, where: str) -> Any:
     """Parse JSON; `UsageError`, with where it stands, if it is none, or holds text that is not Unicode."""
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles, parse_int=whole_number)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is no valid JSON: {error}") from error
     for escape in _ESCAPES.finditer(text) if r"\ud" in text.lower() else ():
@@ -255,6 +256,11 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {name!r} stands twice in one object")
         found[name] = value
     return found
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that is one JSON value, as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path), str(path))
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:

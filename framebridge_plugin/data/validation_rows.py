@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from framebridge_plugin.data.tables import MAX_TEXT, TextError, check_header, parse_json, read_text, table_rows
+from framebridge_plugin.data.tables import MAX_TEXT, TextError, check_header, read_json, table_rows
 from framebridge_plugin.errors import in_one_line
 from framebridge_plugin.files import open_regular
 
@@ -28,7 +28,7 @@ def read_validation_rows(path: Path) -> list[dict[str, Any]]:
             for _, row in rows
         ]
     if suffix == ".json":
-        content = parse_json(read_text(path), str(path))
+        content = read_json(path)
         rows_of_json = content.get("data") if isinstance(content, dict) else None
         if not isinstance(rows_of_json, list) or not all(isinstance(row, dict) for row in rows_of_json):
             raise TextError(f"{path} should hold an object with a list 'data' of objects")

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from framebridge_plugin.backbones.facts import ClipRule
-from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.data.class_folders import class_names
 from framebridge_plugin.data.layouts import find_clips
-from framebridge_plugin.data.tables import OPTIONAL_WEBVID_COLUMNS, WEBVID_COLUMNS, TextError, csv_files, read_table
+from framebridge_plugin.data.tables import (
+    OPTIONAL_WEBVID_COLUMNS,
+    WEBVID_COLUMNS,
+    TextError,
+    csv_files,
+    read_json,
+    read_table,
+)
 from framebridge_plugin.data.ucf101_classes import read_split, split_list
 from framebridge_plugin.data.validation_rows import VALIDATION_SUFFIXES, read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError

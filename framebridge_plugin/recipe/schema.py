@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
-from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.starting import find_start, goes_on
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.data.tables import read_json
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.files import local_path
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
@@ -126,7 +126,7 @@ class Recipe(Section):
             else it is what the file `dataset.dataset_config` holds.
 
         Raises:
-            ValueError: If the recipe names no data, or that file is no JSON.
+            ValueError: If the recipe names no data, or that file is no JSON object, or has a key twice.
         """
         bad_files = self.framebridge.bad_files.model_dump(exclude_none=True)
         if "quarantine_file" in bad_files:
@@ -135,7 +135,10 @@ class Recipe(Section):
         if data is None:
             if self.dataset.dataset_config is None:
                 raise ValueError("the recipe names no data: give framebridge.data, or dataset.dataset_config")
-            return {"bad_files": bad_files} | read_json(Path(self.dataset.dataset_config))
+            content = read_json(Path(self.dataset.dataset_config))
+            if not isinstance(content, dict):
+                raise UsageError(f"{self.dataset.dataset_config} should hold a JSON object")
+            return {"bad_files": bad_files} | content
         entry: dict[str, Any] = {"dataset_type": "video"}
         paths = {name: getattr(data, name) for name in ("data_root", "class_root", "splits_dir", "csv", "video_root")}
         entry |= {key: _absolute(path) for key, path in paths.items() if path is not None}

@@ -93,13 +93,15 @@ def test_dataset_json(minimal, tmp_path):
         (json.dumps({"datasets": [entry | {"video_resolution_buckets": [[16, 64, 96]]}]}), "8 k + 1"),
         (json.dumps({"datasets": []}), "no data sets in it"),
         (json.dumps({"datasets": [entry | {"frame_strid": 3}]}), "did you mean 'frame_stride'"),
-        ("[]", "should hold a JSON object"),
-        ('{"datasets', "not readable JSON"),
+        ("[]", "no data sets in it"),
+        ('{"datasets', "is no valid JSON"),
+        ('{"datasets": [], "datasets": []}', "the key 'datasets' stands twice in one object"),
+        ('{"datasets": ' + 60 * "[" + 60 * "]" + "}", "it is nested too deeply"),
     ):
         table.write_text(content)
         assert message in problems_of(minimal, *use_table)[0]
     table.unlink()
-    assert "data.json is missing" in problems_of(minimal, *use_table)[0]
+    assert "data.json cannot be read: No such file" in problems_of(minimal, *use_table)[0]
 
 
 def test_decoders(minimal):
