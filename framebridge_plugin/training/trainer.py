@@ -1,4 +1,4 @@
-"""The trainer: finetrainers' SFTTrainer with a loop that resumes exactly, on any number of processes.
+"""The trainer: finetrainers' SFTTrainer, which prepares a run for a loop (`loop.py`) that resumes exactly.
 
 finetrainers prepares models, parallelism, optimizer and precomputation. What is ours is what it gets wrong (see
 docs/finetrainers.md): the order of the data and every random draw are computed from (seed, step, place in the update),
@@ -9,9 +9,7 @@ training, and checkpoints are whole or not there. It averages the weights too, i
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,19 @@ import torch
 from finetrainers.config import TrainingType
 from finetrainers.trainer import SFTTrainer
 from peft import get_peft_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.copying import link_tree, written_whole
-from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
-from framebridge_plugin.errors import FinishedRunError, FrameBridgeError, UsageError, say
-from framebridge_plugin.progress import Progress
-from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.errors import FinishedRunError, UsageError, say
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
-from framebridge_plugin.training.loading import explained_reading_errors
+from framebridge_plugin.training.loop import TrainingLoop
 from framebridge_plugin.training.metrics import MetricsLogger
-from framebridge_plugin.training.objective import draw_index
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.rates import rate_schedule
@@ -44,7 +37,7 @@ from framebridge_plugin.training.refusals import refuse_unsupported
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run_identity import check_run, note_changes, write_run
 from framebridge_plugin.training.specification import BridgeSpecification
-from framebridge_plugin.training.stopping import StoppedReadingError, Stopping
+from framebridge_plugin.training.stopping import Stopping
 from framebridge_plugin.training.trackers import OptionalTracker
 from framebridge_plugin.training.validation import check_samples, validate
 
@@ -96,11 +89,9 @@ class FrameBridgeTrainer(SFTTrainer):
         self._validation_samples: list[dict[str, Any]] = []
         self._validated = True
         super().__init__(args, model_specification)
-        world_size, backend = self._data_world_size, self.state.parallel_backend
-        self._stopping = Stopping(world_size, backend.device)
-        self._beats = heartbeats_of(args, backend.rank, world_size)
-        # The first update compiles kernels, and may take longer than others.
-        self._reading_counts = False
+        world_size, backend = self.data_world_size, self.state.parallel_backend
+        self.stopping = Stopping(world_size, backend.device)
+        self.beats = heartbeats_of(args, backend.rank, world_size)
 
     def run(self) -> None:
         """Trains, and uploads the result if that is wanted.
@@ -225,118 +216,21 @@ class FrameBridgeTrainer(SFTTrainer):
         settings = f"```\n{json.dumps(self._get_training_info(), indent=2, default=str)}\n```"
         with (
             signals.deferred(),
-            self._beats,
+            self.beats,
             MetricsLogger(
                 self._output_dir, enabled=self._is_main_process, first_step=self.progress.step, settings=settings
             ) as metrics,
         ):
-            checkpoint = self._train_to_the_end(metrics)
-            if not self._stopping.agreed():
+            batches = self._batches()
+            self.model_specification.clip_rate = batches.clip_rate
+            checkpoint = TrainingLoop(self, batches, metrics).run()
+            if not self.stopping.agreed():
                 self._publish(checkpoint)
-                self._validated = self._validate(self.progress.step, metrics, final_validation=True)
-            with self._beats.at_leisure("waiting for the last checkpoint"):
+                self._validated = self.validate(self.progress.step, metrics, final=True)
+            with self.beats.at_leisure("waiting for the last checkpoint"):
                 backend.wait_for_everyone()
         backend.destroy()
-        self._stopping.raise_if_stopped(self.progress.step, checkpoint)
-
-    def _train_to_the_end(self, metrics: MetricsLogger) -> Path:
-        """Makes the updates; returns the checkpoint of the last one."""
-        args, backend, progress = self.args, self.state.parallel_backend, self.progress
-        clips_per_update = args.batch_size * args.gradient_accumulation_steps * self._data_world_size
-        self.transformer.train()
-        batches = self._batches()
-        self.model_specification.clip_rate = batches.clip_rate
-        saved_step = progress.step or None
-        progress_bar = Progress(
-            args.train_steps, "Training", initial=progress.step, unit="update", disable=not backend.is_main_process
-        )
-        with explained_reading_errors(), progress_bar:
-            while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
-                step, started = progress.step + 1, time.monotonic()
-                learning_rate = float(self.optimizer.param_groups[0]["lr"])
-                try:
-                    loss, grad_norm = self._update(batches, step)
-                except StoppedReadingError:
-                    break
-                self.checkpointer.mark_finite()
-                self._reading_counts = not args.enable_precomputation
-                progress.step = step
-                progress.samples_seen += clips_per_update
-
-                speed = clips_per_update / (time.monotonic() - started)
-                progress_bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", clips_per_s=f"{speed:.2f}")
-                progress_bar.update()
-                if step % args.logging_steps == 0:
-                    numbers = {
-                        "loss": loss,
-                        "grad_norm": grad_norm,
-                        "lr": learning_rate,
-                        "samples_per_second": speed,
-                        "samples_seen": progress.samples_seen,
-                        "bad_files": batches.bad_files.count(),
-                    }
-                    metrics.log(step, numbers)
-                    backend.log(numbers, step=step)
-                if args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0:
-                    self._save()
-                    saved_step = step
-                if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
-                    self._validate(step, metrics)
-                    self._stopping.agreed()
-                if self._stopping.number is not None:
-                    break
-        signals.end_workers()
-        if saved_step == progress.step:
-            return step_folder(self.checkpointer.root, progress.step)
-        return self._save() if progress.step else self.checkpointer.root
-
-    def _save(self) -> Path:
-        with self._beats.at_leisure("saving"):
-            return self.checkpointer.save(self.progress)
-
-    def _update(self, batches: TrainingBatches, step: int) -> tuple[float, float]:
-        """Makes one update; returns its loss, and the norm of its gradient before clipping."""
-        args = self.args
-        loss = self._accumulate_gradients(batches, step)
-        clips = step > args.framebridge_trainer.max_grad_norm_start_step
-        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm if clips else math.inf)
-        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FrameBridgeError(
-                f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. Resume "
-                f"from the last checkpoint in {self.checkpointer.root} with a lower learning rate, or in float32"
-            )
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update(step)
-        return loss, grad_norm
-
-    def _accumulate_gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> float:
-        """Adds up the gradients of one update; returns the mean loss over its batches and all ranks."""
-        args, device = self.args, self.state.parallel_backend.device
-        total = torch.zeros((), device=device)
-        for micro_step in range(args.gradient_accumulation_steps):
-            self._beats.mark(f"reading clips for update {step}", counts=self._reading_counts)
-            conditions, latents = next(batches)
-            self._beats.mark(f"computing update {step}", counts=self._reading_counts)
-            # The places in the update of this batch's samples, as `ClipStream` hands them out.
-            first = micro_step * args.batch_size
-            places = [(first + i) * self._data_world_size + self._data_rank for i in range(args.batch_size)]
-            draws = [torch.Generator(device).manual_seed(derive_seed("draws", args.seed, step, p)) for p in places]
-            # Dropout inside a network draws for a whole batch, from torch's global generator.
-            torch.manual_seed(derive_seed("network", args.seed, step, places[0]))
-            index = draw_index(self.scheduler, draws)
-            with self.attention_provider_ctx(training=True):
-                prediction, target = self.model_specification.loss_terms(
-                    self.transformer, self.scheduler, conditions, latents, index, draws
-                )
-                loss = torch.nn.functional.mse_loss(prediction, target) / args.gradient_accumulation_steps
-                loss.backward()
-            total += loss.detach()
-        return self._stopping.mean(total)
+        self.stopping.raise_if_stopped(self.progress.step, checkpoint)
 
     def _batches(self) -> TrainingBatches:
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
@@ -347,12 +241,12 @@ class FrameBridgeTrainer(SFTTrainer):
             self._datasets,
             self._prepare_data,
             backend=self.state.parallel_backend,
-            data_rank=self._data_rank,
-            data_world_size=self._data_world_size,
+            data_rank=self.data_rank,
+            data_world_size=self.data_world_size,
             samples_seen=self.progress.samples_seen,
             store=self._store,
             # All ranks read the same number of clips; those of one update are read to its end.
-            stop=self._stopping.agreed if self.args.enable_precomputation else None,
+            stop=self.stopping.agreed if self.args.enable_precomputation else None,
         )
 
     def _publish(self, checkpoint: Path) -> None:
@@ -381,17 +275,20 @@ class FrameBridgeTrainer(SFTTrainer):
 
     # Validation
 
-    def _validate(self, step: int, metrics: MetricsLogger, final_validation: bool = False) -> bool:
+    def validate(self, step: int, metrics: MetricsLogger, *, final: bool = False) -> bool:
+        """Samples the validation set; whether that went well, the same on every rank."""
         samples = self._validation_samples
-        with self._beats.at_leisure("validating"):
-            return not samples or validate(self, samples, step, metrics, final=final_validation)
+        with self.beats.at_leisure("validating"):
+            return not samples or validate(self, samples, step, metrics, final=final)
 
     # Who reads which data
 
     @property
-    def _data_world_size(self) -> int:
+    def data_world_size(self) -> int:
+        """How many ranks read clips of their own."""
         return self.args.dp_degree * self.args.dp_shards
 
     @property
-    def _data_rank(self) -> int:
+    def data_rank(self) -> int:
+        """The place of this one among them."""
         return self.state.parallel_backend.rank

@@ -102,10 +102,10 @@ def _sample(trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], label: s
             fps=specification.clip_rate or DEFAULT_FPS,
             label=label,
             seed=args.seed,
-            rank=trainer._data_rank,
-            world_size=trainer._data_world_size,
+            rank=trainer.data_rank,
+            world_size=trainer.data_world_size,
             # The ranks of a sharded network go through it together, the others each for itself.
-            stop=trainer._stopping.agreed if args.dp_shards > 1 else _is_told_to_stop,
+            stop=trainer.stopping.agreed if args.dp_shards > 1 else _is_told_to_stop,
             interruptible=trainer.transformer if args.dp_shards == 1 else None,
         )
     finally:
