@@ -1,0 +1,84 @@
+"""What a computation takes of memory, found by making it with tensors that have a shape and no data.
+
+Needs torch alone. The figures are those of PyTorch's allocator: what it lays by, and the scratch of convolution
+libraries, come on top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the memory of the tensors that are made inside it, of whatever device; those from before do not count.
+
+    Attributes:
+        live: Bytes of those that are still there.
+        peak: The most bytes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Makes a call of an operator, and counts what it allocated."""
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            place = storage._cdata
+            if place in before or place in self._sizes:  # a view, or computed in place
+                continue
+            self._sizes[place] = storage.nbytes()
+            self.live += self._sizes[place]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, place)
+        return result
+
+    def _freed(self, place: int) -> None:
+        self.live -= self._sizes.pop(place)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def without_data(dtype: torch.dtype) -> Iterator[None]:
+    """Inside it tensors have shapes alone; those whose type is not said, as a module's weights, have `dtype`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have on a device; for a CPU of the main memory, within its control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch has laid by is its own.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit, or another system
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(counts["inactive_file"])))
+    return free
