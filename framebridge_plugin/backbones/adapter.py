@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from framebridge_plugin.backbones.encoding import add_pixel_noise, encode_video
+from framebridge_plugin.backbones.encoding import add_pixel_noise, decode_video, encode_video
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import (
@@ -66,6 +66,8 @@ class BackboneAdapter:
     still_is_constant: ClassVar[bool] = False
     """Whether the latents of a still video are those of one frame, repeated over time: the autoencoder's time axis is
     padded with the first frame."""
+    largest_whole_frame: ClassVar[float] = 256 * 256
+    """Pixels of a frame up to which videos are decoded whole, above by tiles, where nobody says otherwise."""
     setting_names: tuple[str, ...] = ()
     """Its own settings, by the names that a specification takes them under."""
     predicts_video: ClassVar[bool] = False
@@ -214,6 +216,11 @@ class BackboneAdapter:
         """Latents of videos in which nothing moves, [B, T, C, h, w], or [B, 1, C, h, w] where that is the same."""
         frames = 1 if cls.still_is_constant else num_frames
         return encode_video(vae, image_BCHW.unsqueeze(1).expand(-1, frames, -1, -1, -1), device)
+
+    @classmethod
+    def decode(cls, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
+        return decode_video(vae, latents)
 
     def encoding_facts(self) -> dict[str, Any]:
         """What `encode_clip` and `encode_caption` depend on besides clip, caption, seeds and precisions."""

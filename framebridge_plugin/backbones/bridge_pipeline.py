@@ -13,16 +13,17 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.utils import BaseOutput
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
-from framebridge_plugin.backbones.encoding import decode_video
+from framebridge_plugin.backbones.encoding import tiles
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import working_backbones
 from framebridge_plugin.backbones.loading import A_MODEL, loading
 from framebridge_plugin.backbones.manifest import MANIFEST_FILE
 from framebridge_plugin.backbones.opening import HUB_SETTINGS, find_model, load_components, load_lora
-from framebridge_plugin.backbones.sampling_loop import check_scheduler, sample_latents
+from framebridge_plugin.backbones.sampling_loop import InParts, check_scheduler, sample_latents
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.media import DEFAULT_FPS
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -51,6 +52,8 @@ class BridgePipeline:
     video_processor: Any
     maybe_free_model_hooks: Any
     _execution_device: Any
+    last_batch_size: int
+    """Rows of a call of the network in the last call of the pipeline: fewer than asked for where memory ended."""
 
     def _set_up(self, components: Mapping[str, Any], fps: float | None, **settings: Any) -> None:
         """Checks the components, and keeps the settings of a call."""
@@ -150,17 +153,23 @@ class BridgePipeline:
 
         return {**classes, name: load_network}
 
-    def _result(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> Any:
+    def _result(self, latents: torch.Tensor, output_type: str, return_dict: bool, tiling: str) -> Any:
         """What a call returns."""
         video: Any = latents
         if output_type != "latent":
-            video = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=output_type)
+            pixels = self.decode_latents(latents, tiling)
+            video = self.video_processor.postprocess_video(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return self.output_class(frames=video) if return_dict else (video,)
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
-        return decode_video(self.vae, latents)
+    def decode_latents(self, latents: torch.Tensor, tiling: str = "auto") -> torch.Tensor:
+        """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W], a video at a time;
+        `tiling` as in a call.
+        """
+        height, width = (size * self.video_processor.config.vae_scale_factor for size in latents.shape[-2:])
+        large = height * width > self.adapter.largest_whole_frame
+        with tiles(self.vae, tiling == "on" or (tiling == "auto" and (large or self.vae.use_tiling))):
+            return self.adapter.decode(self.vae, latents)
 
     def _denoise(
         self,
@@ -172,6 +181,7 @@ class BridgePipeline:
         *,
         guidance_scale: float,
         network_settings: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
         **loop: Any,
     ) -> torch.Tensor:
         """The sampling loop: what a call runs between encoding and decoding, see `sample_latents`."""
@@ -181,5 +191,18 @@ class BridgePipeline:
             conditions = {name: torch.cat([negative_conditions[name], value]) for name, value in conditions.items()}
             image_latents, end = torch.cat([image_latents] * 2), torch.cat([prior] * 2)
         call = {**self.adapter.call_settings(self.config.fps), **(network_settings or {})}
-        bound = self.adapter.bind(network, conditions, image_latents, end, **call)
-        return sample_latents(self, bound, prior, guidance_scale=guidance_scale, **loop)
+        parts = InParts(
+            lambda part: self.adapter.bind(
+                network,
+                {name: value[part] for name, value in conditions.items()},
+                image_latents[part],
+                end[part],
+                **call,
+            ),
+            len(end),
+            batch_size,
+            may_halve=not isinstance(network, FSDPModule),
+        )
+        latents = sample_latents(self, parts, prior, guidance_scale=guidance_scale, **loop)
+        self.last_batch_size = parts.at_once
+        return latents

@@ -5,6 +5,8 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from diffusers import AutoencoderKL
 from diffusers.utils.torch_utils import randn_tensor
 
 FRAMES_AT_ONCE = 16
-"""Frames that an image autoencoder is given in one call, which bounds its memory."""
+"""Frames that an image autoencoder is given in one call, which bounds its memory; fewer where they are larger than
+256 x 256."""
+_USUAL_FRAME = 256 * 256
 
 
 def latent_scale(vae: Any) -> float:
@@ -53,9 +57,24 @@ def encode_video(vae: Any, video_BFCHW: torch.Tensor, device: torch.device | Non
     return ((latents_BCTHW - mean) / std * latent_scale(vae)).transpose(1, 2)
 
 
+@contextlib.contextmanager
+def tiles(vae: Any, switched_on: bool) -> Iterator[None]:
+    """Inside it an autoencoder encodes and decodes by tiles, or does not."""
+    before = vae.use_tiling
+    (vae.enable_tiling if switched_on else vae.disable_tiling)()
+    try:
+        yield
+    finally:
+        (vae.enable_tiling if before else vae.disable_tiling)()
+
+
 @torch.no_grad()
 def decode_video(vae: Any, latents_BTCHW: torch.Tensor) -> torch.Tensor:
-    """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
+    """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W], a video at a time."""
+    return torch.cat([_decode_one(vae, latents) for latents in latents_BTCHW.split(1)])
+
+
+def _decode_one(vae: Any, latents_BTCHW: torch.Tensor) -> torch.Tensor:
     latents_BCTHW = latents_BTCHW.transpose(1, 2).float() / latent_scale(vae)
     mean, std = _statistics(vae, latents_BCTHW)
     latents_BCTHW = (latents_BCTHW * std + mean).to(vae.dtype)
@@ -78,7 +97,7 @@ def encode_frames(
     device = device or vae.device
     frames = video_BFCHW.flatten(0, 1)
     means, deviations = [], []
-    for some in frames.split(FRAMES_AT_ONCE):
+    for some in frames.split(_frames_at_once(video_BFCHW.shape[-2] * video_BFCHW.shape[-1])):
         posterior = vae.encode(some.to(device=device, dtype=vae.dtype)).latent_dist
         means.append(posterior.mean.float())
         deviations.append(posterior.std.float())
@@ -92,8 +111,14 @@ def encode_frames(
 def decode_frames(vae: AutoencoderKL, latents_BFCHW: torch.Tensor) -> torch.Tensor:
     """Decodes latents as `encode_frames` returns them to float32 pixels in about [-1, 1], [B, F, 3, H, W]."""
     latents = (latents_BFCHW.flatten(0, 1) / latent_scale(vae) + latent_shift(vae)).to(vae.dtype)
-    pixels = torch.cat([vae.decode(some).sample.float() for some in latents.split(FRAMES_AT_ONCE)])
+    compression = 2 ** (len(vae.config.block_out_channels) - 1)
+    at_once = _frames_at_once(latents.shape[-2] * latents.shape[-1] * compression**2)
+    pixels = torch.cat([vae.decode(some).sample.float() for some in latents.split(at_once)])
     return pixels.unflatten(0, latents_BFCHW.shape[:2])
+
+
+def _frames_at_once(pixels: int) -> int:
+    return max(1, min(FRAMES_AT_ONCE, FRAMES_AT_ONCE * _USUAL_FRAME // pixels))
 
 
 def add_pixel_noise(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import config_problem
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.media import pictures_levels
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.resizing import resize_and_crop
@@ -90,6 +90,47 @@ def call_defaults(
 def repeat_batch(tensor: Any, batch_size: int) -> Any:
     """Repeats every sample in its place, up to `batch_size`; None stays None."""
     return None if tensor is None else tensor.repeat_interleave(batch_size // tensor.shape[0], dim=0)
+
+
+class InParts:
+    """A function of batches, called with a part of their rows at a time.
+
+    Where an accelerator's memory ends the parts are halved, down to one row, and the call is made again.
+
+    Args:
+        bind: The function for some of the rows, of their tensors.
+        rows: How many there are.
+        at_once: The most rows of a part; by default all.
+        may_halve: Whether it may be called more often than that, which a network on several devices may not.
+    """
+
+    def __init__(
+        self,
+        bind: Callable[[slice], Callable[..., torch.Tensor]],
+        rows: int,
+        at_once: int | None = None,
+        may_halve: bool = True,
+    ) -> None:
+        self.bind, self.rows, self.may_halve = bind, rows, may_halve
+        self.at_once = min(rows, at_once or rows)
+        self._bound: dict[int, Callable[..., torch.Tensor]] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Calls the function on all rows."""
+        while True:
+            try:
+                return torch.cat([self._call(first, tensors) for first in range(0, self.rows, self.at_once)])
+            except torch.OutOfMemoryError:
+                if self.at_once == 1 or not self.may_halve:
+                    raise
+            self.at_once, self._bound = (self.at_once + 1) // 2, {}
+            say(f"out of memory: {self.at_once} at once in a call of the network from here on")
+
+    def _call(self, first: int, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        part = slice(first, first + self.at_once)
+        if first not in self._bound:
+            self._bound[first] = self.bind(part)
+        return self._bound[first](*(tensor[part] for tensor in tensors))
 
 
 def check_generator(generator: Generators | None, num_videos: int) -> Generators:

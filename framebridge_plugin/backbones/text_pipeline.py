@@ -30,7 +30,7 @@ from framebridge_plugin.backbones.sampling_loop import (
 from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.settings.checking import checked, unknown_name
-from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType
+from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType, Tiling
 
 _CLIP = ("num_frames", "height", "width")
 
@@ -140,6 +140,8 @@ class TextBridgePipeline(BridgePipeline):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        batch_size: Count | None = None,
+        tiling: Tiling = "auto",
         output_type: OutputType = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -173,6 +175,11 @@ class TextBridgePipeline(BridgePipeline):
             latents: Where the sampler starts, [B, T, C, h, w], in place of the scheduler's own start.
             prompt_embeds: Text embeddings [B, L, D] in place of `prompt`.
             negative_prompt_embeds: Text embeddings of the negative prompt.
+            batch_size: Inputs of one call of the network, of which a video with guidance has two; with 1 each has a
+                call of its own. By default all, and fewer once an accelerator's memory ends.
+            tiling: Whether frames are decoded by overlapping tiles, for less memory and slightly other pixels: "on",
+                "off", or "auto", above 256 x 256
+                pixels or if `vae.enable_tiling()` was called.
             output_type: "pil", "np", "pt" (in [0, 1], [B, F, 3, H, W]) or "latent" (float32 [B, T, C, h, w]).
             return_dict: Whether to return the output of diffusers' own pipeline or a plain tuple.
             attention_kwargs: Passed to the attention processors (LoRA's `scale`).
@@ -208,11 +215,11 @@ class TextBridgePipeline(BridgePipeline):
         if isinstance(prompt, str):
             prompt = [prompt]
         num_prompts = len(prompt) if prompt is not None else 1 if prompt_embeds is None else prompt_embeds.shape[0]
-        batch_size = common_batch_size(image_BCHW.shape[0], num_prompts, "prompts")
-        num_videos = batch_size * num_videos_per_prompt
+        num_pairs = common_batch_size(image_BCHW.shape[0], num_prompts, "prompts")
+        num_videos = num_pairs * num_videos_per_prompt
         generator = check_generator(generator, num_videos)
         if prompt is not None and num_prompts == 1:
-            prompt = prompt * batch_size
+            prompt = prompt * num_pairs
         given = {
             "prompt": prompt,
             "height": height,
@@ -230,23 +237,30 @@ class TextBridgePipeline(BridgePipeline):
 
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * (len(prompt) if prompt is not None else num_prompts)
-        encoded = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            do_classifier_free_guidance=guidance_scale > 1.0,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length or self.adapter.max_sequence_length(config),
-            device=device,
+        encoding = {
+            "max_sequence_length": max_sequence_length or self.adapter.max_sequence_length(config),
+            "device": device,
             **embeds,
-        )
+        }
+        guided = guidance_scale > 1.0
+        conditions: tuple[Mapping[str, torch.Tensor | None], ...]
+        given_embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        if prompt is None or embeds or negative_prompt_embeds is not None:
+            encoded = self.encode_prompt(
+                prompt, negative_prompt, do_classifier_free_guidance=guided, **given_embeds, **encoding
+            )
+            conditions = self.adapter.text_conditions(encoded)
+        else:
+            conditions = self._encode_texts(prompt, (negative_prompt or [""] * num_pairs) if guided else [], encoding)
         positive, negative = (
-            {name: repeat_batch(value, num_videos) for name, value in conditions.items()}
-            for conditions in self.adapter.text_conditions(encoded)
+            {name: repeat_batch(value, num_videos) for name, value in some.items()} for some in conditions
         )
 
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        image_latents = repeat_batch(self.adapter.encode_still(self.vae, image_BCHW, num_frames, device), num_videos)
+        # One at a time, and each picture once: a backbone may encode a whole video of it.
+        distinct, places = image_BCHW.unique(dim=0, return_inverse=True)
+        stills = [self.adapter.encode_still(self.vae, one, num_frames, device) for one in distinct.split(1)]
+        image_latents = repeat_batch(torch.cat(stills)[places], num_videos)
         image_latents = image_latents.expand(-1, num_latent_frames, -1, -1, -1)
         latents = self.denoise(
             image_latents,
@@ -262,11 +276,26 @@ class TextBridgePipeline(BridgePipeline):
             use_dynamic_cfg=use_dynamic_cfg,
             generator=generator,
             latents=latents,
+            batch_size=batch_size,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        return self._result(latents, output_type, return_dict)
+        return self._result(latents, output_type, return_dict, tiling)
+
+    def _encode_texts(
+        self, prompts: list[str], negatives: list[str], encoding: Mapping[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
+        """The conditions of prompts and of negative ones, or of none of these; each distinct text is encoded once."""
+        if len(negatives) not in (0, len(prompts)):
+            problem = "give one for all, or one for each"
+            raise FrameBridgeError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; {problem}")
+        rows = {text: row for row, text in enumerate(dict.fromkeys([*prompts, *negatives]))}
+        encoded = self.encode_prompt(list(rows), None, do_classifier_free_guidance=False, **encoding)
+        found, _ = self.adapter.text_conditions(encoded)
+        positive = {name: value[[rows[text] for text in prompts]] for name, value in found.items()}
+        negative = [rows[text] for text in negatives]
+        return positive, {name: value[negative] if negative else None for name, value in found.items()}
 
     @torch.no_grad()
     def denoise(
@@ -296,7 +325,8 @@ class TextBridgePipeline(BridgePipeline):
             conditions: What else the network is told, by the names of its arguments.
             negative_conditions: The same for the negative prompt.
             callback_on_step_end_tensor_inputs: As in `__call__`.
-            **loop: `timesteps`, `use_dynamic_cfg`, `generator`, `latents`, `callback_on_step_end`: as in `__call__`.
+            **loop: `timesteps`, `use_dynamic_cfg`, `generator`, `latents`, `batch_size`, `callback_on_step_end`: as in
+                `__call__`.
 
         Returns:
             Float32 latents of the videos, [B, T, C, h, w].

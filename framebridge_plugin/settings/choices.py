@@ -51,6 +51,7 @@ Order = Literal[1, 2]
 Grid = Literal["trailing", "linspace", "lambda"]
 Start = Literal["booted", "clean_prior"]
 OutputType = Literal["pil", "np", "pt", "latent"]
+Tiling = Literal["auto", "on", "off"]
 
 ANEW, REFUSED = "anew", "refused"
 ALLOWABLE = {

@@ -5,6 +5,7 @@ Layouts: B batch, F video frames, C channels, h and w rows and columns of the la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL, CogVideoXDDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter, Draw, Network
-from framebridge_plugin.backbones.encoding import encode_frames
+from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.backbones.latte.facts import LATTE_BRIDGE, LATTE_NEURAL_PRIOR
 from framebridge_plugin.backbones.latte.networks import (
@@ -52,6 +53,7 @@ class LatteAdapter(BackboneAdapter):
     network_class = LatteTransformer
     vae_class = AutoencoderKL
     backbone_class = CogVideoXDDIMScheduler
+    largest_whole_frame = math.inf  # its frames are decoded one at a time
     setting_names: tuple[str, ...] = ("latte_size", "neural_prior", "class_names", "seed")
     stage = "bridge"
     latte_size: str
@@ -192,6 +194,11 @@ class LatteAdapter(BackboneAdapter):
         self.check_clips((video_BFCHW.shape[1], *video_BFCHW.shape[-2:]))
         latents_BFChw = encode_frames(vae, video_BFCHW, draw("posterior") or torch.default_generator)
         return {"latents": latents_BFChw, "image_latents": latents_BFChw[:, :1].clone()}
+
+    @classmethod
+    def decode(cls, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents [B, F, C, h, w], some frames at a time, to pixels in about [-1, 1], [B, 3, F, H, W]."""
+        return decode_frames(vae, latents).transpose(1, 2)
 
     def encoding_facts(self) -> dict[str, Any]:
         """What a bridge, its neural prior and the diffusion baseline have in common."""

@@ -21,7 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from framebridge_plugin.backbones.bridge_pipeline import BridgePipeline
-from framebridge_plugin.backbones.encoding import decode_frames, encode_frames
+from framebridge_plugin.backbones.encoding import encode_frames
 from framebridge_plugin.backbones.facts import KnownClasses
 from framebridge_plugin.backbones.folders import LORA_FILE
 from framebridge_plugin.backbones.latte.adapter import LatteAdapter
@@ -30,6 +30,7 @@ from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.latte.rules import compression_of
 from framebridge_plugin.backbones.sampling_loop import (
     ImageInput,
+    InParts,
     Times,
     call_defaults,
     check_generator,
@@ -40,7 +41,7 @@ from framebridge_plugin.backbones.sampling_loop import (
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.models.latte import LatteTransformer
 from framebridge_plugin.settings.checking import checked
-from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType
+from framebridge_plugin.settings.choices import Count, FrameRate, NonNegative, OutputType, Tiling
 
 ClassInput = int | str | list[int | str]
 
@@ -116,6 +117,8 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         num_videos_per_image: Count = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        batch_size: Count | None = None,
+        tiling: Tiling = "auto",
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
@@ -141,6 +144,10 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
             num_videos_per_image: Videos for each pair of image and class.
             generator: The source of every draw; a list gives one to each video. By default one with a fresh seed.
             latents: Where the sampler starts, [B, F, C, h, w], in place of the scheduler's own start.
+            batch_size: Inputs of one call of the network, of which a video with guidance has two; with 1 each has a
+                call of its own. By default all, and fewer once an accelerator's memory ends.
+            tiling: Whether frames are decoded by overlapping tiles, for less memory and slightly other pixels: "on",
+                "off", or "auto" (if `vae.enable_tiling()` was called).
             output_type: "pil", "np", "pt" (in [0, 1], [B, F, 3, H, W]) or "latent" (float32 [B, F, C, h, w]).
             return_dict: Whether to return a `FrameBridgeLattePipelineOutput` or a plain tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; what it
@@ -173,7 +180,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         neural_prior = None
         if self.neural_prior is not None:
             still = image_latents.expand(-1, config.num_frames, -1, -1, -1)
-            neural_prior = call_latte(self.neural_prior, still, None, class_labels)
+            neural_prior = self._call_neural_prior(still, class_labels, batch_size)
 
         if self.transformer is None:
             video_latents: Any = neural_prior
@@ -187,14 +194,20 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
                 guidance_scale=guidance_scale,
                 generator=generator,
                 latents=latents,
+                batch_size=batch_size,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )
-        return self._result(video_latents, output_type, return_dict)
+        return self._result(video_latents, output_type, return_dict, tiling)
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents [B, F, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W]."""
-        return decode_frames(self.vae, latents).transpose(1, 2)
+    def _call_neural_prior(self, still: torch.Tensor, labels: torch.Tensor, batch_size: int | None) -> torch.Tensor:
+        parts = InParts(
+            lambda part: lambda latents: call_latte(self.neural_prior, latents, None, labels[part]),
+            len(still),
+            batch_size,
+        )
+        self.last_batch_size = parts.at_once
+        return parts(still)
 
     @torch.no_grad()
     def denoise(
@@ -217,7 +230,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
             num_inference_steps: Calls of the network.
             guidance_scale: Weight of classifier-free guidance on the class; 1 or less switches it off.
             callback_on_step_end_tensor_inputs: As in `__call__`.
-            **loop: `timesteps`, `generator`, `latents` and `callback_on_step_end`, as in `__call__`.
+            **loop: `timesteps`, `generator`, `latents`, `batch_size` and `callback_on_step_end`, as in `__call__`.
 
         Returns:
             Float32 latents of the videos, [B, F, C, h, w].
