@@ -232,12 +232,13 @@ class LatteTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             conditioning = conditioning + self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
 
         tokens_BFND = self.patch_embed(hidden_states.flatten(0, 1)).unflatten(0, (-1, num_frames))
-        width, device = tokens_BFND.shape[-1], tokens_BFND.device
-        tokens_BFND = tokens_BFND + spatial_positions(rows, columns, width, device).to(tokens_BFND.dtype)
+        # In the precision of the input, and not of what autocast makes of it, which the blocks' sums keep.
+        width, device, dtype = tokens_BFND.shape[-1], tokens_BFND.device, hidden_states.dtype
+        tokens_BFND = tokens_BFND + spatial_positions(rows, columns, width, device).to(dtype)
         tokens = tokens_BFND.flatten(1, 2)
         for index, block in enumerate(self.transformer_blocks):
             if index == 1:  # The first that looks along time.
-                positions_FD = temporal_positions(num_frames, width, device).to(tokens.dtype)
+                positions_FD = temporal_positions(num_frames, width, device).to(dtype)
                 tokens = tokens + positions_FD.repeat_interleave(rows * columns, dim=0)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, num_frames)

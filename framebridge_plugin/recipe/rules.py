@@ -141,6 +141,9 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "precision.allow_tf32", "float32_matmul_precision=highest switches TF32 off again: set it to high"
         )
+    if recipe.training.gradient_checkpointing_every > 1 and not recipe.training.gradient_checkpointing:
+        yield Problem("training.gradient_checkpointing_every", "has no effect without gradient_checkpointing=true")
+    yield from _autocast_problems(recipe)
     if (store := recipe.framebridge.precomputed) is not None:
         if recipe.dataset.enable_precomputation:
             yield Problem(
@@ -159,6 +162,19 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
             "compile.compile_scopes",
             f"{len(scopes)} scope(s) for {len(modules)} compile_modules: give one each",
         )
+
+
+def _autocast_problems(recipe: Recipe) -> Iterator[Problem]:
+    precision, is_lora = recipe.precision, recipe.training.training_type == "lora"
+    in_half = is_lora and precision.transformer_dtype == "bf16"
+    if precision.autocast is None or precision.transformer_dtype == "fp32":
+        return
+    if in_half and recipe.parallelism.dp_shards > 1:
+        message = "has no effect with dp_shards > 1 and transformer_dtype=bf16, which all layers then have"
+        yield Problem("precision.autocast", f"{message}: take transformer_dtype=fp32, or remove it")
+    elif not in_half:
+        message = f"needs transformer_dtype=fp32, not {precision.transformer_dtype}: the weights stay float32"
+        yield Problem("precision.autocast", message)
 
 
 def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -161,7 +161,10 @@ class TrainingSection(Section):
     batch_size: Count = Field(default=1, description="clips per process and micro-step")
     gradient_accumulation_steps: Count = Field(default=1, description="micro-steps per update")
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, about 30 % slower"
+        default=False, description="recompute activations: less memory, a third more arithmetic"
+    )
+    gradient_checkpointing_every: Count = Field(
+        default=1, description="recompute those of every n-th block only, where there is memory for the others"
     )
     max_data_samples: Count = Field(default=2**64, description="clips after which training stops")
     enable_slicing: bool = Field(default=False, description="the VAE takes one clip at a time: less memory")
@@ -227,6 +230,12 @@ class PrecisionSection(Section):
         default="bf16",
         description="the trained network; time stays float32, and so do LoRA layers, except with dp_shards > 1: "
         "finetrainers then casts them to this as well",
+    )
+    autocast: Literal["bf16"] | None = Field(
+        default=None,
+        description="mixed precision: the network computes in this, in training and validation, by torch.autocast or "
+        "with dp_shards > 1 by FSDP2's policy; its weights, the loss and the bridge are float32 (transformer_dtype "
+        "fp32; LoRA without shards on bf16 too, whose float32 layers then compute in it). none: as the weights",
     )
     vae_dtype: Dtype = Field(default="bf16", description="the VAE")
     text_encoder_dtype: Dtype = Field(default="bf16", description="the text encoder; models of text only")

@@ -26,6 +26,7 @@ from framebridge_plugin.errors import FinishedRunError, UsageError, say
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
+from framebridge_plugin.training.finetrainers.preparation import autocast_calls, prepared_as_said
 from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
@@ -140,7 +141,9 @@ class FrameBridgeTrainer(SFTTrainer):
         super()._prepare_models()
 
     def _prepare_for_training(self) -> None:
-        super()._prepare_for_training()
+        with prepared_as_said(self.args):
+            super()._prepare_for_training()
+        autocast_calls(self.transformer, self.args, self.state.parallel_backend.device)
         # The torch optimizer without finetrainers' or accelerate's wrapper: the loop below needs neither.
         wrapper = self.optimizer
         self.optimizer = wrapper.optimizers[-1] if hasattr(wrapper, "optimizers") else wrapper.optimizer

@@ -11,13 +11,13 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from peft import LoraConfig
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from framebridge_plugin.backbones.cogvideox.adapter import call_transformer
 from framebridge_plugin.backbones.latte.networks import call_latte
 from framebridge_plugin.backbones.ltx.adapter import call_ltx
 from framebridge_plugin.backbones.wan.adapter import call_wan
 from framebridge_plugin.models import LatteTransformer
+from framebridge_plugin.training.finetrainers.registration import register
 from tests.reference_vectors import load_vectors
 from tests.tiny_ltx import make_tiny_ltx_network
 from tests.tiny_wan import make_tiny_wan_network
@@ -81,7 +81,7 @@ def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) ->
     if isinstance(transformer, LatteTransformer):
         output = call_latte(transformer, latents, time, torch.tensor([2]), latents.flip(-1))
     else:
-        text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+        text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)).to(transformer.dtype)
         if isinstance(transformer, LTXVideoTransformer3DModel):
             output = call_ltx(transformer, latents, time, text, torch.ones(1, 4), (1.0, 32.0, 32.0))
         else:
@@ -93,21 +93,19 @@ def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) ->
 
 @pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan, make_ltx])
 def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_process_group):
+    register()
+    from framebridge_plugin.training.finetrainers.preparation import shard
+
     transformer = make().bfloat16()
     times: list[torch.Tensor] = []
     whole = call(transformer, times)
     sharded = copy.deepcopy(transformer)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    # As finetrainers shards a network.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, cast_forward_inputs=True)
-    for block in sharded.blocks if make is make_wan else sharded.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(sharded, mesh=mesh, mp_policy=policy)
+    shard(None, sharded, mesh, torch.bfloat16, torch.float32, None)
     for _ in range(2):
         output = call(sharded, times)
         assert output.dtype == torch.float32
-        # FSDP2 rounds LTX's rotary embedding, which is an input of its blocks.
-        torch.testing.assert_close(output, whole, rtol=0, atol=1e-2 if make is make_ltx else 0)
+        assert torch.equal(output, whole)
     assert not time_embedding(sharded)._forward_pre_hooks
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in sharded.parameters())
@@ -115,6 +113,30 @@ def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_
     assert [time.item() for time in times] == pytest.approx([TIME] * 3, abs=1e-4)
     rounded = call(transformer, [], torch.tensor(TIME).bfloat16().item())
     assert (rounded - whole).abs().mean() > 2 * (output - whole).abs().mean()
+
+
+@pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan, make_ltx])
+def test_autocast_rounds_neither_time_nor_positions(make):
+    """They are those of the network in float32, bit for bit, whose linear layers compute in bfloat16."""
+    network = make()
+    known: list[list[torch.Tensor]] = []
+    time_embedding(network).register_forward_hook(lambda module, args, output: known[-1].append(output))
+    if hasattr(network, "rope"):
+        network.rope.register_forward_hook(lambda module, args, output: known[-1].extend(output))
+    computed = []
+    blocks = network.blocks if make is make_wan else network.transformer_blocks
+    linear = next(module for module in blocks[0].modules() if isinstance(module, torch.nn.Linear))
+    linear.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
+    outputs = []
+    for enabled in (False, True):
+        known.append([])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs.append(call(network, []))
+    assert computed == [torch.float32, torch.bfloat16]
+    assert len(known[0]) == (3 if hasattr(network, "rope") else 1)
+    assert all(torch.equal(*pair) and pair[1].dtype == torch.float32 for pair in zip(*known, strict=True))
+    assert not torch.equal(*outputs)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0.02)
 
 
 @pytest.fixture

@@ -27,6 +27,24 @@ from tests.tiny_models import moving_square, write_video
         (["optimization.lr_warmup_steps=5"], "optimization.lr_warmup_steps", "constant_with_warmup"),
         (["precision.allow_tf32=true"], "precision.allow_tf32", "switches TF32 off"),
         (["dataset.precomputation_once=true"], "dataset.precomputation_once", "enable_precomputation"),
+        (
+            ["training.gradient_checkpointing_every=2"],
+            "training.gradient_checkpointing_every",
+            "has no effect without gradient_checkpointing=true",
+        ),
+        (
+            ["precision.autocast=bf16", "precision.transformer_dtype=bf16"],
+            "precision.autocast",
+            "needs transformer_dtype=fp32, not bf16",
+        ),
+        (
+            [
+                *("training.training_type=lora", "precision.autocast=bf16", "precision.transformer_dtype=bf16"),
+                "parallelism.dp_shards=2",
+            ],
+            "precision.autocast",
+            "has no effect with dp_shards > 1",
+        ),
         (["compile.compile_scopes=full"], "compile.compile_scopes", "1 scope(s) for 0"),
         (
             ["parallelism.parallel_backend=accelerate", "parallelism.dp_degree=2"],

@@ -57,6 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
     for split in SPLITS:
         options = (*one_clip, f"parallelism.{split}=2")
         train(recipe, f"whole-{split}", *options)
+        train(recipe, f"mixed-{split}", *options, "precision.autocast=bf16")
         train(recipe, f"parts-{split}", *options, "optimization.train_steps=2")
         train(recipe, f"parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
 
@@ -143,6 +144,16 @@ def test_they_resume_bit_for_bit(runs, split):
     whole, parts = runs / f"whole-{split}", runs / f"parts-{split}"
     assert losses(parts) == losses(whole)
     assert_same_weights(whole / "checkpoints/step_000004/trainer", parts / "checkpoints/step_000004/trainer")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_mixed_precision_trains_float32_weights_shared_out_or_not(runs, split):
+    """Replicas by autocast, shards by the policy with which they are gathered."""
+    whole, mixed = runs / f"whole-{split}", runs / f"mixed-{split}"
+    assert losses(mixed)[0] != losses(whole)[0]
+    assert losses(mixed) == pytest.approx(losses(whole), rel=1e-2)
+    moments = load_file(mixed / "checkpoints/step_000004/trainer/optimizer.safetensors")
+    assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -17,6 +17,7 @@ from framebridge_plugin.errors import UsageError, in_one_line
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import process_count
 from framebridge_plugin.settings.bridge import ObjectiveSettings
+from framebridge_plugin.settings.finetrainers import PrecisionSection, TrainingSection
 from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, backbone_defaults, fill_arguments
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
 from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
@@ -104,6 +105,8 @@ def _register_arguments() -> None:
 
     BaseArgs.__init__ = __init__
     ours.hand_over(BaseArgs, {})  # for arguments that neither a parser nor a recipe made
+    for section, name in ((PrecisionSection, "autocast"), (TrainingSection, "gradient_checkpointing_every")):
+        setattr(BaseArgs, name, section.model_fields[name].default)
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", backbone_names()))
     change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
 

@@ -1,0 +1,50 @@
+"""What an update computes in, and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.training import FrameBridgeTrainer
+from tests.training.bridge_runs import make_inputs, make_trainer, run_trainer
+from tests.training.run_results import losses
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Autocast(FrameBridgeTrainer):
+    """Notes what the first linear layer of a block returns, in training and in validation."""
+
+    def __init__(self, args, specification):
+        args.autocast, args.gradient_checkpointing_every = "bf16", 2
+        self.computed: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+        super().__init__(args, specification)
+
+    def _prepare_models(self):
+        super()._prepare_models()
+        self.transformer.transformer_blocks[1].ff.net[2].register_forward_hook(
+            lambda module, args, output: self.computed[module.training].add(output.dtype)
+        )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_mixed_precision_computes_in_bfloat16_and_trains_float32(inputs, tmp_path, kind):
+    validation = ("--validation_steps=1", f"--validation_dataset_file={inputs / 'validation.csv'}")
+    options = ("--parallel_backend=ptd", "--gradient_checkpointing", "--train_steps=2")
+    run_trainer(FrameBridgeTrainer, inputs, tmp_path / "float32", kind, *options)
+    trainer = run_trainer(Autocast, inputs, tmp_path / "mixed", kind, *options, *validation)
+    assert trainer.computed == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert [isinstance(block, CheckpointWrapper) for block in trainer.transformer.transformer_blocks] == [True, False]
+    found, expected = losses(tmp_path / "mixed"), losses(tmp_path / "float32")
+    assert found[0] != expected[0]
+    assert found == pytest.approx(expected, rel=1e-2)
+    moments = load_file(tmp_path / "mixed/checkpoints/step_000002/trainer/optimizer.safetensors")
+    assert {tensor.dtype for tensor in (*trainer.transformer.parameters(), *moments.values())} == {torch.float32}
+    with pytest.raises(FrameBridgeError, match="trained with autocast 'bf16'.*--allow precision"):
+        make_trainer(FrameBridgeTrainer, inputs, tmp_path / "mixed", kind, *options, "--train_steps=3").run()
