@@ -8,7 +8,20 @@ from framebridge_plugin.sizes import cover_size
 
 
 def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes so that height and width are just covered, then crops the centre."""
+    """Resizes so that height and width are just covered, then crops the centre; float32 in [0, 1]."""
+    cropped = covering_crop(pixels, height, width)
+    return cropped.float().div_(255.0) if cropped.dtype == torch.uint8 else cropped.float().clamp(0.0, 1.0)
+
+
+def as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1], float32, of uint8 ones; the same bits on every device."""
+    # By a number of the host's, CUDA multiplies with its inverse.
+    whole = torch.full((), 255.0, device=pixels.device)
+    return pixels.float().div_(whole).mul_(2.0).sub_(1.0)
+
+
+def covering_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes so that height and width are just covered, then crops the centre; uint8 stays uint8."""
     is_uint8 = pixels.dtype == torch.uint8
     old_height, old_width = pixels.shape[-2:]
     size = cover_size(old_height, old_width, height, width)
@@ -19,5 +32,4 @@ def resize_and_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tens
             pixels, size=size, mode="bilinear", align_corners=False, antialias=True
         )
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cropped = pixels[..., top : top + height, left : left + width].contiguous()
-    return cropped.float().div_(255.0) if is_uint8 else cropped.float().clamp(0.0, 1.0)
+    return pixels[..., top : top + height, left : left + width].contiguous()

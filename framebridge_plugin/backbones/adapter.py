@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from framebridge_plugin.backbones.encoding import add_pixel_noise, decode_video, encode_video
+from framebridge_plugin.backbones.encoding import decode_video, encode_video, noisy_pixels
 from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.fingerprint import component_fingerprint
 from framebridge_plugin.backbones.loading import (
@@ -194,19 +194,20 @@ class BackboneAdapter:
         Always the mode of the autoencoder's posterior. Without noise the condition image and the prior share their
         latents.
         """
+        noisy = noisy_pixels(video_BFCHW[:, 0], video_BFCHW.shape[1], self.objective, draw)
+        return self.encode_noisy_clip(vae, video_BFCHW, noisy)
+
+    def encode_noisy_clip(
+        self, vae: Any, video_BFCHW: torch.Tensor, noisy: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """`encode_clip` with what `noisy_pixels` made of the first frame, where that was drawn before."""
         settings, image_BCHW, num_frames = self.objective, video_BFCHW[:, 0], video_BFCHW.shape[1]
-        noise = (settings.noise_log_mean, settings.noise_log_std)
         result = {"latents": encode_video(vae, video_BFCHW)}
-        condition = image_BCHW
-        if settings.image_noise:
-            condition = add_pixel_noise(image_BCHW, *noise, draw("image noise"))
-        result["image_latents"] = self.encode_still(vae, condition, num_frames)
-        if settings.objective == "bridge":
-            if settings.prior_noise:
-                prior = image_BCHW.unsqueeze(1).expand_as(video_BFCHW)
-                result["prior_latents"] = encode_video(vae, add_pixel_noise(prior, *noise, draw("prior noise")))
-            elif settings.image_noise:
-                result["prior_latents"] = self.encode_still(vae, image_BCHW, num_frames)
+        result["image_latents"] = self.encode_still(vae, noisy.get("image", image_BCHW), num_frames)
+        if "prior" in noisy:
+            result["prior_latents"] = encode_video(vae, noisy["prior"])
+        elif settings.objective == "bridge" and settings.image_noise:
+            result["prior_latents"] = self.encode_still(vae, image_BCHW, num_frames)
         return result
 
     @classmethod

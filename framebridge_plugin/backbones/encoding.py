@@ -6,7 +6,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -131,5 +131,20 @@ def add_pixel_noise(
     device = generator.device if generator is not None else pixels.device
     log_sigma = torch.randn(pixels.shape[0], generator=generator, device=device) * log_std + log_mean
     noise = torch.randn(pixels.shape, generator=generator, device=device)
-    noise = noise * log_sigma.exp().view(-1, *[1] * (pixels.ndim - 1))
-    return pixels + noise.to(device=pixels.device, dtype=pixels.dtype)
+    noise.mul_(log_sigma.exp().view(-1, *[1] * (pixels.ndim - 1)))
+    return noise.to(device=pixels.device, dtype=pixels.dtype).add_(pixels)
+
+
+def noisy_pixels(
+    image_BCHW: torch.Tensor, num_frames: int, settings: Any, draw: Callable[[str], torch.Generator | None]
+) -> dict[str, torch.Tensor]:
+    """What pixel noise makes of first frames in [-1, 1], by an objective's settings: "image" [B, 3, H, W], the
+    condition, and "prior" [B, F, 3, H, W], each where it has noise. `draw` gives the generator of each.
+    """
+    noise, noisy = (settings.noise_log_mean, settings.noise_log_std), {}
+    if settings.image_noise:
+        noisy["image"] = add_pixel_noise(image_BCHW, *noise, draw("image noise"))
+    if settings.prior_noise and settings.objective == "bridge":
+        prior_BFCHW = image_BCHW.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
+        noisy["prior"] = add_pixel_noise(prior_BFCHW, *noise, draw("prior noise"))
+    return noisy

@@ -1,4 +1,4 @@
-"""From a video file to the float tensor that training sees: which frames, how large, which way round."""
+"""From a video file to the pixels that training sees: which frames, how large, which way round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.decoding.exact import read_timing
 from framebridge_plugin.data.decoding.isolation import read_timing_isolated, read_video_isolated
 from framebridge_plugin.data.showing import Conversion
-from framebridge_plugin.resizing import resize_and_crop
+from framebridge_plugin.resizing import as_floats, covering_crop
 from framebridge_plugin.settings.base import CheckedSettings
 from framebridge_plugin.settings.data import ClipSection
 
@@ -48,6 +48,11 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
             wrongly.
         UsageError: The decoder does not load.
     """
+    return as_floats(read_pixels(path, settings, generator))
+
+
+def read_pixels(path: str, settings: ClipSettings, generator: torch.Generator) -> torch.Tensor:
+    """The same clip as `read_clip` before it is scaled: uint8, a quarter of the memory, [num_frames, 3, H, W]."""
     # Drawn first and always, so that neither draw depends on what the file turns out to hold.
     position, flip = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     size = settings.height, settings.width
@@ -56,7 +61,7 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
         return clip_frames(path, length, settings, position)
 
     def finish(picture_HWC: np.ndarray) -> np.ndarray:
-        return resize_and_crop(torch.from_numpy(picture_HWC).permute(2, 0, 1)[None], *size)[0].numpy()
+        return covering_crop(torch.from_numpy(picture_HWC).permute(2, 0, 1)[None], *size)[0].numpy()
 
     options: dict[str, Any] = {"decoder": settings.decoder, "strict": settings.strict}
     cover = size if settings.resize == "decoder" else None
@@ -67,7 +72,7 @@ def read_clip(path: str, settings: ClipSettings, generator: torch.Generator) -> 
         video_FCHW = torch.from_numpy(read_video(path, choose, conversion=Conversion(cover, finish), **options))
     if settings.horizontal_flip and flip < 0.5:
         video_FCHW = video_FCHW.flip(3)
-    return video_FCHW.mul_(2.0).sub_(1.0)
+    return video_FCHW
 
 
 def clip_frames(path: str, length: int, settings: ClipSettings, position: float) -> Sequence[int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterator, Sequence
-from typing import Generic, TypedDict, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from framebridge_plugin.data.bad_files import BadFile, BadFilePolicy
-from framebridge_plugin.data.clips import ClipSettings, clip_rate, read_clip
+from framebridge_plugin.data.clips import ClipSettings, clip_rate, read_pixels
 from framebridge_plugin.data.decoding.errors import ClipError
 from framebridge_plugin.data.folders import ClipIndex, ClipRows
 from framebridge_plugin.data.permutation import KeyedPermutation
@@ -27,15 +27,17 @@ RATE_CLIPS = 32
 class Sample(TypedDict):
     """One training sample.
 
-    `video` is float32 of shape [F, 3, H, W] in [-1, 1]; `sample_seed`, in [0, 2^63 - 1], belongs to this sample in
-    this epoch and seeds whatever else is drawn for it. `skipped` lists the files that should have given its clip and
-    could not be read. With F = 0 there is no clip: nothing that may be tried can be read.
+    `video` is uint8 of shape [F, 3, H, W], which crosses processes as a quarter of what `resizing.as_floats` makes of
+    it; `sample_seed`, in [0, 2^63 - 1], belongs to this sample in this epoch and seeds whatever else is drawn for it.
+    `skipped` lists the files that should have given its clip and could not be read. With F = 0 there is no clip:
+    nothing that may be tried can be read. `drawn` is what the stream's `draw` made of it.
     """
 
     caption: str
     video: torch.Tensor
     sample_seed: int
     skipped: list[BadFile]
+    drawn: NotRequired[dict[str, torch.Tensor]]
 
 
 class EndlessStream(IterableDataset[Sample_co], Generic[Sample_co]):
@@ -79,6 +81,7 @@ class ClipStream(EndlessStream[Sample]):
         start: Number of samples that all ranks together have already consumed.
         max_attempts: Number of files that are tried for a sample before it comes without a clip.
         files_to_skip: Absolute paths of files that are passed over unopened and not named.
+        draw: Makes of a clip and its `sample_seed` what is drawn for it, in the process that reads it.
 
     Raises:
         FrameBridgeError: There are no rows.
@@ -94,11 +97,13 @@ class ClipStream(EndlessStream[Sample]):
         *,
         max_attempts: int = BadFilePolicy().max_attempts,
         files_to_skip: Collection[str] = (),
+        draw: Callable[[torch.Tensor, int], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         super().__init__(seed, rank, world_size, start)
         self.rows = ClipRows(datasets)
         self.max_attempts = max_attempts
         self.files_to_skip = files_to_skip
+        self.draw = draw
         if not len(self.rows):
             raise FrameBridgeError("the data sets hold no clips; give at least one")
 
@@ -121,15 +126,24 @@ class ClipStream(EndlessStream[Sample]):
             # a replacement keeps the seed of its slot, so that it is not the same clip twice in the epoch.
             generator = torch.Generator().manual_seed(derive_seed(sample_seed, "clip"))
             try:
-                video_FCHW = read_clip(path, settings, generator)
+                video_FCHW = read_pixels(path, settings, generator)
             except ClipError as error:
                 skipped.append({"path": path, "kind": error.kind, "reason": error.reason})
                 if len(skipped) == self.max_attempts:
                     break
             else:
-                return {"caption": caption, "video": video_FCHW, "sample_seed": sample_seed, "skipped": skipped}
+                clip: Sample = {
+                    "caption": caption,
+                    "video": video_FCHW,
+                    "sample_seed": sample_seed,
+                    "skipped": skipped,
+                }
+                if self.draw is not None:
+                    clip["drawn"] = self.draw(video_FCHW, sample_seed)
+                return clip
         # Nothing is raised here: a reading process does not know how the others fare.
-        return {"caption": "", "video": torch.empty(0, 3, 0, 0), "sample_seed": sample_seed, "skipped": skipped}
+        no_clip = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        return {"caption": "", "video": no_clip, "sample_seed": sample_seed, "skipped": skipped}
 
 
 class ClipRates(Dataset[float | None]):

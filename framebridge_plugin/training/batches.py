@@ -12,6 +12,7 @@ from finetrainers import utils
 from finetrainers.data import initialize_preprocessor
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
+from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.precomputation.stream import StoredStream
@@ -60,7 +61,14 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         """Frames per second at which the clips are seen; None if nothing says it."""
         if store is None:
             skipped = self.bad_files.files_to_skip
-            stream = ClipStream(datasets, args.seed, **place, max_attempts=policy.max_attempts, files_to_skip=skipped)
+            stream = ClipStream(
+                datasets,
+                args.seed,
+                **place,
+                max_attempts=policy.max_attempts,
+                files_to_skip=skipped,
+                draw=pixel_noise(specification),
+            )
             self.clip_rate = median_clip_rate(stream, args)
         else:
             self.clip_rate = store.manifest.clip_rate

@@ -34,6 +34,7 @@ from framebridge_plugin.models.projection_adapter import (
     full_rank_settings,
     with_identity,
 )
+from framebridge_plugin.resizing import as_floats
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.draws import drops_caption, sample_generator
 from framebridge_plugin.training.finetrainers.registration import parsed_arguments, parsed_objective
@@ -213,16 +214,22 @@ class BridgeSpecification(ModelSpecification):
         video: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         sample_seed: int | None = None,
+        drawn: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Latents of a clip, of its first frame as the condition image, and of the prior where there is pixel noise.
 
-        Of pixels in [-1, 1], [F, 3, H, W] or [1, F, 3, H, W]: "latents" [1, T, C, h, w], "image_latents"
-        [1, 1 or T, C, h, w] and "prior_latents". Draws as in `prepare_conditions`.
+        Of pixels in [-1, 1] or uint8 ones, [F, 3, H, W] or [1, F, 3, H, W]: "latents" [1, T, C, h, w],
+        "image_latents" [1, 1 or T, C, h, w] and "prior_latents". Draws as in `prepare_conditions`, or takes what was
+        `drawn` by `PixelNoise`.
         """
         if video is None:
             raise FrameBridgeError("a sample has no video; image-to-video training needs clips, not images")
         video_BFCHW = video if video.ndim == 5 else video.unsqueeze(0)
+        if video_BFCHW.dtype == torch.uint8:
+            video_BFCHW = as_floats(video_BFCHW.to(vae.device, non_blocking=True))
+        if drawn is not None:
+            return self.adapter.encode_noisy_clip(vae, video_BFCHW, drawn)
         return self.adapter.encode_clip(
             vae, video_BFCHW, lambda purpose: sample_generator(sample_seed, purpose, generator)
         )

@@ -54,7 +54,7 @@ def test_samples_have_the_promised_form(data_set):
     assert set(sample) == {"caption", "video", "sample_seed", "skipped"}
     assert sample["skipped"] == []
     assert sample["video"].shape == (3, 3, 16, 16)
-    assert sample["video"].dtype == torch.float32
+    assert sample["video"].dtype == torch.uint8
     assert isinstance(sample["sample_seed"], int)
     assert 0 <= sample["sample_seed"] < 2**63
 

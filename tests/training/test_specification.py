@@ -14,7 +14,9 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from framebridge_plugin.backbones.encoding import encode_video
 from framebridge_plugin.backbones.fingerprint import first_difference
+from framebridge_plugin.data import ClipSettings, ClipStream, index_dataset
 from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.objective import ObjectiveSettings, bridge_prediction
 from framebridge_plugin.training.validation import read_validation_file
 from tests.tiny_models import LATENT_CHANNELS, make_tiny_cogvideox
@@ -87,6 +89,25 @@ def test_noise_is_keyed_on_the_sample(model_folder, vae, video):
     assert torch.equal(first["latents"], other["latents"])
     assert not torch.equal(first["image_latents"], other["image_latents"])
     assert not torch.equal(first["prior_latents"], other["prior_latents"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_that_is_drawn_where_the_clip_is_read_has_the_same_bits(model_folder, clips_folder, dtype):
+    specification = make_specification(model_folder, vae_dtype=dtype)
+    vae = specification.load_latent_models()["vae"]
+    data = [(index_dataset({"data_root": str(clips_folder)}), ClipSettings(9, 32, 32))]
+    plain, drawing = (ClipStream(data, 3, draw=draw) for draw in (None, pixel_noise(specification)))
+    (there,) = itertools.islice(torch.utils.data.DataLoader(drawing, batch_size=None, num_workers=1), 1)
+    here = next(iter(plain))
+    assert {name: tuple(pixels.shape) for name, pixels in there["drawn"].items()} == {
+        "image": (1, 3, 32, 32),
+        "prior": (1, 9, 3, 32, 32),
+    }
+    floats = here["video"].float() / 255 * 2 - 1
+    latents = specification.prepare_latents(vae=vae, **there)
+    expected = specification.prepare_latents(vae=vae, **{**here, "video": floats})
+    assert latents.keys() == expected.keys() == {"latents", "image_latents", "prior_latents"}
+    assert all(torch.equal(latents[name], expected[name]) for name in expected)
 
 
 def test_image_and_prior_do_not_share_their_noise(model_folder, vae, video):

@@ -32,6 +32,7 @@ from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
@@ -227,7 +228,11 @@ class _Job:
             barrier=self.processes.wait,
         )
         stream = ClipStream(
-            self.datasets, self.args.seed, max_attempts=policy.max_attempts, files_to_skip=tracker.files_to_skip
+            self.datasets,
+            self.args.seed,
+            max_attempts=policy.max_attempts,
+            files_to_skip=tracker.files_to_skip,
+            draw=pixel_noise(self.specification),
         )
         positions = itertools.chain.from_iterable(range(shard.first, shard.first + shard.count) for shard in shards)
         loader = sample_loader(_Positions(stream), self.args, positions)
