@@ -8,6 +8,7 @@ from transformers import T5EncoderModel
 
 from framebridge_plugin.backbones.cogvideox.adapter import CogVideoXAdapter
 from framebridge_plugin.training.captions import CaptionCache
+from tests.tiny_models import CAPTIONS
 from tests.training.run_results import CONSTANT_RATE, LORA, assert_same_weights, losses, succeeded
 
 FOUR_KIB = {"encoder_hidden_states": torch.zeros(1, 4, 256)}
@@ -51,7 +52,7 @@ def test_what_another_process_kept_is_read_and_what_is_damaged_made_anew(tmp_pat
 def test_a_run_embeds_each_caption_once_and_does_without_the_text_encoder(
     train, clips_folder, validation_file, tmp_path, monkeypatch
 ):
-    """With the bits of a run that embeds each as it comes: five of the data, the empty one, one of the validation."""
+    """With the bits of a run that embeds each as it comes: four of the data, the empty one, one of the validation."""
     calls, forward = [], T5EncoderModel.forward
 
     def count(self, *args, **kwargs):
@@ -61,15 +62,15 @@ def test_a_run_embeds_each_caption_once_and_does_without_the_text_encoder(
     monkeypatch.setattr(T5EncoderModel, "forward", count)
     options = (*LORA, *CONSTANT_RATE, "framebridge.caption_dropout=0.4", "optimization.train_steps=3")
     validation = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=2")
-    kept = (f"framebridge.caption_cache_dir={tmp_path / 'kept'}", "framebridge.text_encoder_device=cpu", *validation)
+    kept = (f"framebridge.caption_cache_dir={tmp_path / 'captions'}", "framebridge.text_encoder_device=cpu", *validation)
     assert succeeded(train(*options, "framebridge.caption_cache_gib=0", output="anew"))
     assert len(calls) == 6
     calls.clear()
+    distinct = {*CAPTIONS, "", "null"}
     assert succeeded(train(*options, *kept, output="kept"))
-    assert len(calls) == 5 + 1 + 1
-    assert (tmp_path / "kept").is_dir()
-    (folder,) = (tmp_path / "kept").iterdir()
-    assert len(list(folder.glob("*.safetensors"))) == 5 + 1 + 1
+    assert len(calls) == len(distinct)
+    (folder,) = (tmp_path / "captions").iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == len(distinct)
 
     def refuse_to_load(*args: object) -> None:
         raise AssertionError("all captions are known")
