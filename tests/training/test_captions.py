@@ -62,7 +62,11 @@ def test_a_run_embeds_each_caption_once_and_does_without_the_text_encoder(
     monkeypatch.setattr(T5EncoderModel, "forward", count)
     options = (*LORA, *CONSTANT_RATE, "framebridge.caption_dropout=0.4", "optimization.train_steps=3")
     validation = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=2")
-    kept = (f"framebridge.caption_cache_dir={tmp_path / 'captions'}", "framebridge.text_encoder_device=cpu", *validation)
+    kept = (
+        f"framebridge.caption_cache_dir={tmp_path / 'captions'}",
+        "framebridge.text_encoder_device=cpu",
+        *validation,
+    )
     assert succeeded(train(*options, "framebridge.caption_cache_gib=0", output="anew"))
     assert len(calls) == 6
     calls.clear()
