@@ -220,6 +220,13 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.recipe is not None:
+        from framebridge_plugin.commands.memory_report import report_memory
+
+        return report_memory(arguments.recipe, arguments.overrides)
+    if arguments.overrides:
+        raise UsageError(f"{arguments.overrides[0]!r} is for a recipe; give --recipe, too")
+
     from framebridge_plugin.commands.doctor import run_doctor
 
     return run_doctor()

@@ -5,7 +5,7 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,8 +61,6 @@ class BackboneAdapter:
     """Runs the widened network on [B, T, 2 C, h, w], times [B] and conditions by name; float32 [B, T, C, h, w]."""
     text_layer: ClassVar[str]
     """The network's layer that the text goes into; its precision is the network's."""
-    embeddings: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
-    """The argument of its pipeline's call for each of `text_conditions`, with `negative_` before it for the others."""
     backbone_class: ClassVar[Any] = None
     """The class that stands for every scheduler of the backbone; None to take each as it is."""
     still_is_constant: ClassVar[bool] = False
@@ -155,6 +153,10 @@ class BackboneAdapter:
         """Loaded components that finetrainers does not know, by their names in the pipeline."""
         return {}
 
+    def blank_components(self) -> Iterator[tuple[str, Any]]:
+        """Yields what `own_components` gives after loading, without weights, and takes it for loaded."""
+        yield from ()
+
     # From a sample to what the network sees
 
     @classmethod
@@ -182,15 +184,6 @@ class BackboneAdapter:
         """What `bind` takes, for the captions and for the negative ones, of what `encode_prompt` returned."""
         positive, negative = encoded
         return {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
-
-    @classmethod
-    def embedded_call(
-        cls, positive: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor], device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        """The arguments of a pipeline's call for conditions of a prompt and a negative one, in place of the texts."""
-        call = {name: positive[condition] for condition, name in cls.embeddings.items()}
-        call |= {f"negative_{name}": negative[condition] for condition, name in cls.embeddings.items()}
-        return {name: value.to(device) for name, value in call.items()}
 
     @staticmethod
     def drop_caption(

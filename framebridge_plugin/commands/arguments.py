@@ -80,6 +80,15 @@ of finetrainers' own SFTTrainer. Take a tiny model: it is trained in float32 on 
   finetrainers conformance --model-name cogvideox --model tiny-cogvideox --only forward run-lora"""
 
 
+_DOCTOR_HELP = """\
+Report versions, repairs, devices, and what to do about each problem. With a recipe: the memory that its run needs of a
+GPU, for what, and what would save most; its data and its model need not be there, and nothing is downloaded. Exit code
+1 says that this machine's card has less.
+
+  finetrainers doctor
+  finetrainers doctor --recipe cogvideox_bridge_lora framebridge.precomputed=latents"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line as the command reports everything else."""
 
@@ -105,7 +114,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_data_check(_add_group(commands, "data", "look after a corpus"))
     _add_prepare_ucf101(_add_group(commands, "prepare", "unpack a corpus as it is distributed"))
     _add_command(commands, "recipes", "list the recipes that come with the package")
-    _add_command(commands, "doctor", "report versions, repairs, devices and problems")
+    help_text = "report versions, repairs, devices and problems; or the memory that a recipe needs"
+    _add_recipe(_add_command(commands, "doctor", help_text, _DOCTOR_HELP), required=False)
     arguments, rest = parser.parse_known_args(argv)
     if hasattr(arguments, "overrides"):
         # argparse takes only the first group of overrides when options stand between them.
@@ -140,9 +150,9 @@ def _add_group(commands: argparse._SubParsersAction, name: str, summary: str) ->
     return group.add_subparsers(dest="what", metavar="WHAT", required=True)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="a YAML file, or a name from `finetrainers recipes`"
+        "--recipe", required=required, metavar="R", help="a YAML file, or a name from `finetrainers recipes`"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="path=value", help="replace a value, such as optimization.lr=2e-5"

@@ -6,7 +6,7 @@ Layouts: B batch, F video frames, C channels, h and w rows and columns of the la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,13 @@ class LatteAdapter(BackboneAdapter):
     def own_components(self) -> dict[str, Any]:
         """The neural prior, if the network takes one."""
         return {"neural_prior": self.prior_network}
+
+    def blank_components(self) -> Iterator[tuple[str, Any]]:
+        """Yields the neural prior without weights, if the network takes one."""
+        if self._takes_neural_prior:
+            prior = read_network(self.source, self.place("neural_prior"), "neural_prior")
+            self.prior_network = prior.requires_grad_(False).eval()
+            yield "neural_prior", self.prior_network
 
     @property
     def _takes_neural_prior(self) -> bool:
