@@ -61,6 +61,8 @@ class BackboneAdapter:
     """Runs the widened network on [B, T, 2 C, h, w], times [B] and conditions by name; float32 [B, T, C, h, w]."""
     text_layer: ClassVar[str]
     """The network's layer that the text goes into; its precision is the network's."""
+    embeddings: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
+    """The argument of its pipeline's call for each of `text_conditions`, with `negative_` before it for the others."""
     backbone_class: ClassVar[Any] = None
     """The class that stands for every scheduler of the backbone; None to take each as it is."""
     still_is_constant: ClassVar[bool] = False
@@ -184,6 +186,15 @@ class BackboneAdapter:
         """What `bind` takes, for the captions and for the negative ones, of what `encode_prompt` returned."""
         positive, negative = encoded
         return {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
+
+    @classmethod
+    def embedded_call(
+        cls, positive: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The arguments of a pipeline's call for conditions of a prompt and a negative one, in place of the texts."""
+        call = {name: positive[condition] for condition, name in cls.embeddings.items()}
+        call |= {f"negative_{name}": negative[condition] for condition, name in cls.embeddings.items()}
+        return {name: value.to(device) for name, value in call.items()}
 
     @staticmethod
     def drop_caption(

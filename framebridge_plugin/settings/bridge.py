@@ -66,7 +66,7 @@ class ObjectiveSection(ProcessSection):
 class TrainerSection(Section):
     """What our trainer does and finetrainers' has no argument for."""
 
-    on_resume = ANEW, {"ema_decay": REFUSED, "ema_start_step": REFUSED}
+    on_resume = ANEW, {"ema_decay": REFUSED, "ema_start_step": REFUSED, "text_encoder_device": "precision"}
 
     ema_decay: BelowOne = Field(
         default=0.0,
@@ -80,12 +80,26 @@ class TrainerSection(Section):
     dataloader_timeout: int = Field(
         default=0, ge=0, description="seconds to wait for a reading process before the run ends; 0: for ever"
     )
+    text_encoder_device: Literal["cpu"] | None = Field(
+        default=None, description="where the text encoder computes; none: beside the network"
+    )
+    caption_cache_gib: NonNegative = Field(
+        default=1.0,
+        description="GiB of captions' embeddings that each process keeps (1.85 MB each for CogVideoX in bf16); where "
+        "all captions fit, they are embedded first, and the text encoder is not kept",
+    )
+    caption_cache_dir: PathText | None = Field(
+        default=None,
+        description="folder for these, up to caption_cache_gib, which processes and later runs share; none: in memory",
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yields each setting that does not go with the others, and what is wrong with it."""
         yield from super().conflicts()
         if self.ema_start_step and not self.ema_decay:
             yield "ema_start_step", "has no effect with ema_decay 0: remove it"
+        if self.caption_cache_dir is not None and not self.caption_cache_gib:
+            yield "caption_cache_dir", "has no effect with caption_cache_gib 0: remove it"
 
 
 class BeginningSection(Section):

@@ -5,13 +5,11 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -21,19 +19,11 @@ from peft import LoraConfig
 from PIL import Image
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
-from framebridge_plugin.backbones.copying import run_copy
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.loading import ModelSource, cannot_load
-from framebridge_plugin.backbones.lora_folders import LoraInfo
-from framebridge_plugin.backbones.saving import describe_base, save_lora_folder, save_model_folder
 from framebridge_plugin.data import UCF101_CLASSES, ClipIndex, ClipSettings
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.models.projection_adapter import (
-    add_projection,
-    freeze_identity,
-    full_rank_settings,
-    with_identity,
-)
+from framebridge_plugin.models.projection_adapter import add_projection, freeze_identity
 from framebridge_plugin.resizing import as_floats
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training.draws import drops_caption, sample_generator
@@ -45,12 +35,16 @@ from framebridge_plugin.training.objective import (
     diffusion_prediction,
     finetrainers_terms,
 )
+from framebridge_plugin.training.saved_bridge import SavedBridge
 from framebridge_plugin.training.validation import validation_image
+
+if TYPE_CHECKING:
+    from framebridge_plugin.training.captions import CaptionCache
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 
-class BridgeSpecification(ModelSpecification):
+class BridgeSpecification(SavedBridge, ModelSpecification):
     """A FrameBridge, or its diffusion baseline, on a backbone, whose adapter does what is particular to it.
 
     `pretrained_model_name_or_path` may be the backbone's plain text-to-video folder or id, whose network is widened
@@ -70,6 +64,8 @@ class BridgeSpecification(ModelSpecification):
     Attributes:
         adapter: The backbone's adapter.
         clip_rate: Frames per second of the training clips, once a trainer knows it.
+        captions: Where embeddings of captions are kept, if a trainer says so.
+        condition_models: What encodes captions, if a trainer has loaded it, or needs it no more ({}).
 
     Raises:
         UsageError: If two settings do not go together, or the clips do not fit the network.
@@ -97,6 +93,8 @@ class BridgeSpecification(ModelSpecification):
             raise UsageError("processors: the backbone's adapter encodes captions and clips; leave them out")
         self.objective = objective or parsed_objective(self.model_name)
         self.clip_rate: float | None = None
+        self.captions: CaptionCache | None = None
+        self.condition_models: dict[str, Any] | None = None
         self._run_copies: dict[str, Path] = {}
         self._make_adapter = functools.partial(
             adapter_class, objective=self.objective, clip_shape=clip_shape, **settings
@@ -153,6 +151,8 @@ class BridgeSpecification(ModelSpecification):
 
     def load_condition_models(self) -> dict[str, Any]:
         """What encodes captions: `tokenizer` and `text_encoder`; nothing for classes."""
+        if self.condition_models is not None:
+            return self.condition_models
         return self.adapter.load_condition_models(self.text_encoder_dtype)
 
     def load_latent_models(self) -> dict[str, Any]:
@@ -160,7 +160,9 @@ class BridgeSpecification(ModelSpecification):
         return {"vae": self.adapter.load_vae(self.vae_dtype)}
 
     def load_pipeline(self, transformer: Any = None, scheduler: Any = None, **kwargs: Any) -> Any:
-        """The backbone's pipeline around the components that are given; the others are loaded."""
+        """The backbone's pipeline around the components that are given; the others are loaded, but for what encodes
+        captions if all calls are `embedded`.
+        """
         parts = self.adapter.facts.parts
         components = {part: kwargs.get(part) for part in parts if part not in (self.network_name, "scheduler")}
         components[self.network_name] = (
@@ -168,7 +170,8 @@ class BridgeSpecification(ModelSpecification):
         )
         if "scheduler" in parts:
             components["scheduler"] = self.load_scheduler() if scheduler is None else scheduler
-        if any(components.get(part) is None for part in ("tokenizer", "text_encoder") if part in parts):
+        of_text = [part for part in ("tokenizer", "text_encoder") if part in parts and not kwargs.get("embedded")]
+        if any(components.get(part) is None for part in of_text):
             components |= self.load_condition_models()
         if components["vae"] is None:
             components |= self.load_latent_models()
@@ -197,7 +200,19 @@ class BridgeSpecification(ModelSpecification):
         dropout is drawn from `generator`.
         """
         dropped = drops_caption(self.objective.caption_dropout, sample_seed, generator)
-        return self.adapter.encode_caption(kwargs, caption if isinstance(caption, str) else caption[0], dropped)
+        text = caption if isinstance(caption, str) else caption[0]
+        if self.captions is None:
+            return self.adapter.encode_caption(kwargs, text, dropped)
+        text = "" if dropped else text
+        return self.captions.conditions(text, lambda: self._encode_new(kwargs, text))
+
+    def _encode_new(self, models: Mapping[str, Any], caption: str) -> dict[str, Any]:
+        if self.condition_models == {}:
+            folder = self.captions and self.captions.folder
+            raise FrameBridgeError(
+                f"{folder}: an embedding is gone that was there before the first update; start again"
+            )
+        return self.adapter.encode_caption(models, caption, dropped=False)
 
     def collate_conditions(self, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collects the conditions of a batch; labels as lists, since the trainers cast tensors to the precision of the
@@ -240,6 +255,11 @@ class BridgeSpecification(ModelSpecification):
         if "text_encoder" in self.adapter.facts.parts:
             precisions["text_encoder_dtype"] = str(self.text_encoder_dtype)
         return self.adapter.encoding_facts() | precisions
+
+    def text_facts(self) -> dict[str, Any]:
+        """Those of them that `prepare_conditions` depends on, for a model of text."""
+        parts = ("text_encoder", "tokenizer", "max_text_seq_length")
+        return {name: fact for name, fact in self.precomputation_facts().items() if name.startswith(parts)}
 
     def loss_terms(
         self,
@@ -313,9 +333,13 @@ class BridgeSpecification(ModelSpecification):
         image: Image.Image | None = None,
         video: list[Image.Image] | None = None,
         generator: torch.Generator | None = None,
+        embedded: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ) -> list[VideoArtifact]:
-        """Samples one video from an image, or from the first frame of a video, with a validation row's columns."""
+        """Samples one video from an image, or from the first frame of a video, with a validation row's columns.
+
+        `embedded` holds the conditions of its prompt and of the empty one, where the pipeline does not encode them.
+        """
         for component in self.adapter.own_components().values():
             if component is not None and not hasattr(component, "_hf_hook"):  # offloading moves it itself
                 component.to(pipeline.transformer.device)
@@ -327,75 +351,11 @@ class BridgeSpecification(ModelSpecification):
             image=validation_image(prompt, image, video),
             generator=generator,
             output_type="pil",
-            **self.adapter.validation_condition(prompt),
+            **(
+                self.adapter.validation_condition(prompt)
+                if embedded is None
+                else self.adapter.embedded_call(embedded[prompt], embedded[""], pipeline._execution_device)
+            ),
             **{name: value for name, value in settings.items() if name in call},
         ).frames[0]
         return [VideoArtifact(value=frames)]
-
-    def frozen_components(self, training_type: str) -> dict[str, Path]:
-        """The folders of what training leaves as it is; with LoRA layers the network is one of them."""
-        names = [self.network_name] if training_type == "lora" else []
-        return {name: self.adapter.folder(name) for name in [*names, *self.adapter.frozen_parts()]}
-
-    def keep_components(self, folder: Path) -> None:
-        """Copies what training leaves as it is into `folder`, unless it is there; models are saved with that."""
-        frozen = self.frozen_components("full-finetune")
-        self._run_copies = {name: run_copy(folder, name, source) for name, source in frozen.items()}
-
-    def _save_model(
-        self, directory: str, transformer: Any, transformer_state_dict: Any = None, scheduler: Any = None
-    ) -> None:
-        save_model_folder(
-            directory,
-            pipeline_class=self._pipeline_name,
-            network_name=self.network_name,
-            network_class=self.adapter.network_class,
-            network_config=transformer.config,
-            network_state_dict=transformer_state_dict,
-            scheduler=scheduler if "scheduler" in self.adapter.facts.parts else None,
-            components={
-                name: (*self.adapter.part_class(name), folder)
-                for name, folder in (self._run_copies or self.frozen_components("full-finetune")).items()
-            },
-            are_run_copies=bool(self._run_copies),
-            settings=self.adapter.pipeline_settings() | self._rate_setting,
-        )
-
-    def _save_lora_weights(
-        self, directory: str, transformer_state_dict: Any = None, scheduler: Any = None, metadata: Any = None
-    ) -> None:
-        layers, settings = dict(transformer_state_dict), json.loads(metadata["lora_config"])
-        if (projection := self.adapter.facts.input_projection) is not None:
-            weight: Any = self.adapter.blank_network().get_submodule(projection).weight
-            layers = with_identity(layers, projection, tuple(weight.shape[2:]))
-            settings |= full_rank_settings(projection, weight[0].numel(), settings["target_modules"])
-        save_lora_folder(
-            directory,
-            info=dataclasses.replace(self._lora_info, fps=self.clip_rate),
-            lora_state_dict=layers,
-            adapter_metadata=settings,
-            scheduler=scheduler if "scheduler" in self.adapter.facts.parts else None,
-        )
-
-    @functools.cached_property
-    def _lora_info(self) -> LoraInfo:
-        """What a LoRA remembers of its base, as it was when it was loaded."""
-        folders = self.frozen_components("lora")
-        components = {name: (self.adapter.place(name)[0], folder) for name, folder in folders.items()}
-        num_frames, height, width = self.clip_shape or (None, None, None)
-        return LoraInfo(
-            pipeline_class=self._pipeline_name,
-            network_name=self.network_name,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            **describe_base(self.pretrained_model_name_or_path, components),
-        )
-
-    @property
-    def _rate_setting(self) -> dict[str, float]:
-        return {} if self.clip_rate is None else {"fps": self.clip_rate}
-
-    @property
-    def _pipeline_name(self) -> str:
-        return self.adapter.facts.pipeline.partition(":")[2]

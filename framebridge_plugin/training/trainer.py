@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetrainers import utils
 from finetrainers.config import TrainingType
 from finetrainers.trainer import SFTTrainer
 from peft import get_peft_model_state_dict
@@ -24,6 +25,7 @@ from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, UsageError, say
 from framebridge_plugin.training.batches import TrainingBatches
+from framebridge_plugin.training.captions import Embedder, caption_cache, embed_ahead
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.finetrainers.preparation import autocast_calls, prepared_as_said
@@ -89,6 +91,7 @@ class FrameBridgeTrainer(SFTTrainer):
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
         self._validated = True
+        self._embedded: dict[str, Any] = {}
         super().__init__(args, model_specification)
         world_size, backend = self.data_world_size, self.state.parallel_backend
         self.stopping = Stopping(world_size, backend.device)
@@ -235,7 +238,51 @@ class FrameBridgeTrainer(SFTTrainer):
         backend.destroy()
         self.stopping.raise_if_stopped(self.progress.step, checkpoint)
 
+    def _embed_captions(self) -> None:
+        """Embeds all captions, where they fit into memory, and does without what embeds them from there on."""
+        specification, args = self.model_specification, self.args
+        if specification.adapter.facts.condition != "text":
+            return
+        specification.captions = cache = caption_cache(args, specification, self.text_device)
+        if args.enable_precomputation or self._store is not None or not args.framebridge_trainer.caption_cache_gib:
+            return
+        clips = args.batch_size * args.gradient_accumulation_steps * self.data_world_size
+        left = min((args.train_steps - self.progress.step) * clips, args.max_data_samples - self.progress.samples_seen)
+        embed, wait = Embedder(specification, self.text_device, {}), self.state.parallel_backend.wait_for_everyone
+        if embed_ahead(embed, cache, self._datasets, samples=left, wait=wait):
+            self._embed_prompts(embed)
+            embed.models = {}
+            utils.free_memory()
+        specification.condition_models = embed.models
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoder computes."""
+        return torch.device(self.args.framebridge_trainer.text_encoder_device or self.state.parallel_backend.device)
+
+    def embedded_prompts(self) -> dict[str, Any] | None:
+        """The conditions of the validation's prompts and of the empty one; None for a model of classes."""
+        if self.model_specification.adapter.facts.condition != "text":
+            return None
+        if not self._embedded:
+            models = {name: getattr(self, name) for name in ("tokenizer", "text_encoder") if getattr(self, name)}
+            self._embed_prompts(Embedder(self.model_specification, self.text_device, models))
+        return self._embedded
+
+    def _embed_prompts(self, embed: Embedder) -> None:
+        prompts = {str(sample["prompt"]) for sample in self._validation_samples}
+        self._embedded = {prompt: embed(prompt) for prompt in sorted(prompts | {""})}
+
+    def _move_components_to_device(self, components: Any = None, device: Any = None) -> None:
+        # The text encoder may have a device of its own.
+        everything = [self.text_encoder, self.transformer, self.vae] if components is None else components
+        others = [part for part in everything if part is not self.text_encoder]
+        super()._move_components_to_device(others, device)
+        if self.text_encoder is not None and len(others) < len(everything):
+            super()._move_components_to_device([self.text_encoder], device or self.text_device)
+
     def _batches(self) -> TrainingBatches:
+        self._embed_captions()
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
         self.state.generator = torch.Generator(self.state.parallel_backend.device).manual_seed(self.args.seed)
         return TrainingBatches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,14 +79,17 @@ def validate(
 
 def _sample(trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], label: str) -> list[ValidationVideo]:
     args, specification = trainer.args, trainer.model_specification
-    components = {name: getattr(trainer, name) for name in ("tokenizer", "text_encoder", "vae")}
+    embedded = trainer.embedded_prompts()
+    if args.enable_model_cpu_offload:
+        trainer._move_components_to_device([trainer.text_encoder], "cpu")
     pipeline = specification.load_pipeline(
         transformer=trainer.transformer,
         scheduler=type(trainer.scheduler).from_config(trainer.scheduler.config),
         enable_slicing=args.enable_slicing,
         enable_tiling=args.enable_tiling,
         enable_model_cpu_offload=args.enable_model_cpu_offload,
-        **components,
+        vae=trainer.vae,
+        embedded=embedded is not None,
     )
     if not args.enable_model_cpu_offload:
         trainer._move_components_to_device(
@@ -97,7 +101,7 @@ def _sample(trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], label: s
         return sample_validation_videos(
             samples,
             pipeline,
-            specification.validation,
+            functools.partial(specification.validation, embedded=embedded),
             Path(args.output_dir) / "validation",
             fps=specification.clip_rate or DEFAULT_FPS,
             label=label,

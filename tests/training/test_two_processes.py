@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
+from tests.tiny_models import CAPTIONS
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes
 from tests.training.averaged_run import OPTIONS
@@ -69,6 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"lora-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
 
     for name, options in FOUR_CLIPS.items():
+        options = (*options, f"framebridge.caption_cache_dir={folder / 'captions'}")
         train(recipe, name, *CONSTANT_RATE, *options, "parallelism.dp_degree=2", "optimization.train_steps=3")
 
     Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
@@ -119,6 +121,8 @@ def test_the_same_clips_of_an_update_are_the_same_update_however_they_are_shared
     assert succeeded(train(*whole, *halves, output="halves"))
     expected = losses(tmp_path / "run")
     found = {name: losses(runs / name) for name in FOUR_CLIPS} | {"halves": losses(tmp_path / "halves")}
+    # The processes shared the captions that they embedded.
+    assert len(list(runs.glob("captions/*/*.safetensors"))) == len({*CAPTIONS, ""})
     # A run of two processes goes on with one, which makes its last update anew.
     resume = f"checkpoints.output_dir={runs / '2 processes'}", "checkpoints.resume_from_checkpoint=2"
     assert succeeded(train(*whole, *resume))

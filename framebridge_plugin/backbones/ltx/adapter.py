@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class LTXAdapter(BackboneAdapter):
     call_network = staticmethod(call_ltx)
     text_layer = "caption_projection.linear_1"
     still_is_constant = True
+    embeddings: ClassVar[Mapping[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+    }
 
     @classmethod
     def max_sequence_length(cls, network_config: Mapping[str, Any]) -> int:
