@@ -35,6 +35,7 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _no_effect_problems(recipe)
     yield from _objective_problems(recipe)
     yield from _training_problems(recipe)
+    yield from _optimization_problems(recipe)
     yield from _parallelism_problems(recipe)
     yield from _attention_problems(recipe)
     model = RecipeModel(recipe)
@@ -75,8 +76,9 @@ def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[
         remedy = "leave dp_degree out (null), which makes it follow from their number and changes the clips per update"
         message = f"dp_degree x dp_shards is {given * shards}, and {there}: start them with --nproc {given * shards}"
         yield Problem("parallelism.dp_degree", f"{message}, or {remedy}")
-    elif recipe.validation.enable_model_cpu_offload and world_size > 1 and given is None and shards == 1:
-        yield Problem("validation.enable_model_cpu_offload", _OFFLOAD)
+    elif world_size > 1 and given is None and shards == 1:
+        for name in _of_one_process(recipe):
+            yield Problem(name, _OFFLOAD)
 
 
 _OFFLOAD = "works with one process only"
@@ -84,6 +86,13 @@ _ACCELERATE = (
     "accelerate does not synchronise gradients in finetrainers 0.2.0, so {processes} processes would train "
     "{processes} different models: use parallel_backend=ptd"
 )
+
+
+def _of_one_process(recipe: Recipe) -> Iterator[str]:
+    if recipe.validation.enable_model_cpu_offload:
+        yield "validation.enable_model_cpu_offload"
+    if recipe.optimization.offload_optimizer:
+        yield "optimization.offload_optimizer"
 
 
 def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -131,12 +140,6 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
         if recipe.precision.layerwise_upcasting_modules:
             path = "precision.layerwise_upcasting_modules"
             yield Problem(path, "weights stored in fp8 cannot be trained: set training.training_type=lora, or []")
-    optimization = recipe.optimization
-    if optimization.lr_scheduler == "constant" and optimization.lr_warmup_steps:
-        yield Problem(
-            "optimization.lr_warmup_steps",
-            "constant has no warm-up: set lr_scheduler=constant_with_warmup, or 0 here",
-        )
     if recipe.precision.allow_tf32 and recipe.precision.float32_matmul_precision == "highest":
         yield Problem(
             "precision.allow_tf32", "float32_matmul_precision=highest switches TF32 off again: set it to high"
@@ -177,19 +180,37 @@ def _autocast_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("precision.autocast", message)
 
 
+def _optimization_problems(recipe: Recipe) -> Iterator[Problem]:
+    ours, shards = recipe.optimization, recipe.parallelism.dp_shards
+    if ours.lr_scheduler == "constant" and ours.lr_warmup_steps:
+        message = "constant has no warm-up: set lr_scheduler=constant_with_warmup, or 0 here"
+        yield Problem("optimization.lr_warmup_steps", message)
+    if "-" in ours.optimizer and shards > 1:
+        yield Problem(
+            "optimization.optimizer",
+            f"{ours.optimizer} does not work on sharded weights: take adamw, or dp_degree in place of dp_shards",
+        )
+    if ours.stochastic_rounding:
+        if ours.optimizer != "adamw" and "torchao" not in ours.optimizer:
+            message = f"{ours.optimizer} has none: take adamw or adamw-torchao-8bit, or remove it"
+            yield Problem("optimization.stochastic_rounding", message)
+        if recipe.precision.transformer_dtype != "bf16":
+            message = "has no effect on weights that are not bf16: set precision.transformer_dtype=bf16, or remove it"
+            yield Problem("optimization.stochastic_rounding", message)
+        elif recipe.training.training_type == "lora" and shards == 1:
+            yield Problem("optimization.stochastic_rounding", "has no effect on LoRA layers, float32 here: remove it")
+    if ours.offload_optimizer and (ours.optimizer != "adamw" or ours.stochastic_rounding):
+        message = "works with optimizer adamw, without stochastic_rounding: choose, or take adamw-torchao-8bit alone"
+        yield Problem("optimization.offload_optimizer", message)
+
+
 def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:
     parallelism = recipe.parallelism
     processes = (parallelism.dp_degree or 1) * parallelism.dp_shards
     if parallelism.parallel_backend == "accelerate" and processes > 1:
         yield Problem("parallelism.parallel_backend", _ACCELERATE.format(processes=processes))
-    if recipe.optimization.optimizer.endswith(("-bnb", "-8bit")) and parallelism.dp_shards > 1:
-        yield Problem(
-            "optimization.optimizer",
-            f"{recipe.optimization.optimizer} does not work on sharded weights: take adamw, or dp_degree in place of "
-            "dp_shards",
-        )
-    if recipe.validation.enable_model_cpu_offload and processes > 1:
-        yield Problem("validation.enable_model_cpu_offload", _OFFLOAD)
+    for name in _of_one_process(recipe) if processes > 1 else ():
+        yield Problem(name, _OFFLOAD)
 
 
 def _attention_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -178,9 +178,22 @@ class OptimizationSection(Section):
 
     train_steps: Count = Field(default=1000, description="updates (not micro-steps)")
     optimizer: Literal[
-        "adam", "adamw", "adam-bnb", "adamw-bnb", "adam-bnb-8bit", "adamw-bnb-8bit", "adamw-torchao-8bit"
+        "adam", "adamw", "adam-bnb", "adamw-bnb", "adam-bnb-8bit", "adamw-bnb-8bit",
+        "adamw-torchao-8bit", "adamw-torchao-4bit", "adamw-torchao-fp8",
     ] = Field(
-        default="adamw", description="bnb: bitsandbytes' own; torchao: its 8-bit AdamW; neither of them with dp_shards"
+        default="adamw",
+        description="bnb: bitsandbytes' own; torchao: its AdamW with moments of 8 or 4 bits, or in fp8 (no GPU below "
+        "compute capability 8.9); neither of them with dp_shards",
+    )  # fmt: skip
+    stochastic_rounding: bool = Field(
+        default=False,
+        description="weights trained in bf16 are rounded up or down at random, by how near they are, with adamw or "
+        "torchao's; to the nearest, most updates of a low rate are lost",
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="moments of adamw in main memory, where the update is made: 8 bytes on the GPU for each trained "
+        "parameter less in float32, 4 in bf16; slower; one process with a GPU only",
     )
     lr: Positive = Field(default=1e-4, description="learning rate after the warm-up")
     lr_scheduler: Literal[

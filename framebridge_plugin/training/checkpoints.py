@@ -17,7 +17,6 @@ before it taken.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import resource
@@ -320,20 +319,12 @@ class Checkpointer:
         if self.average is not None:
             self.average.load(self._together(lambda: read_tensors(folder, AVERAGE_FILE, manifest)))
         tensors = self._together(lambda: read_tensors(folder, _OPTIMIZER_FILE, manifest))
-        own = [
-            copy.deepcopy({name: value for name, value in group.items() if name != "params"})
-            for group in self.optimizer.param_groups
-        ]
         # A fresh optimizer has no state yet: asking for it makes the tensors that the stored ones go into.
         live = get_optimizer_state_dict(self.model, self.optimizer)
-        set_optimizer_state_dict(
-            self.model,
-            self.optimizer,
-            unpack(content["optimizer"], "optimizer", tensors, live),
-            options=StateDictOptions(full_state_dict=True),
-        )
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):  # other objects than before
-            group.update(values)
+        restored = unpack(content["optimizer"], "optimizer", tensors, live)
+        # What the optimizer is told stays as it is; before loading, which asks it where its tensors belong.
+        restored["param_groups"] = live["param_groups"]
+        set_optimizer_state_dict(self.model, self.optimizer, restored, options=StateDictOptions(full_state_dict=True))
         return TrainingState(step=content["step"], samples_seen=content["samples_seen"])
 
     def _read_weights(self, folder: Path, manifest: Manifest) -> dict[str, Any]:

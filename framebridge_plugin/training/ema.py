@@ -15,6 +15,9 @@ from framebridge_plugin.training.resume_settings import tensors_difference
 # What activation checkpointing and torch.compile put into the names of parameters.
 _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
 
+_TOGETHER = 16
+"""Tensors that are averaged by one call."""
+
 
 class WeightAverage:
     """Float32 average of the trained parameters: average <- decay * average + (1 - decay) * weights at every update.
@@ -39,12 +42,13 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Updates the average with the weights of update `step`, counted from 1."""
-        for name, parameter in self._parameters.items():
-            average, weights = _local(self._averages[name]), _local(parameter)
-            if step > self.start_step:
-                average.lerp_(weights.float(), 1.0 - self.decay)
-            else:
-                average.copy_(weights)
+        averages, weights = ([_local(t) for t in ts.values()] for ts in (self._averages, self._parameters))
+        if step <= self.start_step:
+            torch._foreach_copy_(averages, weights)
+            return
+        for i in range(0, len(averages), _TOGETHER):  # not all: of bfloat16 weights, float32 copies are made
+            some = slice(i, i + _TOGETHER)
+            torch._foreach_lerp_(averages[some], [tensor.float() for tensor in weights[some]], 1.0 - self.decay)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:

@@ -100,6 +100,9 @@ class TrainingLoop:
                 f"step {step}: the loss is {loss} and its gradient norm {grad_norm}; the update was not made. Resume "
                 f"from the last checkpoint in {trainer.checkpointer.root} with a lower learning rate, or in float32"
             )
+        # Replicas of a shard round alike.
+        shard = trainer.data_rank % args.dp_shards
+        trainer.optimizer.rounding_seed = derive_seed("rounding", args.seed, step, shard)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
         trainer.optimizer.zero_grad()

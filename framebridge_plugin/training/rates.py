@@ -10,6 +10,8 @@ from finetrainers.parallel import ParallelBackendEnum
 
 def rate_schedule(args: Any, optimizer: Any, step: int) -> Any:
     """The schedule after so many updates; finetrainers itself hands no cycles, power and (polynomial) rate over."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.lr
     return get_lr_scheduler(
         ParallelBackendEnum.ACCELERATE,  # a plain LambdaLR
         name=args.lr_scheduler,

@@ -28,3 +28,13 @@ def refuse_unsupported(args: Any) -> None:
         raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():
         raise UsageError("enable_model_cpu_offload: there is no accelerator to offload from; leave it out")
+    if args.offload_optimizer and not torch.cuda.is_available():
+        raise UsageError("offload_optimizer: there is no CUDA GPU whose memory it would spare; leave it out")
+    if args.optimizer == "adamw-torchao-fp8" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 9):
+            has = ".".join(map(str, capability))
+            raise UsageError(
+                f"adamw-torchao-fp8 needs a GPU of compute capability 8.9 (Ada, Hopper), not {has}; take "
+                "adamw-torchao-8bit"
+            )

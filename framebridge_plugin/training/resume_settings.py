@@ -100,8 +100,9 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
     found = {}
     for group in (REFUSED, *ALLOWABLE):
         theirs, ours = stored.get(group) or {}, settings.get(group) or {}
-        names = dict.fromkeys([*theirs, *ours])
-        changed = [n for n in names if (theirs[n] != ours[n] if n in theirs and n in ours else not n.endswith(_WHOLE))]
+        # One that an earlier version had not, and a later one does not set (None), is the same.
+        changed = [n for n in dict.fromkeys([*theirs, *ours]) if theirs.get(n) != ours.get(n)]
+        changed = [n for n in changed if not n.endswith(_WHOLE) or (n in theirs and n in ours)]
         if changed:
             shown = changed[:_SHOWN]
             present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)

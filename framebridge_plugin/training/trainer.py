@@ -33,6 +33,7 @@ from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
 from framebridge_plugin.training.metrics import MetricsLogger
+from framebridge_plugin.training.optimizers import make_optimizer
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
 from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.rates import rate_schedule
@@ -147,9 +148,8 @@ class FrameBridgeTrainer(SFTTrainer):
         with prepared_as_said(self.args):
             super()._prepare_for_training()
         autocast_calls(self.transformer, self.args, self.state.parallel_backend.device)
-        # The torch optimizer without finetrainers' or accelerate's wrapper: the loop below needs neither.
-        wrapper = self.optimizer
-        self.optimizer = wrapper.optimizers[-1] if hasattr(wrapper, "optimizers") else wrapper.optimizer
+        # In place of finetrainers', which is told to take torch's slowest path; it has no state yet.
+        self.optimizer = make_optimizer(self.args, self.transformer)
 
     def _prepare_dataset(self) -> None:
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)

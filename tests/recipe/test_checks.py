@@ -63,6 +63,36 @@ from tests.tiny_models import moving_square, write_video
         ),
         (["optimization.optimizer=adamw-bnb", "parallelism.dp_shards=2"], "optimization.optimizer", "sharded weights"),
         (
+            ["optimization.optimizer=adamw-torchao-4bit", "parallelism.dp_shards=2"],
+            "optimization.optimizer",
+            "sharded weights",
+        ),
+        (
+            ["optimization.stochastic_rounding=true", "precision.transformer_dtype=fp32"],
+            "optimization.stochastic_rounding",
+            "weights that are not bf16",
+        ),
+        (
+            ["optimization.stochastic_rounding=true", "training.training_type=lora"],
+            "optimization.stochastic_rounding",
+            "LoRA layers, float32",
+        ),
+        (
+            ["optimization.stochastic_rounding=true", "optimization.optimizer=adam"],
+            "optimization.stochastic_rounding",
+            "adam has none: take adamw",
+        ),
+        (
+            ["optimization.offload_optimizer=true", "optimization.optimizer=adamw-torchao-8bit"],
+            "optimization.offload_optimizer",
+            "works with optimizer adamw",
+        ),
+        (
+            ["optimization.offload_optimizer=true", "parallelism.dp_degree=2"],
+            "optimization.offload_optimizer",
+            "one process only",
+        ),
+        (
             ["attention.attn_provider_training=['transformer:flash_varlen']"],
             "attention.attn_provider_training",
             "transformer:flash_varlen needs the package flash-attn: `pip install flash-attn`",

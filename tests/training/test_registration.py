@@ -248,15 +248,13 @@ def test_torchao_optimiser_learns_with_8_bit_states(backend):
         parallel_backend=backend, name="linear", optimizer=learner, num_warmup_steps=0, num_training_steps=10
     )
     losses = []
-    # It compiles its update, which takes half a minute and is torch's business; run as written it does the same.
-    with torch.compiler.set_stance("force_eager"):
-        for _ in range(5):
-            loss = model(inputs).square().mean()
-            loss.backward()
-            learner.step()
-            schedule.step()
-            learner.zero_grad()
-            losses.append(loss.item())
+    for _ in range(5):
+        loss = model(inputs).square().mean()
+        loss.backward()
+        learner.step()
+        schedule.step()
+        learner.zero_grad()
+        losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     inner = learner.optimizers[0] if backend == "ptd" else learner
     assert type(inner.state[model.weight]["exp_avg"]).__name__ == "OptimState8bit"
@@ -268,7 +266,7 @@ def test_finetrainers_own_optimisers_are_untouched():
     model = torch.nn.Linear(2, 2)
     learner = optimizer.get_optimizer(parallel_backend="accelerate", name="adamw", model_parts=[model], **SETTINGS)
     assert type(learner) is torch.optim.AdamW
-    with pytest.raises(ValueError, match="Unsupported optimizer: adamw-torchao-4bit"):
+    with pytest.raises(ValueError, match="Unsupported optimizer: adamw-torchao-2bit"):
         optimizer.get_optimizer(
-            parallel_backend="accelerate", name="adamw-torchao-4bit", model_parts=[model], **SETTINGS
+            parallel_backend="accelerate", name="adamw-torchao-2bit", model_parts=[model], **SETTINGS
         )

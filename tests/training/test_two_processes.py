@@ -69,6 +69,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"lora-parts-{split}", *options, "optimization.train_steps=2")
         train(recipe, f"lora-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
 
+    rounded = (*one_clip[:-1], "precision.transformer_dtype=bf16", "optimization.stochastic_rounding=true")
+    for split in SPLITS:
+        options = (*rounded, f"parallelism.{split}=2")
+        train(recipe, f"rounded-whole-{split}", *options)
+        train(recipe, f"rounded-parts-{split}", *options, "optimization.train_steps=2")
+        train(recipe, f"rounded-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
+
     for name, options in FOUR_CLIPS.items():
         options = (*options, f"framebridge.caption_cache_dir={folder / 'captions'}")
         train(recipe, name, *CONSTANT_RATE, *options, "parallelism.dp_degree=2", "optimization.train_steps=3")
@@ -158,6 +165,14 @@ def test_mixed_precision_trains_float32_weights_shared_out_or_not(runs, split):
     assert losses(mixed) == pytest.approx(losses(whole), rel=1e-2)
     moments = load_file(mixed / "checkpoints/step_000004/trainer/optimizer.safetensors")
     assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_they_round_at_random_as_one(runs, split):
+    """Replicas that did not round alike would be made alike by a resume."""
+    whole, parts = runs / f"rounded-whole-{split}", runs / f"rounded-parts-{split}"
+    assert losses(parts) == losses(whole)
+    assert_same_weights(whole / "checkpoints/step_000004", parts / "checkpoints/step_000004")
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -96,7 +96,6 @@ def test_bfloat16_lora_with_checkpointing_and_offline_wandb(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-torchao-8bit", "adamw-bnb-8bit"])
-@torch.compiler.set_stance("force_eager")  # to compile torchao's would take longer than the runs
 def test_8bit_optimizers_resume_and_the_diffusion_baseline_trains(train, tmp_path, optimizer):
     # A constant rate, so that a run of two updates is the first half of one of four.
     options = (

@@ -17,10 +17,11 @@ from framebridge_plugin.errors import UsageError, in_one_line
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.processes import process_count
 from framebridge_plugin.settings.bridge import ObjectiveSettings
-from framebridge_plugin.settings.finetrainers import PrecisionSection, TrainingSection
+from framebridge_plugin.settings.finetrainers import OptimizationSection, PrecisionSection, TrainingSection
 from framebridge_plugin.training.finetrainers.arguments import FrameBridgeArgs, backbone_defaults, fill_arguments
 from framebridge_plugin.training.finetrainers.compat import apply_repairs
 from framebridge_plugin.training.finetrainers.repairs.processes import change_arguments
+from framebridge_plugin.training.optimizers import TORCHAO_OPTIMIZERS, optimizer_class
 
 if TYPE_CHECKING:
     from finetrainers import BaseArgs
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from framebridge_plugin.recipe import Recipe
 
 TRAINING_TYPES = ("lora", "full-finetune")
-TORCHAO_OPTIMIZER = "adamw-torchao-8bit"
+_SETTINGS_OF_RECIPES = (
+    (PrecisionSection, "autocast"),
+    (TrainingSection, "gradient_checkpointing_every"),
+    (OptimizationSection, "stochastic_rounding"),
+    (OptimizationSection, "offload_optimizer"),
+)
+"""Ours in finetrainers' sections; its parser has no options for them."""
 
 _lock = threading.RLock()
 _registered = False
@@ -39,7 +46,7 @@ def register() -> None:
     """Makes `import finetrainers` work in this process and registers what this package adds to it.
 
     After it, finetrainers' tables and its argument parser know the names of all backbones (`cogvideox_bridge`, ...),
-    our arguments and the optimiser `adamw-torchao-8bit`, and its training loop knows `FrameBridgeScheduler`. Programs
+    our arguments and torchao's optimisers, and its training loop knows `FrameBridgeScheduler`. Programs
     that use finetrainers alone work as well. Calling it again does nothing.
 
     Raises:
@@ -105,10 +112,10 @@ def _register_arguments() -> None:
 
     BaseArgs.__init__ = __init__
     ours.hand_over(BaseArgs, {})  # for arguments that neither a parser nor a recipe made
-    for section, name in ((PrecisionSection, "autocast"), (TrainingSection, "gradient_checkpointing_every")):
+    for section, name in _SETTINGS_OF_RECIPES:
         setattr(BaseArgs, name, section.model_fields[name].default)
     change_arguments("_add_model_arguments", lambda parser: _add_choices(parser, "model_name", backbone_names()))
-    change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", [TORCHAO_OPTIMIZER]))
+    change_arguments("_add_optimizer_arguments", lambda parser: _add_choices(parser, "optimizer", TORCHAO_OPTIMIZERS))
 
 
 def parsed_objective(model_name: str) -> ObjectiveSettings:
@@ -155,14 +162,12 @@ def _register_optimizer() -> None:
 
     @functools.wraps(original)
     def get_optimizer(parallel_backend: str, name: str, model_parts: list[torch.nn.Module], **settings: Any) -> Any:
-        if name.lower() != TORCHAO_OPTIMIZER:
+        if name.lower() not in TORCHAO_OPTIMIZERS:
             return original(parallel_backend=parallel_backend, name=name, model_parts=model_parts, **settings)
-        from torchao.optim import AdamW8bit
-
         build = module.get_optimizer_ptd if parallel_backend == "ptd" else module.get_optimizer_accelerate
         return build(
             model_parts,
-            AdamW8bit,
+            optimizer_class(name.lower()),
             {
                 "lr": settings["learning_rate"],
                 "betas": (settings["beta1"], settings["beta2"]),
