@@ -178,8 +178,7 @@ class TextBridgePipeline(BridgePipeline):
             batch_size: Inputs of one call of the network, of which a video with guidance has two; with 1 each has a
                 call of its own. By default all, and fewer once an accelerator's memory ends.
             tiling: Whether frames are decoded by overlapping tiles, for less memory and slightly other pixels: "on",
-                "off", or "auto", above 256 x 256
-                pixels or if `vae.enable_tiling()` was called.
+                "off", or "auto", above 256 x 256 pixels or if `vae.enable_tiling()` was called.
             output_type: "pil", "np", "pt" (in [0, 1], [B, F, 3, H, W]) or "latent" (float32 [B, T, C, h, w]).
             return_dict: Whether to return the output of diffusers' own pipeline or a plain tuple.
             attention_kwargs: Passed to the attention processors (LoRA's `scale`).
