@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Conditions = dict[str, torch.Tensor]
 
+_SUFFIX = ".safetensors"
+
 
 class CaptionCache:
     """The conditions of captions, up to a limit, in memory or as files that ranks and later runs share.
@@ -47,7 +49,7 @@ class CaptionCache:
         found = self.find(caption)
         if found is None:
             found = {name: value.cpu() for name, value in encode().items()}
-            if self._count() < self.room(found):
+            if self.holds(caption) or self._count() < self.room(found):
                 self._keep(caption, found)
         return found
 
@@ -59,6 +61,10 @@ class CaptionCache:
             return load_file(self._file(caption))
         return None
 
+    def holds(self, caption: str) -> bool:
+        """Whether there is something for a caption, in a folder a file that may be damaged."""
+        return caption in self._kept if self.folder is None else self._file(caption).is_file()
+
     def room(self, conditions: Mapping[str, torch.Tensor]) -> int:
         """How many such conditions the cache holds when it is full."""
         return self._bytes // sum(value.nbytes for value in conditions.values())
@@ -66,7 +72,8 @@ class CaptionCache:
     def _count(self) -> int:
         if self.folder is None:
             return len(self._kept)
-        return len(os.listdir(self.folder)) if self.folder.is_dir() else 0
+        # Not what others write at the moment, or have left half written.
+        return sum(1 for _ in self.folder.glob(f"*{_SUFFIX}"))
 
     def _keep(self, caption: str, conditions: Conditions) -> None:
         if self.folder is None:
@@ -85,7 +92,7 @@ class CaptionCache:
 
     def _file(self, caption: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{hashlib.blake2b(caption.encode(), digest_size=16).hexdigest()}.safetensors"
+        return self.folder / f"{hashlib.blake2b(caption.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
 
 
 def caption_cache(args: Any, specification: BridgeSpecification, device: torch.device) -> CaptionCache:
@@ -145,7 +152,8 @@ def embed_ahead(
         wait()
         if not done:
             return False
-    return _embed_all(embed, ordered)
+    # A folder may be full of other runs' captions.
+    return _embed_all(embed, ordered) and all(map(cache.holds, ordered))
 
 
 def _embed_all(embed: Embedder, captions: Iterable[str]) -> bool:

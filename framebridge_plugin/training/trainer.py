@@ -251,9 +251,10 @@ class FrameBridgeTrainer(SFTTrainer):
         embed, wait = Embedder(specification, self.text_device, {}), self.state.parallel_backend.wait_for_everyone
         if embed_ahead(embed, cache, self._datasets, samples=left, wait=wait):
             self._embed_prompts(embed)
-            embed.models = {}
+            embed.models = specification.condition_models = {}
             utils.free_memory()
-        specification.condition_models = embed.models
+        elif embed.models:  # else it was known what the empty caption is, and nothing has been loaded yet
+            specification.condition_models = embed.models
 
     @property
     def text_device(self) -> torch.device:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import T5EncoderModel
 
 from framebridge_plugin.backbones.cogvideox.adapter import CogVideoXAdapter
 from framebridge_plugin.training.captions import CaptionCache
-from tests.tiny_models import CAPTIONS
+from tests.tiny_models import CAPTIONS, make_clips
 from tests.training.run_results import CONSTANT_RATE, LORA, assert_same_weights, losses, succeeded
 
 FOUR_KIB = {"encoder_hidden_states": torch.zeros(1, 4, 256)}
@@ -86,3 +88,44 @@ def test_a_run_embeds_each_caption_once_and_does_without_the_text_encoder(
         assert_same_weights(tmp_path / run / "lora", tmp_path / "anew/lora")
         assert (tmp_path / run / "validation/step000002-00.mp4").is_file()
         assert (tmp_path / run / "validation/final-00.mp4").is_file()
+
+
+@pytest.mark.parametrize("others", [(), ("one", "two", "three")])
+def test_a_folder_without_room_for_all_captions(others, train, tmp_path):
+    """Too many captions, or enough room that another run's captions take: what is not kept is embedded as it comes."""
+    size = 16 * 16 * 4
+    room = len({*CAPTIONS, ""}) if others else 2
+    options = (*CONSTANT_RATE, "optimization.train_steps=3", "framebridge.caption_dropout=0.4")
+    kept = (
+        f"framebridge.caption_cache_dir={tmp_path / 'captions'}",
+        f"framebridge.caption_cache_gib={(room + 0.5) * size / 2**30}",
+    )
+    if others:
+        clips = make_clips(tmp_path / "others", frames=12, size=32, captions=others)
+        assert succeeded(train(*options, *kept, f"framebridge.data.data_root={clips}", output="others"))
+    assert succeeded(train(*options, "framebridge.caption_cache_gib=0", output="anew"))
+    for run in ("first", "second"):  # the second knows the empty caption, and not all others
+        assert succeeded(train(*options, *kept, output=run))
+        assert losses(tmp_path / run) == losses(tmp_path / "anew")
+    (folder,) = (tmp_path / "captions").iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == room
+
+
+def test_the_end_of_a_run_with_a_folder_goes_on(train, tmp_path):
+    """It has fewer clips left than there are captions, so that not all are embedded first."""
+    folder = f"framebridge.caption_cache_dir={tmp_path / 'captions'}"
+    options = (*CONSTANT_RATE, folder, "framebridge.caption_dropout=0")
+    assert succeeded(train(*options, "optimization.train_steps=3", output="whole"))
+    shutil.rmtree(tmp_path / "captions")
+    assert succeeded(train(*options, "optimization.train_steps=2"))
+    assert succeeded(train(*options, "optimization.train_steps=3"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_file_is_replaced_in_a_full_folder(tmp_path):
+    cache = CaptionCache(2.5 * 4096 / 2**30, tmp_path)
+    assert embed(cache, "ab") == "ab"
+    (tmp_path / "left.0-1").touch()
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(b"")
+    assert embed(cache, "abab") == "ab"
