@@ -235,7 +235,9 @@ class TextBridgePipeline(BridgePipeline):
         device = self._execution_device
 
         if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * (len(prompt) if prompt is not None else num_prompts)
+            negative_prompt = [negative_prompt]
+        if negative_prompt is not None and len(negative_prompt) == 1:
+            negative_prompt = negative_prompt * (len(prompt) if prompt is not None else num_prompts)
         encoding = {
             "max_sequence_length": max_sequence_length or self.adapter.max_sequence_length(config),
             "device": device,

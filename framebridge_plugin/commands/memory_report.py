@@ -82,6 +82,8 @@ def _remedies(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     training, precision, is_lora = recipe.training, recipe.precision, recipe.training.training_type == "lora"
     if recipe.framebridge.precomputed is None:
         yield ["framebridge.precomputed=FOLDER"], "of `finetrainers precompute`: no encoders in training"
+        if recipe.backbone.condition == "text" and recipe.framebridge.text_encoder_device is None:
+            yield ["framebridge.text_encoder_device=cpu"], "captions embedded in main memory, each once as far as kept"
     if not training.gradient_checkpointing:
         yield ["training.gradient_checkpointing=true"], "a third more arithmetic"
     if training.batch_size > 1:

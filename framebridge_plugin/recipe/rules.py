@@ -46,6 +46,8 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from start_problems(recipe, model.folders)
     yield from data_problems(recipe, model.clip_rule)
     yield from validation_problems(recipe, model.sample_rule, model.caption_problem)
+    if (folder := recipe.framebridge.caption_cache_dir) is not None and (problem := writing_problem(Path(folder))):
+        yield Problem("framebridge.caption_cache_dir", problem, on_disk=True)
     if problem := writing_problem(Path(recipe.checkpoints.output_dir)):
         yield Problem("checkpoints.output_dir", problem, on_disk=True)
     elif problem := foreign_entry(Path(recipe.checkpoints.output_dir)):

@@ -41,7 +41,7 @@ class CaptionCache:
     """
 
     def __init__(self, gib: float, folder: Path | None = None) -> None:
-        self._bytes, self.folder = int(gib * 2**30), folder
+        self._bytes, self.folder = int(min(gib, 2.0**30) * 2**30), folder  # of an endless number there is no int
         self._kept: dict[str, Conditions] = {}
 
     def conditions(self, caption: str, encode: Callable[[], Mapping[str, torch.Tensor]]) -> Conditions:

@@ -218,7 +218,11 @@ class _Run:
         resident = {name: part / shards for name, part in resident.items()}
         resident |= {name.replace("_", " "): _bytes(_tensors(part)) for name, part in self.own.items()}
         if args.precomputed is None:
-            resident, working = resident | encoded.resident, working | encoded.working
+            # A text encoder on the CPU takes nothing of the device.
+            on_cpu = args.framebridge_trainer.text_encoder_device is not None
+            elsewhere = {"text encoder", "encoding a caption"} if on_cpu else set()
+            for parts, further in ((resident, encoded.resident), (working, encoded.working)):
+                parts |= {name: size for name, size in further.items() if name not in elsewhere}
         return MemoryNeeds(*({name: round(part) for name, part in parts.items()} for parts in (resident, working)))
 
     def _once(self, *names: str, made: Callable[[], Any]) -> Any:

@@ -113,6 +113,11 @@ def test_each_text_and_each_picture_is_encoded_once(bridge_folder):
     texts.clear()
     pipeline(**call, prompt=TEXTS, guidance_scale=1.0)
     assert texts == [2]
+    found = [
+        pipeline(**call, prompt=TEXTS, negative_prompt=negative, generator=generators(5, 6, 7)).frames
+        for negative in ("grey", ["grey"])
+    ]
+    assert torch.equal(*found)
 
 
 def test_large_frames_are_decoded_by_tiles(bridge_folder):

@@ -37,6 +37,7 @@ def test_what_came_first_is_kept_up_to_the_limit(on_disk, tmp_path):
     assert embed(cache, "abcabcc") == "abccc"
     assert embed(CaptionCache(1.0, folder), "abc") == ("c" if on_disk else "abc")
     assert embed(CaptionCache(0.0), "aa") == "aa"
+    assert embed(CaptionCache(1e300, folder), "abab") == ("" if on_disk else "ab")
 
 
 def test_what_another_process_kept_is_read_and_what_is_damaged_made_anew(tmp_path):

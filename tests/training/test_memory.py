@@ -38,6 +38,9 @@ def test_a_lora_of_the_2b_model_at_its_own_size():
     assert live.resident["network"] == pytest.approx(2 * 1.69e9 + 4 * layers, rel=0.03)  # and its positions
     assert live.resident["optimizer"] == 8 * layers
     assert not {"text encoder", "autoencoder", "encoding a clip"} & {*stored.resident, *stored.working}
+    beside = needs("cogvideox_bridge_lora", *LARGE, "framebridge.text_encoder_device=cpu", known=known)
+    assert live.total - beside.total == live.resident["text encoder"]
+    assert not {"text encoder", "encoding a caption"} & {*beside.resident, *beside.working}
 
 
 @pytest.mark.parametrize(
