@@ -1,4 +1,4 @@
-"""The benchmark of data loading runs, and compares with what it says it compares with."""
+"""The benchmarks run, and compare with what they say they compare with."""
 
 from __future__ import annotations
 
@@ -53,3 +53,26 @@ def test_a_start_on_a_generated_table_reads_its_clips(tmp_path, benchmark_module
     assert measured["first_batch_s"] >= measured["index_s"] > 0
     assert 0 < measured["worker_pss_mb"] <= measured["peak_mb"]
     assert BATCH == 8
+
+
+def test_every_change_of_a_training_step_is_measured(tmp_path):
+    """The command ends with an error if the first loss of a row is not the reference's."""
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), "--quick", "--output", str(tmp_path / "out")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = json.loads((tmp_path / "out.json").read_text())
+    for model in results["models"].values():
+        for rows in (model["live"], model["precomputed"]):
+            assert sum(rows[0]["flop"].values()) > sum(rows[-1]["flop"].values())
+            assert rows[0]["ratio"] == 1.0
+            assert rows[0]["peak_gib"] >= rows[-1]["peak_gib"] > 0
+            assert rows[0]["flop"].keys() == {"fp32"}
+            assert rows[-1]["operations"] < rows[0]["operations"]
+            assert printed.count(rows[-1]["change"]) >= 1
+        assert model["live"][-1]["flop"].keys() == {"bf16"}
+    latte = results["full_size_flop"]["Latte-S/2"]["16x256x256"]
+    # Forward, and two as much back; but for the positions, that have no gradient.
+    assert latte["update: precomputed"] == pytest.approx(3 * latte["network, forward"], rel=0.01)
+    assert latte["update: the reference"] / latte["update: live"] == pytest.approx(
+        1 + (1 - latte["update: precomputed"] / latte["update: live"]) / 16, rel=0.001
+    )
+    assert results["loop"]["tiny"]["ratio"] > 0
