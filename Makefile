@@ -54,8 +54,10 @@ ucf101-example: $(STAMP)
 	@echo "  motion_check/check.png          held-out clips, and what the autoencoder and the three models make of them"
 
 # Two processes of one thread each: most tests wait for a process that they start. Files in the order of tests/conftest.py.
+# One that crashes ends the tests: xdist would start another in its place, and then wait for ever.
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

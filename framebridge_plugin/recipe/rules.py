@@ -84,6 +84,7 @@ def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[
 
 
 _OFFLOAD = "works with one process only"
+_QUANTIZED = f"{_OFFLOAD}: torch cannot send or shard weights in 8 bits; set null, or start one process"
 _ACCELERATE = (
     "accelerate does not synchronise gradients in finetrainers 0.2.0, so {processes} processes would train "
     "{processes} different models: use parallel_backend=ptd"
@@ -139,9 +140,7 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 f"lora.{name}", "has no effect with training_type full-finetune: remove it, or override lora=null"
             )
-        if recipe.precision.layerwise_upcasting_modules:
-            path = "precision.layerwise_upcasting_modules"
-            yield Problem(path, "weights stored in fp8 cannot be trained: set training.training_type=lora, or []")
+    yield from _quantization_problems(recipe)
     if recipe.precision.allow_tf32 and recipe.precision.float32_matmul_precision == "highest":
         yield Problem(
             "precision.allow_tf32", "float32_matmul_precision=highest switches TF32 off again: set it to high"
@@ -204,6 +203,25 @@ def _optimization_problems(recipe: Recipe) -> Iterator[Problem]:
     if ours.offload_optimizer and (ours.optimizer != "adamw" or ours.stochastic_rounding):
         message = "works with optimizer adamw, without stochastic_rounding: choose, or take adamw-torchao-8bit alone"
         yield Problem("optimization.offload_optimizer", message)
+
+
+def _quantization_problems(recipe: Recipe) -> Iterator[Problem]:
+    kind, is_lora = recipe.precision.transformer_quantization, recipe.training.training_type == "lora"
+    where = "precision.transformer_quantization"
+    if kind is not None and not is_lora:
+        yield Problem(where, f"weights in {kind} cannot be trained: set training.training_type=lora, or null")
+    elif kind is not None and (recipe.parallelism.dp_degree or 1) * recipe.parallelism.dp_shards > 1:
+        yield Problem(where, _QUANTIZED)
+    elif kind is not None and not recipe.training.gradient_checkpointing:
+        unpacked = "without training.gradient_checkpointing every layer's unpacked weights are kept for the backward"
+        yield Problem(where, f"saves nothing: {unpacked} pass; set it true")
+    if recipe.precision.float8_training is not None:
+        where = "precision.float8_training"
+        if is_lora:
+            message = "is for a full fine-tune; for a LoRA store the base by precision.transformer_quantization=fp8"
+            yield Problem(where, f"{message}, or set null")
+        elif recipe.precision.transformer_dtype != "bf16":
+            yield Problem(where, "needs a network that computes in bf16: set precision.transformer_dtype=bf16")
 
 
 def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.training.quantization import float8_problem
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -24,6 +25,9 @@ def refuse_unsupported(args: Any) -> None:
         )
     if args.precomputed is not None and args.enable_precomputation:
         raise UsageError("precomputed excludes enable_precomputation, which encodes anew; leave one of them out")
+    float8 = getattr(args, "float8_training", None)
+    if float8 is not None and (problem := float8_problem(float8)):
+        raise UsageError(f"precision.float8_training: {problem}")
     if args.hub_token is not None:
         raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():

@@ -17,6 +17,7 @@ import torch
 from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.recipe.schema import recipe_settings
+from framebridge_plugin.settings.base import Section
 from framebridge_plugin.settings.bridge import ObjectiveSection, TrainerSection
 from framebridge_plugin.settings.choices import ALLOWABLE, REFUSED
 from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
@@ -47,7 +48,7 @@ def run_settings(
     for path, section, name in recipe_settings():
         kind = section.resume_kind(name)
         if kind in (REFUSED, "seed", "precision", "objective") and (is_lora or not path.startswith("lora.")):
-            groups[kind][name] = _value(args, name)
+            groups[kind][name] = _value(args, section, name)
     groups[REFUSED] |= specification.adapter.resume_settings()
     groups["base"] = _base(args, specification)
     groups["data"] = _data(args, datasets)
@@ -56,11 +57,11 @@ def run_settings(
     return json.loads(json.dumps(groups, default=str))  # as they are read back: lists for tuples
 
 
-def _value(args: Any, name: str) -> Any:
-    for section, holder in ((ObjectiveSection, "framebridge_objective"), (TrainerSection, "framebridge_trainer")):
-        if name in section.model_fields:
+def _value(args: Any, section: type[Section], name: str) -> Any:
+    for ours, holder in ((ObjectiveSection, "framebridge_objective"), (TrainerSection, "framebridge_trainer")):
+        if name in ours.model_fields:
             return getattr(getattr(args, holder), name)
-    return getattr(args, name)
+    return getattr(args, name, section.model_fields[name].default)  # what finetrainers' own parser does not know
 
 
 def _base(args: Any, specification: BridgeSpecification) -> dict[str, Any]:

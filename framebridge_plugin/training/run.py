@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _SETTINGS = (
     *("transformer_id", "vae_id", "tokenizer_id", "text_encoder_id", "revision", "cache_dir"),
     *("transformer_dtype", "vae_dtype", "text_encoder_dtype"),
+    *("transformer_quantization", "text_encoder_quantization", "float8_training"),
 )
 
 _VERSIONS_OF = (

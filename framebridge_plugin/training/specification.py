@@ -35,6 +35,7 @@ from framebridge_plugin.training.objective import (
     diffusion_prediction,
     finetrainers_terms,
 )
+from framebridge_plugin.training.quantization import QuantizedParts
 from framebridge_plugin.training.saved_bridge import SavedBridge
 from framebridge_plugin.training.validation import validation_image
 
@@ -58,8 +59,9 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         objective: What is trained; by default what the parsed command line says, else the backbone's own settings.
         clip_shape: (frames, height, width) of the clips, where they are known; a network from scratch is made for it.
         **kwargs: The backbone's own settings (Latte: `latte_size`, `class_names`, `seed`, and `neural_prior`, the
-            folder of a run or model, or a hub id), by default what the parsed command line says; and those of
-            finetrainers' `ModelSpecification`: `transformer_id`, `vae_id`, `vae_dtype`, `revision`, ...
+            folder of a run or model, or a hub id), by default what the parsed command line says; those of
+            `quantization.QuantizedParts`; and those of finetrainers' `ModelSpecification`: `transformer_id`, `vae_id`,
+            `vae_dtype`, `revision`, ...
 
     Attributes:
         adapter: The backbone's adapter.
@@ -95,6 +97,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         self.clip_rate: float | None = None
         self.captions: CaptionCache | None = None
         self.condition_models: dict[str, Any] | None = None
+        self.quantized = QuantizedParts(**{name: kwargs.pop(name, None) for name in QuantizedParts.names()})
         self._run_copies: dict[str, Path] = {}
         self._make_adapter = functools.partial(
             adapter_class, objective=self.objective, clip_shape=clip_shape, **settings
@@ -136,6 +139,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         """The network as `transformer`, and the `scheduler` of the objective."""
         network, scheduler = self.adapter.load_network(self.transformer_dtype), self.load_scheduler()
         self.transformer_config = self.adapter.network_config
+        self.quantized.convert_network(network)
         return {"transformer": network, "scheduler": scheduler}
 
     def load_scheduler(self) -> Any:
@@ -153,7 +157,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         """What encodes captions: `tokenizer` and `text_encoder`; nothing for classes."""
         if self.condition_models is not None:
             return self.condition_models
-        return self.adapter.load_condition_models(self.text_encoder_dtype)
+        return self.quantized.with_text_encoder(self.adapter.load_condition_models(self.text_encoder_dtype))
 
     def load_latent_models(self) -> dict[str, Any]:
         """The autoencoder, `vae`."""
@@ -254,6 +258,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         precisions = {"vae_dtype": str(self.vae_dtype)}
         if "text_encoder" in self.adapter.facts.parts:
             precisions["text_encoder_dtype"] = str(self.text_encoder_dtype)
+            precisions |= self.quantized.text_facts()
         return self.adapter.encoding_facts() | precisions
 
     def text_facts(self) -> dict[str, Any]:
@@ -321,6 +326,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
     def prepare_trainable_parameters(self, transformer: Any, training_type: str) -> None:
         """Trains the input projection as itself when LoRA freezes everything else."""
         self.adapter.check_training(training_type)
+        self.quantized.check_training(training_type)
         if training_type == "lora":
             _ = self._lora_info  # taken now: the base's files may change while the run lasts
             if (projection := self.adapter.facts.input_projection) is not None:

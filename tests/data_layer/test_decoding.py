@@ -23,6 +23,8 @@ from tests.data_layer.video_kinds import (
     OPEN_GOP,
     WINDOWS,
     X265,
+    X265_GROUPS,
+    Kind,
     announce,
     ffmpeg,
     last_five_of,
@@ -132,8 +134,8 @@ def test_h264_without_reorder_information_keeps_every_picture():
 
 
 def test_a_picture_that_the_decoder_leaves_out_costs_no_other_its_number(tmp_path):
-    options = {"x265-params": f"{X265}:open-gop=0:bframes=1:b-adapt=0:scenecut=0"}
-    whole = write_video(tmp_path / "whole.mp4", "libx265", frames=FRAMES, options=options)
+    groups = f"{X265_GROUPS}:open-gop=0:bframes=1:b-adapt=0:scenecut=0"
+    whole = Kind("whole.mp4", encoded_again=(*X265, groups)).write(tmp_path)
     # Of the first B-frame, which no other frame needs, only a delimiter is left.
     path = rewrite(whole, tmp_path / "a.mp4", lambda n, content: b"\0\0\0\3\x46\x01\x50" if n == 2 else content)
     (missing,) = set(range(FRAMES)) - set(decoded_numbers(path))

@@ -43,7 +43,7 @@ class Kind:
     seeking: bool = True
     decord: bool = True
     # In a process of its own: SVT-AV1 gives the whole process that encodes with it real-time priority when it may,
-    # and whatever that process starts later starves the machine.
+    # and whatever that process starts later starves the machine. x265 can crash the process, with its threads.
     encoded_again: tuple[str, ...] = ()
     # As some writers do that know no other times.
     shown_when_decoded: bool = False
@@ -75,7 +75,8 @@ def _other(name: str, codec: str, options: dict[str, str], *exact: str, **others
 ALL = ("seeking", "decord")
 NOTHING = dict.fromkeys(ALL, False)
 XVID = {"seeking": True, "decord": False}
-X265 = "keyint=12:log-level=none:pools=1"
+X265 = ("-c:v", "libx265", "-x265-params")
+X265_GROUPS = "keyint=12:log-level=none:pools=none:frame-threads=1"
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
 
 KINDS: dict[str, Kind] = {
@@ -96,8 +97,8 @@ KINDS: dict[str, Kind] = {
     "h264 mkv with B-frames": _x264("a.mkv", seeking=False),
     "h264 avi with B-frames": _x264("a.avi", **NOTHING),
     "h264 transport stream": _x264("a.ts", **NOTHING),
-    "hevc, open groups": _other("a.mp4", "libx265", {"x265-params": X265}, "seeking"),
-    "hevc, closed groups": _other("a.mp4", "libx265", {"x265-params": f"{X265}:open-gop=0"}, *ALL),
+    "hevc, open groups": Kind("a.mp4", decord=False, encoded_again=(*X265, X265_GROUPS)),
+    "hevc, closed groups": Kind("a.mp4", encoded_again=(*X265, f"{X265_GROUPS}:open-gop=0")),
     "vp9": _other("a.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, *ALL),
     "vp9, uneven times": _other("a.webm", "libvpx-vp9", {"g": "12", "cpu-used": "8"}, *ALL, pts=UNEVEN_TIMES),
     "vp8": _other("a.webm", "libvpx", {"g": "12"}),

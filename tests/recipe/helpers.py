@@ -40,8 +40,7 @@ optimization: {train_steps: 5, optimizer: adam-bnb-8bit, lr: 1e-6, lr_scheduler:
 parallelism: {parallel_backend: ptd, dp_degree: 2, dp_shards: 2, init_timeout: 1, nccl_timeout: 2}
 precision: {transformer_dtype: fp32, vae_dtype: fp16, text_encoder_dtype: fp32, allow_tf32: true,
   float32_matmul_precision: high,
-  layerwise_upcasting_modules: [transformer], layerwise_upcasting_storage_dtype: float8_e5m2,
-  layerwise_upcasting_skip_modules_pattern: [norm, ^proj$]}
+  text_encoder_quantization: fp8, transformer_quantization: int8, float8_training: rowwise}
 checkpoints: {output_dir: out, checkpointing_steps: 3, checkpointing_limit: 2, resume_from_checkpoint: 4}
 validation: {validation_dataset_file: VALIDATION, validation_steps: 9, enable_model_cpu_offload: false}
 tracking: {report_to: wandb, tracker_name: mine, logging_dir: l, logging_steps: 2, verbose: 2}

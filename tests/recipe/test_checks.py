@@ -22,7 +22,31 @@ from tests.tiny_models import moving_square, write_video
         (
             ["precision.layerwise_upcasting_modules=[transformer]"],
             "precision.layerwise_upcasting_modules",
-            "cannot be trained",
+            "precision.transformer_quantization=fp8 stores frozen weights in 8 bits",
+        ),
+        (["precision.transformer_quantization=int8"], "precision.transformer_quantization", "cannot be trained"),
+        (
+            ["precision.transformer_quantization=fp8", "training.training_type=lora"],
+            "precision.transformer_quantization",
+            "saves nothing: without training.gradient_checkpointing",
+        ),
+        (
+            [
+                *("precision.transformer_quantization=int8", "training.training_type=lora"),
+                *("parallelism.dp_shards=2", "training.gradient_checkpointing=true"),
+            ],
+            "precision.transformer_quantization",
+            "works with one process only",
+        ),
+        (
+            ["precision.float8_training=rowwise", "training.training_type=lora"],
+            "precision.float8_training",
+            "is for a full fine-tune",
+        ),
+        (
+            ["precision.float8_training=rowwise", "precision.transformer_dtype=fp32"],
+            "precision.float8_training",
+            "set precision.transformer_dtype=bf16",
         ),
         (["optimization.lr_warmup_steps=5"], "optimization.lr_warmup_steps", "constant_with_warmup"),
         (["precision.allow_tf32=true"], "precision.allow_tf32", "switches TF32 off"),

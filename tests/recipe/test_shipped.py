@@ -220,8 +220,6 @@ def test_recipes_of_flow_matching_keep_to_their_clips_and_to_what_is_predicted()
             *("bridge", "flow", True, 0.01, 50.0),
         )
         assert targets is None or recipe.lora.target_modules == targets
-        kept = recipe.precision.layerwise_upcasting_skip_modules_pattern
-        assert ("condition_embedder" in kept) == name.startswith("wan")
 
 
 def test_the_bridges_with_and_without_neural_prior_share_their_other_values():

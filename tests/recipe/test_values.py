@@ -20,7 +20,7 @@ def test_overrides_are_typed_as_yaml(minimal):
             "optimization.train_steps=10",
             "framebridge.target=eps_psi",
             "framebridge.snr_aligned=false",
-            "precision.layerwise_upcasting_skip_modules_pattern=[norm, '^proj$']",
+            "attention.attn_provider_training=['transformer:native', 'text_encoder:flex']",
             "checkpoints.resume_from_checkpoint=latest",
             "optimization.lr=3E+1",
             "model.revision=",
@@ -30,7 +30,7 @@ def test_overrides_are_typed_as_yaml(minimal):
     assert recipe.optimization.train_steps == 10
     assert recipe.framebridge.target == "eps_psi"
     assert recipe.framebridge.snr_aligned is False
-    assert recipe.precision.layerwise_upcasting_skip_modules_pattern == ["norm", "^proj$"]
+    assert recipe.attention.attn_provider_training == ["transformer:native", "text_encoder:flex"]
     assert recipe.checkpoints.resume_from_checkpoint == "latest"
     assert recipe.model.revision is None
 

@@ -13,6 +13,7 @@ _NO_BRIDGE = "the neural prior is the mean of the videos that begin with an imag
 _OF_TEXT = (
     *("model.tokenizer_id", "model.text_encoder_id", "precision.text_encoder_dtype", "framebridge.data.id_token"),
     *("framebridge.text_encoder_device", "framebridge.caption_cache_gib", "framebridge.caption_cache_dir"),
+    "precision.text_encoder_quantization",
 )
 _OF_NOISE = tuple(f"framebridge.{name}" for name in ("image_noise", "prior_noise", "noise_log_mean", "noise_log_std"))
 _WITHOUT_EFFECT = dict.fromkeys(_OF_TEXT, _CLASSES_NOT_TEXT) | dict.fromkeys(_OF_NOISE, _NO_PIXEL_NOISE)

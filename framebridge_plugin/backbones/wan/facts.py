@@ -46,8 +46,6 @@ WAN = BackboneFacts(
     defaults={
         "target": "flow",
         "lora.target_modules": ["blocks.*(to_q|to_k|to_v|to_out.0)"],
-        # Of the usual modules those that it has, and the time's, whose precision diffusers takes its input in.
-        "precision.layerwise_upcasting_skip_modules_pattern": ["patch_embed", "condition_embedder", "norm"],
     },
     sampling={"num_inference_steps": 50, "guidance_scale": 5.0, "grid": "trailing"},
     plain={"target": "flow", "num_frames": 81, "height": 480, "width": 832, "fps": 16.0},
