@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from framebridge_plugin.backbones.examination import SavedModel
@@ -20,8 +21,10 @@ from framebridge_plugin.backbones.opening import (
     find_model,
     load_scheduler,
 )
-from framebridge_plugin.errors import FrameBridgeError, say
-from framebridge_plugin.media import contact_sheet, write_video
+from framebridge_plugin.backbones.placing import check_compiler, compile_blocks, find_device, place
+from framebridge_plugin.backbones.sampling_loop import call_defaults
+from framebridge_plugin.errors import FrameBridgeError, UsageError, say
+from framebridge_plugin.media import contact_sheet, to_uint8, write_video
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 if TYPE_CHECKING:
@@ -35,11 +38,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     """Samples videos and writes them, with a contact sheet of all; returns the videos' files."""
+    device = find_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise UsageError(f"--offload {request.offload}: is for a GPU, on a CPU all is in main memory; leave it out")
+    if request.compile:
+        check_compiler()
     folder = find_folder(request.model)
     saved = request.saved or request.check_download(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default_dtype = "bf16" if device.type == "cuda" else "fp32"
-    dtype = _DTYPES[request.dtype or default_dtype]
+    dtype = _DTYPES[request.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     pipeline = open_pipeline(
         saved if saved.lora is None else folder,  # what a LoRA was trained on may have to be fetched from the hub
         transformer=request.transformer,
@@ -48,24 +54,45 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
         allow_other_base=request.allow_other_base,
     )
     call = _prepare_call(pipeline, saved, request)
-    pipeline.to(device)
+    if request.compile:
+        compile_blocks(getattr(pipeline, saved.facts.network))
+    place(pipeline, device, request.offload)
 
-    paths, videos, labels = request.video_paths(), [], []
-    for number, path in enumerate(paths):
-        image, condition = inputs[number // request.num_videos]
-        seed = request.seed + number
-        pipeline.set_progress_bar_config(desc=f"Video {number + 1} of {len(paths)}")
-        video = pipeline(
-            image, condition, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
-        ).frames[0]
-        write_video(video, path, fps=request.fps or pipeline.config.fps)
-        videos.append(video)
-        labels.append(f"{path.name}: seed {seed}, {condition}")
-        say(f"video: {path}")
+    paths, videos, labels = request.video_paths(), list[np.ndarray](), []
     images = [inputs[number // request.num_videos].image for number in range(len(paths))]
+    rows = _rows_of_a_video(pipeline, saved, request)
+    batch_size = request.batch_size or rows
+    while len(videos) < len(paths):
+        first, end = len(videos), min(len(videos) + max(1, batch_size // rows), len(paths))
+        conditions = [inputs[number // request.num_videos].condition for number in range(first, end)]
+        these = f"Video {end}" if end == first + 1 else f"Videos {first + 1} to {end}"
+        pipeline.set_progress_bar_config(desc=f"{these} of {len(paths)}")
+        found = pipeline(
+            images[first:end],
+            conditions,
+            generator=[torch.Generator().manual_seed(request.seed + number) for number in range(first, end)],
+            batch_size=batch_size,
+            output_type="latent",
+            **call,
+        ).frames
+        if pipeline.last_batch_size < min(batch_size, rows * len(conditions)):  # where memory ended
+            batch_size = pipeline.last_batch_size
+        for number, condition, latents in zip(range(first, end), conditions, found.split(1), strict=True):
+            pixels = pipeline.decode_latents(latents, request.tiling)
+            videos.append(to_uint8(pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0]))
+            write_video(videos[number], paths[number], fps=request.fps or pipeline.config.fps)
+            labels.append(f"{paths[number].name}: seed {request.seed + number}, {condition}")
+            say(f"video: {paths[number]}")
+        pipeline.maybe_free_model_hooks()
     contact_sheet(videos, request.contact_sheet_path(), labels=labels, images=images)
     say(f"contact sheet: {request.contact_sheet_path()}")
     return paths
+
+
+def _rows_of_a_video(pipeline: Any, saved: SavedModel, request: SampleRequest) -> int:
+    """Inputs of the network for one video: two with guidance."""
+    has_steps = "scheduler" in saved.facts.parts
+    return 2 if has_steps and call_defaults(pipeline, request.steps, None, request.guidance_scale)[1] > 1.0 else 1
 
 
 def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> dict[str, Any]:

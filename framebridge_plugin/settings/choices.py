@@ -52,6 +52,7 @@ Grid = Literal["trailing", "linspace", "lambda"]
 Start = Literal["booted", "clean_prior"]
 OutputType = Literal["pil", "np", "pt", "latent"]
 Tiling = Literal["auto", "on", "off"]
+Offload = Literal["none", "model", "sequential", "group"]
 
 ANEW, REFUSED = "anew", "refused"
 ALLOWABLE = {

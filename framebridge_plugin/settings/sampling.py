@@ -14,10 +14,12 @@ from framebridge_plugin.settings.choices import (
     FrameRate,
     Grid,
     NonNegative,
+    Offload,
     Order,
     Sampler,
     Share,
     Start,
+    Tiling,
     sampler_conflicts,
 )
 
@@ -66,7 +68,22 @@ class SampleSection(SamplerSection):
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="default: fp32 on a CPU, bf16 on a GPU"
     )
-
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
+    batch_size: Count | None = Field(
+        default=None,
+        description="inputs in a call of the network, two for a video with guidance (default: one video)",
+    )
+    tiling: Tiling = Field(
+        default="auto",
+        description="decode frames by tiles, for less memory and slightly other pixels; auto: above 256x256, Latte "
+        "never (default: auto)",
+    )
+    offload: Offload = Field(
+        default="none",
+        description="on a GPU, what waits in main memory: all components but one (model) or all layers but the next "
+        "(group; sequential: but one, the slowest) (default: none)",
+    )
+    compile: bool = Field(default=False, description="compile the network's blocks: minutes once, then faster steps")
     verify: bool = Field(
         default=False, description="read every file of the model first, and compare it with the model's manifest.json"
     )

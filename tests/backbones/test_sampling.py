@@ -307,6 +307,10 @@ def test_several_images_prompts_and_videos(sample):
     # Video number i is the one that a single call with seed + i makes.
     (last,) = sample("full", "--prompt", "a blue square", "--seed=8", images=("1.png",)).videos()
     assert np.array_equal(videos[3], last)
+    together = sample("full", *options, "--batch-size=6", "--device=cpu", images=("0.png", "1.png"))
+    assert "Videos 1 to 3 of 4" in together.said
+    for video, alone in zip(together.videos(), videos, strict=True):
+        assert np.abs(video.astype(int) - alone).mean() < 0.1
 
 
 def test_another_size_and_length(sample):
@@ -330,6 +334,8 @@ def test_half_precision(sample):
         (("--start=clean_prior", "--sampler=dbim"), "clean_prior"),
         (("--order=2",), "--order: "),
         (("--transformer", "nowhere"), "nowhere"),
+        (("--device=cuda:99",), "--device cuda:99: there is none here; there are: cpu"),
+        (("--device=cpu", "--offload=group"), "--offload group: is for a GPU"),
     ],
 )
 @pytest.mark.parametrize("model", ["full"])
