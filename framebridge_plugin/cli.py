@@ -106,11 +106,12 @@ def _precompute(arguments: argparse.Namespace) -> int:
     if starts_processes(arguments.nproc):
         return launch(arguments.argv, arguments.nproc)
 
-    from framebridge_plugin.training.precomputation.precompute import precompute
+    from framebridge_plugin.training.precomputation.precompute import Wanted, precompute
 
     settings = recipe.framebridge.model_copy(update={"precomputed": None})
     recipe = recipe.model_copy(update={"framebridge": settings})
-    precompute(recipe, store, variants=arguments.variants, shard_size=arguments.shard_size)
+    wanted = Wanted(arguments.variants, arguments.shard_size, arguments.only, arguments.caption_dtype)
+    precompute(recipe, store, wanted)
     return 0
 
 

@@ -186,6 +186,9 @@ def _add_precompute(parser: argparse.ArgumentParser) -> None:
     _add_nproc(parser)
     add("--variants", type=one_or_more, metavar="K", help="epochs to store (default: as there are, 1 in a new folder)")
     add("--shard-size", type=one_or_more, metavar="N", help="clips in a file of a new folder (default: 64)")
+    add("--only", choices=("latents", "captions"), help="the other part is encoded by the run, as it goes")
+    dtype = "captions in this (default: as the text encoder gives them); fp8: e4m3 with a factor for each token"
+    add("--caption-dtype", choices=("fp8", "bf16"), help=dtype)
 
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from finetrainers.data import initialize_preprocessor
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
 from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
-from framebridge_plugin.training.precomputation.store import LatentStore
-from framebridge_plugin.training.precomputation.stream import StoredStream
+from framebridge_plugin.training.precomputation.numbering import Captions
+from framebridge_plugin.training.precomputation.store import PARTS, LatentStore
+from framebridge_plugin.training.precomputation.stream import StoredCaptions, StoredStream
 from framebridge_plugin.training.specification import BridgeSpecification
 from framebridge_plugin.training.stopping import StoppedReadingError
 
@@ -59,7 +60,12 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         stream: ClipStream | StoredStream
         self.clip_rate: float | None
         """Frames per second at which the clips are seen; None if nothing says it."""
-        if store is None:
+        holds = () if store is None else store.manifest.holds
+        stored_captions: StoredCaptions | None = None
+        if store is not None and "captions" in holds:
+            dropout = args.framebridge_objective.caption_dropout
+            stored_captions = StoredCaptions(store, dropout, specification.adapter.drop_caption)
+        if store is None or "latents" not in holds:
             skipped = self.bad_files.files_to_skip
             stream = ClipStream(
                 datasets,
@@ -72,29 +78,37 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
             self.clip_rate = median_clip_rate(stream, args)
         else:
             self.clip_rate = store.manifest.clip_rate
-            drop_caption = specification.adapter.drop_caption
-            dropout = args.framebridge_objective.caption_dropout
-            stream = StoredStream(store, args.seed, dropout, **place, drop_caption=drop_caption)
+            stream = StoredStream(store, args.seed, stored_captions or Captions(datasets), **place)
         samples = self.bad_files.watch(sample_loader(stream, args))
         self._items: Iterator[tuple[dict[str, Any], dict[str, Any]]]
-        if store is None:
-            encoded = self._encoded(samples if stop is None else _until(stop, samples), prepare_data)
+        if len(holds) < len(PARTS):
+            processors: dict[str, Callable[..., Any]] = {
+                "condition": specification.prepare_conditions,
+                "latent": functools.partial(specification.prepare_latents, compute_posterior=True),
+            }
+            # What is stored needs no model.
+            if "latents" in holds:
+                specification.latent_models, processors["latent"] = {}, lambda latents, **_: latents
+            if stored_captions is not None:
+                specification.condition_models = {}
+                processors["condition"] = functools.partial(_stored_conditions, Captions(datasets), stored_captions)
+            encoded = self._encoded(samples if stop is None else _until(stop, samples), processors, prepare_data)
             seen = samples_seen // data_world_size % args.precomputation_items if once else 0
             self._items = itertools.islice(encoded, seen, None)
         else:
             self._items = ((sample["conditions"], sample["latents"]) for sample in samples)
 
     def _encoded(
-        self, samples: Iterator[dict], prepare_data: Callable[..., tuple[Iterator[dict], Iterator[dict]]]
+        self,
+        samples: Iterator[dict],
+        processors: Mapping[str, Callable[..., dict]],
+        prepare_data: Callable[..., tuple[Iterator[dict], Iterator[dict]]],
     ) -> Iterator[tuple[dict, dict]]:
-        args, specification = self._args, self._specification
+        args = self._args
         preprocessor = initialize_preprocessor(
             rank=self._backend.rank,
             num_items=args.precomputation_items if args.enable_precomputation else 1,
-            processor_fn={
-                "condition": specification.prepare_conditions,
-                "latent": functools.partial(specification.prepare_latents, compute_posterior=True),
-            },
+            processor_fn=processors,
             save_dir=args.precomputation_dir,
             enable_precomputation=args.enable_precomputation,
         )
@@ -119,6 +133,12 @@ def _until(stop: Callable[[], bool], samples: Iterator[dict]) -> Iterator[dict]:
         if stop():
             raise StoppedReadingError
         yield sample
+
+
+def _stored_conditions(
+    numbers: Captions, stored: StoredCaptions, caption: str, sample_seed: int, **_: Any
+) -> dict[str, Any]:
+    return stored.conditions(numbers.number(caption), sample_seed)
 
 
 def _cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

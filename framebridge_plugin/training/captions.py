@@ -21,6 +21,7 @@ from framebridge_plugin.backbones.fingerprint import short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.files import writing
 from framebridge_plugin.processes import process_count, rank
+from framebridge_plugin.training.precomputation.fingerprint import OF_CAPTIONS
 
 if TYPE_CHECKING:
     from framebridge_plugin.training.specification import BridgeSpecification
@@ -99,8 +100,9 @@ def caption_cache(args: Any, specification: BridgeSpecification, device: torch.d
     """The cache of a run; of a folder it takes the part for text encoders such as its own."""
     settings, folder = args.framebridge_trainer, args.framebridge_trainer.caption_cache_dir
     if folder is not None:
-        facts = specification.text_facts() | {"device": device.type}
-        folder = Path(folder, short_digest(facts))
+        facts = specification.precomputation_facts().items()
+        of_text = {name: fact for name, fact in facts if name.startswith(OF_CAPTIONS)}
+        folder = Path(folder, short_digest(of_text | {"device": device.type}))
     return CaptionCache(settings.caption_cache_gib, folder)
 
 
@@ -125,7 +127,7 @@ class Embedder:
     @torch.no_grad()
     def _encode(self, caption: str) -> Conditions:
         if not self.models:
-            self.models = self._specification.load_condition_models()
+            self.models = self._specification.load_text_models()
             for model in self.models.values():
                 if isinstance(model, torch.nn.Module):
                     model.to(self._device)

@@ -85,7 +85,10 @@ def _data(args: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> dict
     if args.enable_precomputation and args.precomputation_once:  # then no other clips are trained on
         values["precomputation_items"] = args.precomputation_items
     if args.precomputed is not None and (manifest := read_manifest(Path(args.precomputed))) is not None:
-        values["stored epochs"] = manifest.variants
+        if "latents" in manifest.holds:
+            values["stored epochs"] = manifest.variants
+        if manifest.caption_dtype is not None:
+            values["stored captions"] = manifest.caption_dtype
     for number, (index, clips) in enumerate(datasets):
         facts = data_fingerprint(index, clips)
         facts |= {name: f"of digest {facts[name][:16]}" for name in ("files", "captions", "file_sizes")}

@@ -67,7 +67,8 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         adapter: The backbone's adapter.
         clip_rate: Frames per second of the training clips, once a trainer knows it.
         captions: Where embeddings of captions are kept, if a trainer says so.
-        condition_models: What encodes captions, if a trainer has loaded it, or needs it no more ({}).
+        condition_models: What encodes captions, if a trainer has loaded it, or has no use for it ({}).
+        latent_models: Likewise what encodes clips.
 
     Raises:
         UsageError: If two settings do not go together, or the clips do not fit the network.
@@ -97,6 +98,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         self.clip_rate: float | None = None
         self.captions: CaptionCache | None = None
         self.condition_models: dict[str, Any] | None = None
+        self.latent_models: dict[str, Any] | None = None
         self.quantized = QuantizedParts(**{name: kwargs.pop(name, None) for name in QuantizedParts.names()})
         self._run_copies: dict[str, Path] = {}
         self._make_adapter = functools.partial(
@@ -155,13 +157,15 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
 
     def load_condition_models(self) -> dict[str, Any]:
         """What encodes captions: `tokenizer` and `text_encoder`; nothing for classes."""
-        if self.condition_models is not None:
-            return self.condition_models
+        return self.load_text_models() if self.condition_models is None else self.condition_models
+
+    def load_text_models(self) -> dict[str, Any]:
+        """The same, whatever a trainer has."""
         return self.quantized.with_text_encoder(self.adapter.load_condition_models(self.text_encoder_dtype))
 
     def load_latent_models(self) -> dict[str, Any]:
         """The autoencoder, `vae`."""
-        return {"vae": self.adapter.load_vae(self.vae_dtype)}
+        return {"vae": self.adapter.load_vae(self.vae_dtype)} if self.latent_models is None else self.latent_models
 
     def load_pipeline(self, transformer: Any = None, scheduler: Any = None, **kwargs: Any) -> Any:
         """The backbone's pipeline around the components that are given; the others are loaded, but for what encodes
@@ -176,9 +180,9 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
             components["scheduler"] = self.load_scheduler() if scheduler is None else scheduler
         of_text = [part for part in ("tokenizer", "text_encoder") if part in parts and not kwargs.get("embedded")]
         if any(components.get(part) is None for part in of_text):
-            components |= self.load_condition_models()
+            components |= self.load_text_models()
         if components["vae"] is None:
-            components |= self.load_latent_models()
+            components["vae"] = self.adapter.load_vae(self.vae_dtype)
         pipeline = self.adapter.pipeline(**components, **self.adapter.own_components(), **self._rate_setting)
         if kwargs.get("enable_slicing"):
             pipeline.vae.enable_slicing()
@@ -260,11 +264,6 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
             precisions["text_encoder_dtype"] = str(self.text_encoder_dtype)
             precisions |= self.quantized.text_facts()
         return self.adapter.encoding_facts() | precisions
-
-    def text_facts(self) -> dict[str, Any]:
-        """Those of them that `prepare_conditions` depends on, for a model of text."""
-        parts = ("text_encoder", "tokenizer", "max_text_seq_length")
-        return {name: fact for name, fact in self.precomputation_facts().items() if name.startswith(parts)}
 
     def loss_terms(
         self,

@@ -34,8 +34,7 @@ from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.optimizers import make_optimizer
-from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
-from framebridge_plugin.training.precomputation.store import LatentStore
+from framebridge_plugin.training.precomputation.store import LatentStore, store_of_run
 from framebridge_plugin.training.rates import rate_schedule
 from framebridge_plugin.training.refusals import refuse_unsupported
 from framebridge_plugin.training.resume_settings import run_settings
@@ -139,9 +138,7 @@ class FrameBridgeTrainer(SFTTrainer):
         # The data first: a network from scratch is made for the shape of its clips.
         self._datasets = load_dataset_config(self.args.dataset_config)
         self.model_specification.clip_shape = common_clip_shape(self._datasets)
-        if self.args.precomputed is not None:
-            fingerprint = run_fingerprint(self.args, self.model_specification, self._datasets)
-            self._store = LatentStore(self.args.precomputed, fingerprint)
+        self._store = store_of_run(self.args, self.model_specification, self._datasets)
         super()._prepare_models()
 
     def _prepare_for_training(self) -> None:
@@ -244,7 +241,7 @@ class FrameBridgeTrainer(SFTTrainer):
         if specification.adapter.facts.condition != "text":
             return
         specification.captions = cache = caption_cache(args, specification, self.text_device)
-        if args.enable_precomputation or self._store is not None or not args.framebridge_trainer.caption_cache_gib:
+        if args.enable_precomputation or self._stores_captions or not args.framebridge_trainer.caption_cache_gib:
             return
         clips = args.batch_size * args.gradient_accumulation_steps * self.data_world_size
         left = min((args.train_steps - self.progress.step) * clips, args.max_data_samples - self.progress.samples_seen)
@@ -255,6 +252,10 @@ class FrameBridgeTrainer(SFTTrainer):
             utils.free_memory()
         elif embed.models:  # else it was known what the empty caption is, and nothing has been loaded yet
             specification.condition_models = embed.models
+
+    @property
+    def _stores_captions(self) -> bool:
+        return self._store is not None and "captions" in self._store.manifest.holds
 
     @property
     def text_device(self) -> torch.device:

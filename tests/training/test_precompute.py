@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.training import LatteBridgeSpecification
-from framebridge_plugin.training.precomputation.precompute import Captions
+from framebridge_plugin.training.precomputation.numbering import Captions
 from framebridge_plugin.training.precomputation.store import LatentStore, read_manifest
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import command_environment, small_files_only

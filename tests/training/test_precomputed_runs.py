@@ -10,17 +10,19 @@ import pytest
 import torch
 import yaml
 
+from framebridge_plugin.backbones.cogvideox.adapter import CogVideoXAdapter
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training import CogVideoXBridgeSpecification
 from framebridge_plugin.training.draws import drops_caption
-from framebridge_plugin.training.precomputation.store import LatentStore, Manifest, write_shard
-from framebridge_plugin.training.precomputation.stream import StoredStream
+from framebridge_plugin.training.precomputation.store import LatentStore, Manifest, read_manifest, write_shard
+from framebridge_plugin.training.precomputation.stream import StoredCaptions, StoredStream
 from framebridge_plugin.training.specification import BridgeSpecification
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
-from tests.training.run_results import assert_same_weights, losses, metrics, succeeded
+from tests.training.run_results import CONSTANT_RATE, assert_same_weights, losses, metrics, succeeded
 
 SMALL = ("framebridge.data.height=32", "framebridge.data.width=32")
+FOLDERS = {"latents": "clips", "captions": "captions"}
 LATTE_KINDS = ("bridge_neural_prior", "neural_prior")
 
 
@@ -60,9 +62,8 @@ def refuse_to_load(*args: object, **kwargs: object) -> None:
 
 def test_cogvideox_on_a_store_is_the_live_run(train, precompute, tmp_path, monkeypatch):
     # A constant rate, so that a run of two updates is the beginning of a longer one.
-    constant = ("optimization.lr_scheduler=constant", "optimization.lr_warmup_steps=0")
     # Half of the captions are dropped; ten samples go into the second epoch of six.
-    options = ("framebridge.caption_dropout=0.5", "optimization.train_steps=5", *constant, *SMALL)
+    options = ("framebridge.caption_dropout=0.5", "optimization.train_steps=5", *CONSTANT_RATE, *SMALL)
     assert succeeded(train(*options, output="live"))
     # Captions are dropped when they are read, whatever the store is made with.
     assert succeeded(precompute("--variants=2", "--shard-size=4", "framebridge.caption_dropout=0.9", *SMALL))
@@ -79,10 +80,95 @@ def test_cogvideox_on_a_store_is_the_live_run(train, precompute, tmp_path, monke
     assert bad_files(tmp_path / "stored") == bad_files(tmp_path / "live") == [("2.mp4", "not_video")]
     assert metrics(tmp_path / "stored")[-1]["bad_files"] == metrics(tmp_path / "live")[-1]["bad_files"] == 1
 
+    # As an earlier release wrote it, which knew of no parts.
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    old = {name: value for name, value in manifest.items() if name not in ("holds", "caption_dtype")} | {"format": 1}
+    (tmp_path / "store/manifest.json").write_text(json.dumps(old))
     assert succeeded(train(*stored, "optimization.train_steps=2", output="parts"))
     assert succeeded(train(*stored, "checkpoints.resume_from_checkpoint=latest", output="parts"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "live")
     assert_same_weights(tmp_path / "parts/model", tmp_path / "live/model")
+
+
+def test_what_a_store_lacks_is_encoded_as_the_run_goes(train, precompute, tmp_path, monkeypatch):
+    options = ("framebridge.caption_dropout=0.5", "optimization.train_steps=2", *CONSTANT_RATE, *SMALL)
+    assert succeeded(train(*options, output="live"))
+    # Captions are the same whatever the clips are, and clips whatever embeds the captions.
+    for part, unused, elsewhere in (
+        ("captions", "load_condition_models", "precision.vae_dtype=bf16"),
+        ("latents", "load_vae", "precision.text_encoder_dtype=bf16"),
+    ):
+        assert succeeded(precompute(f"--only={part}", elsewhere, *SMALL, store=part))
+        assert {path.name for path in (tmp_path / part).iterdir() if path.is_dir()} == {FOLDERS[part]}
+        with monkeypatch.context() as patch:
+            patch.setattr(CogVideoXAdapter, unused, refuse_to_load)
+            for until in (1, 2):  # the second resumes the first
+                steps = f"optimization.train_steps={until}"
+                stored = f"framebridge.precomputed={tmp_path / part}"
+                assert succeeded(train(*options, stored, steps, output=f"on-{part}"))
+        assert losses(tmp_path / f"on-{part}") == losses(tmp_path / "live")
+        assert_same_weights(tmp_path / f"on-{part}/model", tmp_path / "live/model")
+    stored = f"framebridge.precomputed={tmp_path / 'captions'}"
+    cached = train(*options, stored, "framebridge.caption_cache_dir=c", "--dry-run", output="refused")
+    assert cached.returncode == 2
+    assert "captions holds all captions; leave it out" in cached.stderr
+
+    # The other part is added.
+    assert succeeded(precompute("--only=latents", *SMALL, store="captions"))
+    assert succeeded(precompute(*SMALL, store="whole"))
+    there, whole = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("captions", "whole")
+    )
+    assert there == whole
+    assert read_manifest(tmp_path / "captions") == read_manifest(tmp_path / "whole")
+
+
+def test_bridge_and_diffusion_baseline_share_a_store(train, precompute, tmp_path, monkeypatch):
+    options, baseline = ("optimization.train_steps=2", *SMALL), "framebridge.objective=diffusion"
+    assert succeeded(train(*options, baseline, output="live"))
+    assert succeeded(precompute(*SMALL))
+    with monkeypatch.context() as patch:
+        for name in ("load_condition_models", "load_vae"):
+            patch.setattr(CogVideoXAdapter, name, refuse_to_load)
+        assert succeeded(train(*options, baseline, f"framebridge.precomputed={tmp_path / 'store'}", output="stored"))
+    assert losses(tmp_path / "stored") == losses(tmp_path / "live")
+
+    assert succeeded(precompute(*SMALL, baseline, store="of-baseline"))
+    result = train(*options, f"framebridge.precomputed={tmp_path / 'of-baseline'}", output="refused")
+    assert result.returncode == 1
+    assert "it was made for the diffusion baseline, without the noisy prior of this bridge" in result.stderr
+    # A bridge without pixel noise has none.
+    clean = ("framebridge.image_noise=false", "framebridge.prior_noise=false")
+    assert succeeded(precompute(*SMALL, *clean, baseline, store="clean"))
+    assert succeeded(train(*options, *clean, output="clean-live"))
+    assert succeeded(train(*options, *clean, f"framebridge.precomputed={tmp_path / 'clean'}", output="clean-stored"))
+    assert losses(tmp_path / "clean-stored") == losses(tmp_path / "clean-live")
+
+
+@pytest.mark.parametrize(("dtype", "largest", "root_mean_square"), [("fp8", 2**-4, 0.03), ("bf16", 2**-8, 0.003)])
+def test_captions_in_fewer_bits_are_nearly_the_same(train, precompute, tmp_path, dtype, largest, root_mean_square):
+    names, only = ("exact", "store"), "--only=captions"
+    assert succeeded(precompute(*SMALL, only, store="exact"))
+    assert succeeded(precompute(*SMALL, only, f"--caption-dtype={dtype}"))
+    stores = [LatentStore(tmp_path / name, read_manifest(tmp_path / name).fingerprint) for name in names]
+    for number in range(stores[0].manifest.captions):
+        exact, stored = (store.caption(number)["encoder_hidden_states"].float() for store in stores)
+        # Numbers of fp8 below its smallest normal one have a step of their own.
+        step = exact.abs().amax(-1, keepdim=True) / 448 * 2**-10
+        assert ((stored - exact).abs() <= largest * exact.abs() + step).all()
+        assert (stored - exact).square().mean().sqrt() < root_mean_square * exact.square().mean().sqrt()
+    for name in names:
+        stored = f"framebridge.precomputed={tmp_path / name}"
+        assert succeeded(train(stored, "optimization.train_steps=1", *SMALL, output=f"on-{name}"))
+    assert losses(tmp_path / "on-store") == pytest.approx(losses(tmp_path / "on-exact"), rel=1e-3)
+    assert losses(tmp_path / "on-store") != losses(tmp_path / "on-exact")
+    resumed = train(f"framebridge.precomputed={tmp_path / 'exact'}", *SMALL, output="on-store")
+    assert resumed.returncode == 1
+    assert f"it was trained with stored captions '{dtype}'; " in resumed.stderr
+    again = precompute(*SMALL, f"--caption-dtype={'bf16' if dtype == 'fp8' else 'fp8'}")
+    assert again.returncode == 2
+    assert f"has captions in {dtype}; leave it out" in again.stderr
 
 
 def test_latte_bridge_and_neural_prior_share_a_store(
@@ -142,7 +228,8 @@ def store(tmp_path: Path) -> LatentStore:
 
 def read(store: LatentStore, count: int, dropout: float = 0.0, workers: int = 0, **place: int) -> list[tuple]:
     place = {"rank": 0, "world_size": 1, "start": 0, **place}
-    stream = StoredStream(store, SEED, dropout, **place, drop_caption=lambda own, empty: empty)
+    captions = StoredCaptions(store, dropout, lambda own, empty: empty)
+    stream = StoredStream(store, SEED, captions, **place)
     samples = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers))
     read = [next(samples) for _ in range(count)]
     return [(*map(int, sample["latents"]["latents"][0]), int(sample["conditions"]["row"])) for sample in read]

@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -31,15 +30,17 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
-from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.numbering import Captions
 from framebridge_plugin.training.precomputation.store import (
+    PARTS,
     Manifest,
     Shard,
     check_fingerprint,
+    compressed,
     read_manifest,
     read_skipped,
     remove_partial_files,
@@ -57,16 +58,35 @@ SHARD_SIZE = 64
 """Samples in a file: a process that is killed loses its work on one file."""
 
 
-def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shard_size: int | None = None) -> None:
-    """Writes what is not there yet of a store, in this process and the others that were started beside it.
+@dataclass(frozen=True)
+class Wanted:
+    """What a store is to be.
 
-    A larger number of `variants` (epochs) adds to a store; without one it stays as it is, and a new one has 1. The
-    `shard_size`, samples in a file, is that of a new store.
+    Attributes:
+        variants: Epochs; more add to a store, without a number it stays as it is, and a new one has 1.
+        shard_size: Samples in a file of a new store.
+        only: "latents" or "captions", which is added to what there is; None for both.
+        caption_dtype: Key of `CAPTION_DTYPES` for captions that are new; None for what the text encoder gives.
     """
+
+    variants: int | None = None
+    shard_size: int | None = None
+    only: str | None = None
+    caption_dtype: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is to be in it."""
+        return PARTS if self.only is None else (self.only,)
+
+
+def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> None:
+    """Writes what is not there yet of a store, in this process and the others that were started beside it."""
+    wanted = wanted or Wanted()
     register()
     lock = FolderLock(store) if is_first() else contextlib.nullcontext()
     with lock, _processes() as processes:
-        job = processes.first_alone(lambda: _prepare(recipe, store, variants, shard_size, processes))
+        job = processes.first_alone(lambda: _prepare(recipe, store, wanted, processes))
         missing: tuple[list[Shard], list[Shard]] = ([], [])
         if processes.rank == 0:
             write_run_files(recipe, store)
@@ -85,7 +105,7 @@ def precompute(recipe: Recipe, store: Path, *, variants: int | None = None, shar
             _report(store, job.manifest, sum(map(len, missing)))
 
 
-def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int | None, processes: _Processes) -> _Job:
+def _prepare(recipe: Recipe, store: Path, wanted: Wanted, processes: _Processes) -> _Job:
     """Everything before the first file is written."""
     args = recipe_arguments(recipe, "")  # no file: nothing here reads one
     # Captions are dropped when they are read, anew in every epoch.
@@ -97,25 +117,42 @@ def _prepare(recipe: Recipe, store: Path, variants: int | None, shard_size: int 
     specification = build_specification(recipe, args)
     specification.clip_shape = common_clip_shape(datasets)
     specification.check_datasets(datasets)
+    is_of_classes = specification.adapter.facts.condition == "class"
+    if wanted.caption_dtype is not None and ("captions" not in wanted.parts or is_of_classes):
+        what = "with --only latents" if not is_of_classes else "for a model of classes"
+        raise UsageError(f"--caption-dtype has no effect {what}; leave it out")
     captions = Captions(datasets)
     fingerprint = run_fingerprint(args, specification, datasets)
     manifest = read_manifest(store)
     if manifest is None:
-        clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(policy.quarantine_file))
         manifest = Manifest(
-            rows=len(clips.rows),
-            variants=variants or 1,
+            rows=len(ClipRows(datasets)),
+            variants=wanted.variants or 1,
             captions=len(captions),
             empty_caption=captions.number(""),
-            shard_size=shard_size or SHARD_SIZE,
+            shard_size=wanted.shard_size or SHARD_SIZE,
             fingerprint=fingerprint,
-            clip_rate=median_clip_rate(clips, args),
+            holds=(),
         )
     else:
-        check_fingerprint(store, manifest, fingerprint)
-        if shard_size not in (None, manifest.shard_size):
-            raise UsageError(f"--shard-size {shard_size}: {store} has files of {manifest.shard_size}; leave it out")
-        manifest = dataclasses.replace(manifest, variants=variants or manifest.variants)
+        check_fingerprint(store, manifest, fingerprint, to_read=False)
+        if wanted.shard_size not in (None, manifest.shard_size):
+            raise UsageError(
+                f"--shard-size {wanted.shard_size}: {store} has files of {manifest.shard_size}; leave it out"
+            )
+        if "captions" in manifest.holds and wanted.caption_dtype not in (None, manifest.caption_dtype):
+            there = manifest.caption_dtype or "what the text encoder gave"
+            raise UsageError(f"--caption-dtype {wanted.caption_dtype}: {store} has captions in {there}; leave it out")
+    if "latents" in wanted.parts and "latents" not in manifest.holds:
+        clips = ClipStream(datasets, args.seed, files_to_skip=files_to_skip(policy.quarantine_file))
+        manifest = dataclasses.replace(manifest, clip_rate=median_clip_rate(clips, args))
+    manifest = dataclasses.replace(
+        manifest,
+        fingerprint=fingerprint,
+        variants=wanted.variants or manifest.variants,
+        holds=[part for part in PARTS if part in (*manifest.holds, *wanted.parts)],
+        caption_dtype=wanted.caption_dtype or manifest.caption_dtype,
+    )
     return _Job(args, specification, datasets, captions, store, manifest, processes)
 
 
@@ -126,39 +163,10 @@ def _report(store: Path, manifest: Manifest, written: int) -> None:
         bad_files = {bad_file["path"]: bad_file for shard in shards for bad_file in read_skipped(store / shard.name)}
         lines = [json.dumps(bad_files[path]) + "\n" for path in sorted(bad_files)]
         (store / "bad_files.jsonl").write_text("".join(lines), encoding="utf-8")
-    say(
-        f"{store}: {manifest.rows} clips x {manifest.variants}, {manifest.captions} captions; {written} files "
-        f"written, {len(shards) + len(list(manifest.caption_shards())) - written} were there"
-    )
-
-
-class Captions:
-    """The distinct captions of all data sets, and the empty one, numbered in the order of their hashes.
-
-    Only the hashes are in memory, 16 bytes for each row.
-    """
-
-    def __init__(self, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> None:
-        self._rows = ClipRows(datasets)
-        texts = (text for index, _ in datasets for _, batch in index.batches() for text in batch)
-        hashes = np.fromiter(map(_hash, itertools.chain(texts, [""])), np.uint64, count=len(self._rows) + 1)
-        self._hashes, self._row_of_number = np.unique(hashes, return_index=True)
-
-    def __len__(self) -> int:
-        return len(self._hashes)
-
-    def number(self, caption: str) -> int:
-        """The number of a caption, which must be among them."""
-        return int(np.searchsorted(self._hashes, _hash(caption)))
-
-    def text(self, number: int) -> str:
-        """The caption of a number."""
-        row = int(self._row_of_number[number])
-        return self._rows[row][1] if row < len(self._rows) else ""
-
-
-def _hash(caption: str) -> np.uint64:
-    return np.uint64(derive_seed("caption", caption))
+    parts = {"latents": f"{manifest.rows} clips x {manifest.variants}", "captions": f"{manifest.captions} captions"}
+    held = ", ".join(parts[part] for part in PARTS if part in manifest.holds)
+    there = len(shards) + len(list(manifest.caption_shards())) - written
+    say(f"{store}: {held}; {written} files written, {there} were there")
 
 
 class _Positions(Dataset[Sample]):
@@ -192,7 +200,7 @@ class _Job:
                 for number in range(shard.first, shard.first + shard.count):
                     caption = self.captions.text(number)
                     values = self.specification.prepare_conditions(caption=caption, sample_seed=0, **components)
-                    rows.append(_on_cpu(values, "prepare_conditions"))
+                    rows.append(compressed(_on_cpu(values, "prepare_conditions"), self.manifest.caption_dtype))
                     progress.update()
                 write_shard(self.store / shard.name, rows)
 
@@ -248,9 +256,10 @@ class _Job:
     def _load(self, components: dict[str, Any]) -> dict[str, Any]:
         from finetrainers import utils
 
-        for component in components.values():
+        text_device = self.args.framebridge_trainer.text_encoder_device
+        for name, component in components.items():
             if isinstance(component, torch.nn.Module):
-                component.to(self.processes.device)
+                component.to((name == "text_encoder" and text_device) or self.processes.device)
         utils._enable_vae_memory_optimizations(
             components.get("vae"), self.args.enable_slicing, self.args.enable_tiling
         )

@@ -8,6 +8,8 @@ Variant v holds the samples of epoch v in the order of that epoch: the sample at
 file o // shard_size. Every tensor of a file has one row for each sample; `_caption` is the number of its caption,
 `_checksum` the CRC-32 of all of its values. The file's metadata says under "skipped" which clips could not
 be read for a sample. A caption's embedding is stored once, however many clips have it; the empty one is among them.
+A store may hold the clips alone, or the captions. Embeddings in fp8 (e4m3) have a factor for each token,
+`_scale.NAME`. Format 1 is what has both, as the encoders gave it.
 
 A file is written beside its place and renamed, so that one that is there is whole.
 """
@@ -30,12 +32,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.fingerprint import first_difference
+from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.data.bad_files import BadFile
-from framebridge_plugin.errors import FrameBridgeError, in_one_line
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.training.precomputation.fingerprint import as_read_by, part_of, run_fingerprint
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
-_CAPTION, _CHECKSUM, _SKIPPED = "_caption", "_checksum", "skipped"
+FORMAT = 2
+PARTS = ("latents", "captions")
+CAPTION_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+_CAPTION, _CHECKSUM, _SKIPPED, _SCALE = "_caption", "_checksum", "skipped", "_scale."
 _OPEN_FILES = 16
 _DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 _REMEDY = "run `finetrainers precompute` again"
@@ -74,16 +80,20 @@ class Manifest:
     fingerprint: Mapping[str, Any]
     clip_rate: float | None = None
     """Frames per second at which the clips are seen; None if nothing says it."""
+    holds: Sequence[str] = PARTS
+    """"latents", "captions", or both."""
+    caption_dtype: str | None = None
+    """Key of `CAPTION_DTYPES`; None for what the text encoder gave."""
 
     def clip_shards(self) -> Iterator[Shard]:
         """Yields the files of samples, variant by variant."""
-        for variant in range(self.variants):
+        for variant in range(self.variants if "latents" in self.holds else 0):
             for shard in self._shards(f"clips/variant-{variant:04}", self.rows):
                 yield dataclasses.replace(shard, first=variant * self.rows + shard.first)
 
     def caption_shards(self) -> Iterator[Shard]:
         """Yields the files of captions."""
-        return self._shards("captions", self.captions)
+        return self._shards("captions", self.captions if "captions" in self.holds else 0)
 
     def _shards(self, folder: str, total: int) -> Iterator[Shard]:
         for first in range(0, total, self.shard_size):
@@ -119,8 +129,8 @@ def read_manifest(store: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text())
         found = content.pop("format")
-        if found != FORMAT:
-            raise ValueError(f"its format is {found}, this release reads {FORMAT}")
+        if found not in range(1, FORMAT + 1):
+            raise ValueError(f"its format is {found}, this release reads up to {FORMAT}")
         return Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FrameBridgeError(
@@ -128,14 +138,42 @@ def read_manifest(store: Path) -> Manifest | None:
         ) from error
 
 
-def check_fingerprint(store: Path, manifest: Manifest, fingerprint: Mapping[str, Any]) -> None:
-    """Refuses a store that was made from something else than a run would use."""
-    difference = first_difference(manifest.fingerprint, fingerprint)
+def check_fingerprint(
+    store: Path, manifest: Manifest, fingerprint: Mapping[str, Any], *, to_read: bool = True
+) -> None:
+    """Refuses a store that was made from something else than a run would use, be it `to_read` or to add to it."""
+    there, here = (part_of(facts, manifest.holds) for facts in (manifest.fingerprint, fingerprint))
+    there = as_read_by(there, here) if to_read else there
+    difference = first_difference(there, here)
+    if difference is not None and difference.startswith("model.objective is diffusion there"):
+        raise FrameBridgeError(
+            f"{store}: it was made for the diffusion baseline, without the noisy prior of this bridge; precompute "
+            "with framebridge.objective=bridge into another folder, which serves both"
+        )
     if difference is not None:
         raise FrameBridgeError(
             f"{store}: its latents are not those of this run: {difference}; set that back, or precompute into another "
             "folder"
         )
+
+
+def compressed(conditions: Mapping[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
+    """Conditions [1, ..., D] as a store keeps them in a `CAPTION_DTYPES`; `_uncompressed` takes them back."""
+    stored = dict(conditions)
+    for name, value in conditions.items():
+        if dtype is None or not value.is_floating_point():
+            continue
+        if dtype == "fp8":
+            scale = value.float().abs().amax(-1, keepdim=True) / torch.finfo(CAPTION_DTYPES[dtype]).max
+            stored[_SCALE + name] = scale = torch.where(scale == 0, 1.0, scale)
+            value = value.float() / scale
+        stored[name] = value.to(CAPTION_DTYPES[dtype])
+    return stored
+
+
+def _uncompressed(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    scales = {name.removeprefix(_SCALE): stored.pop(name) for name in list(stored) if name.startswith(_SCALE)}
+    return stored | {name: stored[name].float() * scale for name, scale in scales.items()}
 
 
 def write_shard(
@@ -211,6 +249,7 @@ class LatentStore:
             raise FrameBridgeError(f"{folder} holds no precomputed latents; `finetrainers precompute` makes them")
         check_fingerprint(self.folder, manifest, fingerprint)
         self.manifest = manifest
+        self._reads_prior = fingerprint.get("model", {}).get("objective") != "diffusion"
         self._files: OrderedDict[str, Any] = OrderedDict()
         if missing := [shard.name for shards in manifest.missing(self.folder) for shard in shards]:
             raise FrameBridgeError(
@@ -221,12 +260,15 @@ class LatentStore:
     def clip(self, variant: int, offset: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
         """A sample's `prepare_latents`, the number of its caption, and the clips that could not be read for it."""
         shard, row = divmod(offset, self.manifest.shard_size)
-        return self._read(f"clips/variant-{variant:04}/{shard:06}.safetensors", row)
+        values, caption, skipped = self._read(f"clips/variant-{variant:04}/{shard:06}.safetensors", row)
+        if not self._reads_prior:
+            values.pop("prior_latents", None)
+        return values, caption, skipped
 
     def caption(self, number: int) -> dict[str, torch.Tensor]:
         """What `prepare_conditions` returned for a caption."""
         shard, row = divmod(number, self.manifest.shard_size)
-        return self._read(f"captions/{shard:06}.safetensors", row)[0]
+        return _uncompressed(self._read(f"captions/{shard:06}.safetensors", row)[0])
 
     def _read(self, name: str, row: int) -> tuple[dict[str, torch.Tensor], int, list[BadFile]]:
         try:
@@ -248,6 +290,18 @@ class LatentStore:
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
         return self._files[name]
+
+
+def store_of_run(
+    args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
+) -> LatentStore | None:
+    """The store that a run reads, if its arguments name one."""
+    if args.precomputed is None:
+        return None
+    store = LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
+    if "captions" in store.manifest.holds and args.framebridge_trainer.caption_cache_dir is not None:
+        raise UsageError(f"framebridge.caption_cache_dir: {args.precomputed} holds all captions; leave it out")
+    return store
 
 
 def _checksum(row: Mapping[str, torch.Tensor]) -> int:
