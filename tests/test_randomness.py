@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.randomness import derive_seed, seed_global_generators
 
 
 def test_seeds_never_change():
@@ -29,3 +29,11 @@ def test_seeds_fit_a_generator_and_spread_over_the_range():
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert 0.4 < sum(seed >= 2**62 for seed in seeds) / 200 < 0.6
     torch.Generator().manual_seed(max(seeds))
+
+
+def test_the_global_generator_is_seeded_as_torch_seeds_it_and_nothing_is_kept():
+    torch.manual_seed(7)
+    expected, kept = torch.rand(3), len(torch.cuda._queued_calls)
+    seed_global_generators(7, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
+    assert len(torch.cuda._queued_calls) == kept

@@ -181,7 +181,7 @@ class TrainingSection(Section):
 class OptimizationSection(Section):
     """The optimiser, its learning rate, and for how long."""
 
-    on_resume = ANEW, {"optimizer": REFUSED}
+    on_resume = ANEW, {"optimizer": REFUSED, "stochastic_rounding": "precision"}
 
     train_steps: Count = Field(default=1000, description="updates (not micro-steps)")
     optimizer: Literal[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from framebridge_plugin import signals
 from framebridge_plugin.backbones.manifest import step_folder
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.progress import Progress
-from framebridge_plugin.randomness import derive_seed
+from framebridge_plugin.randomness import derive_seed, seed_global_generators
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.loading import explained_reading_errors
 from framebridge_plugin.training.metrics import MetricsLogger
@@ -123,9 +124,9 @@ class TrainingLoop:
             places = [(first + i) * trainer.data_world_size + trainer.data_rank for i in range(args.batch_size)]
             draws = [torch.Generator(device).manual_seed(derive_seed("draws", args.seed, step, p)) for p in places]
             # Dropout inside a network draws for a whole batch, from torch's global generator.
-            torch.manual_seed(derive_seed("network", args.seed, step, places[0]))
+            seed_global_generators(derive_seed("network", args.seed, step, places[0]), device)
             index = draw_index(trainer.scheduler, draws)
-            with trainer.attention_provider_ctx(training=True):
+            with self._attention_providers():
                 prediction, target = trainer.model_specification.loss_terms(
                     trainer.transformer, trainer.scheduler, conditions, latents, index, draws
                 )
@@ -133,3 +134,9 @@ class TrainingLoop:
                 loss.backward()
             total += loss.detach()
         return trainer.stopping.mean(total)
+
+    def _attention_providers(self) -> contextlib.AbstractContextManager[None]:
+        # finetrainers hooks every model anew each time, which takes as long as a third of a small network's update.
+        if self._args.attn_provider_training:
+            return self._trainer.attention_provider_ctx(training=True)
+        return contextlib.nullcontext()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from framebridge_plugin.training.abandoned import METRICS_FILE
@@ -36,8 +37,9 @@ class MetricsLogger:
         if not self._enabled:
             return
         self._write(step, metrics)
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        # One event for all of them, where add_scalar makes one of each.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._tensorboard._get_file_writer().add_summary(Summary(value=values), step)
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Writes what is no number."""

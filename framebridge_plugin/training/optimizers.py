@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.randomness import seed_global_generators
+
 _CLASSES = {
     "adam": "torch.optim:Adam",
     "adamw": "torch.optim:AdamW",
@@ -63,7 +65,7 @@ def _torchao(place: str) -> Any:
             device = self.param_groups[0]["params"][0].device
             forked = [] if device.type == "cpu" else [device]
             with torch.random.fork_rng(forked, device_type=device.type), _uncompiled_on_a_cpu(device):
-                torch.manual_seed(self.rounding_seed)
+                seed_global_generators(self.rounding_seed, device)
                 return super().step(closure)
 
     return Seeded

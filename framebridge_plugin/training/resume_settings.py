@@ -104,8 +104,9 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
     found = {}
     for group in (REFUSED, *ALLOWABLE):
         theirs, ours = stored.get(group) or {}, settings.get(group) or {}
-        # One that an earlier version had not, and a later one does not set (None), is the same.
-        changed = [n for n in dict.fromkeys([*theirs, *ours]) if theirs.get(n) != ours.get(n)]
+        # One that an earlier version had not, and a later one does not set (None, or False), is the same.
+        before, now = ({n: v for n, v in said.items() if v is not None and v is not False} for said in (theirs, ours))
+        changed = [n for n in dict.fromkeys([*theirs, *ours]) if before.get(n) != now.get(n)]
         changed = [n for n in changed if not n.endswith(_WHOLE) or (n in theirs and n in ours)]
         if changed:
             shown = changed[:_SHOWN]

@@ -33,7 +33,9 @@ def test_settings_of_either_side_alone_are_differences():
     assert difference({"rank": 7, "target": None}, {"target": None, "rank": 7}) is None
     assert difference({"alpha": 7, "rank": 4}, {"alpha": 8}) == "with alpha 7, rank 4"
     assert difference({}, {"neural_prior": "a"}) == "without neural_prior"
-    assert difference({}, {"of a later version, and not set": None}) is None
+    assert difference({}, {"of a later version, and not set": None, "and not switched on": False}) is None
+    assert difference({"shift": None}, {"shift": 0}) == "with shift None"
+    assert difference({}, {"switched on": True}) == "without switched on"
     stored, ours = {"objective": "bridge", "alpha": 7}, {"objective": "diffusion", "alpha": 7, "rank": 4}
     assert difference(stored, ours) == "with objective 'bridge' and without rank"
     read_once = {"vae": "a", "vae (every byte)": "b"}

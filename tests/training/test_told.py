@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from framebridge_plugin.cli import main
 from tests.training.bridge_runs import parse
 from tests.training.conftest import SIZE, command_environment
+from tests.training.run_results import metrics
 from tests.wandb_files import read_offline_run
 
 STEPS = 2
@@ -67,9 +68,14 @@ def test_weights_and_biases_gets_the_resolved_recipe_and_the_videos(told):
         assert next(told.folder.rglob(Path(video["path"]).name)).stat().st_size == video["size"]
 
 
-def test_tensorboard_gets_the_resolved_recipe_and_the_contact_sheets(told):
+def test_tensorboard_gets_numbers_the_resolved_recipe_and_the_contact_sheets(told):
     events = EventAccumulator(str(told.folder / "tensorboard"), size_guidance={})
     events.Reload()
+    for entry in metrics(told.folder)[:STEPS]:
+        numbers = {name: value for name, value in entry.items() if name != "step"}
+        logged = {name: events.Scalars(name)[entry["step"] - 1] for name in numbers}
+        assert {event.step for event in logged.values()} == {entry["step"]}
+        assert {name: event.value for name, event in logged.items()} == pytest.approx(numbers)
     (settings,) = events.Tensors("settings/text_summary")
     text = settings.tensor_proto.string_val[0].decode()
     assert json.loads(text.strip("`")) == yaml.safe_load((told.folder / "recipe.yaml").read_text())
