@@ -24,11 +24,16 @@ from framebridge_plugin.media import pictures_levels
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.schedulers.process import times_of_batch
 
 Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
 ImageInput = Annotated[Picture | Sequence[Picture], "checked where it is read"]
 Times = Sequence[float] | torch.Tensor | np.ndarray
 Generators = torch.Generator | list[torch.Generator]
+
+
+_HOST = torch.device("cpu")
+"""Where times are: schedulers look at each, and an accelerator's values have to be waited for."""
 
 
 def check_scheduler(scheduler: Any, facts: BackboneFacts, was_bridge: bool = False) -> None:
@@ -186,9 +191,9 @@ def sample_latents(
         grid = {"num_inference_steps": num_inference_steps}
         if not is_bridge:
             grid = pipeline.adapter.baseline_times(scheduler, num_inference_steps, prior.shape)
-        scheduler.set_timesteps(**grid, device=device)
+        scheduler.set_timesteps(**grid, device=_HOST)
     elif is_bridge:
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
+        scheduler.set_timesteps(timesteps=timesteps, device=_HOST)
     else:
         raise FrameBridgeError(f"timesteps: a {type(scheduler).__name__} takes none; give num_inference_steps")
     if latents is not None:
@@ -210,9 +215,10 @@ def sample_latents(
             if is_bridge:
                 network_latents, network_time = scheduler.align(latents, prior, t)
             else:
-                network_latents, network_time = latents, t.expand(latents.shape[0])
+                network_latents, network_time = latents, times_of_batch(t, latents)
             if use_dynamic_cfg:
-                pipeline._guidance_scale = dynamic_scale(guidance_scale, network_time[0].item(), len(times))
+                time = scheduler.alignment.timestep(t) if is_bridge else t
+                pipeline._guidance_scale = dynamic_scale(guidance_scale, time.item(), len(times))
             if guided:
                 network_latents, network_time = torch.cat([network_latents] * 2), torch.cat([network_time] * 2)
             output = network(network_latents, network_time)

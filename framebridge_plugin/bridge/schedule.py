@@ -164,10 +164,13 @@ def as_float64(value: int | float | torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Shape a coefficient, [] or [B], so that it multiplies a batch [B, ...]: on the batch's device, in its dtype or,
-    for half precision, in float32.
+    """Shape a coefficient, [] or [B], so that it multiplies a batch [B, ...]: in its dtype or, for half precision, in
+    float32, and on its device. One on the CPU, [], goes with every device: copying it would be waited for.
     """
-    return coefficient.to(tensor.device, widen(tensor).dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if coefficient.ndim == 0 and coefficient.device.type == "cpu":
+        return coefficient.to(dtype)
+    return coefficient.to(tensor.device, dtype).reshape(-1, *[1] * (tensor.ndim - 1))
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:

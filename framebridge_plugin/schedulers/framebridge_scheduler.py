@@ -206,7 +206,7 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
 
         Args:
             num_inference_steps: Number of network calls, at least 1; at most N for the integer grids.
-            device: Where `timesteps` shall be.
+            device: Where `timesteps` shall be. A step looks at its time: on the CPU that waits for nothing.
             timesteps: The times themselves, in place of their number: bridge indices in [0, N - 1], falling.
 
         Raises:
@@ -339,4 +339,9 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
             )
         if isinstance(generator, list) and len(generator) != len(like):
             raise FrameBridgeError(f"{len(generator)} generators for {len(like)} samples: pass one, or one per sample")
-        return randn_tensor(tuple(like.shape), generator=generator, device=like.device, dtype=widen(like).dtype)
+        source = generator[0].device if isinstance(generator, list) else generator.device
+        noise = randn_tensor(tuple(like.shape), generator=generator, device=source, dtype=widen(like).dtype)
+        if source.type != "cpu" or like.device.type == "cpu":
+            return noise.to(like.device)
+        # Else the copy would be waited for, and with it the network.
+        return (noise.pin_memory() if like.is_cuda else noise).to(like.device, non_blocking=True)

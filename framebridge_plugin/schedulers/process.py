@@ -12,6 +12,13 @@ from framebridge_plugin.bridge.targets import compute_target, sample_bridge
 from framebridge_plugin.errors import FrameBridgeError
 
 
+def times_of_batch(time: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """A time, [] or [B], for each sample of a batch [B, ...] and on its device, without a wait if it is on the CPU."""
+    if time.ndim == 0 and time.device.type == "cpu":
+        return torch.full((len(batch),), time.item(), dtype=time.dtype, device=batch.device)
+    return time.to(batch.device).expand(len(batch))
+
+
 class BridgeProcess:
     """The methods of `FrameBridgeScheduler` that do not depend on a grid of times.
 
@@ -37,10 +44,10 @@ class BridgeProcess:
         """Compute what the network is shown instead of z_t [B, ...] and its index, real-valued, a scalar or [B]: a
         latent input of the shape and dtype of `z_t` and a time, float32 [B]; a prior of None is that of `set_prior`.
         """
-        time = self.alignment.timestep(index).to(z_t.device)
+        time = times_of_batch(self.alignment.timestep(index), z_t)
         if not isinstance(self.alignment, NoAlignment):
             z_t = self.alignment.latent(z_t, self._prior_of(z_t, prior), index)
-        return z_t, time.expand(z_t.shape[0])
+        return z_t, time
 
     def get_target(
         self, z_0: torch.Tensor, z_t: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, index: Index
