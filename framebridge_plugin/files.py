@@ -88,7 +88,11 @@ def writing_problem(folder: Path) -> str | None:
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir():
         return f"{existing} is a file: name another folder"
-    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable: name another folder"
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # root may write everywhere, but not into /proc
+    except OSError:
+        return f"{existing} is not writable: name another folder"
+    return None
 
 
 @contextlib.contextmanager

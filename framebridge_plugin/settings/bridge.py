@@ -90,7 +90,8 @@ class TrainerSection(Section):
     )
     caption_cache_dir: PathText | None = Field(
         default=None,
-        description="folder for these, up to caption_cache_gib, which processes and later runs share; none: in memory",
+        description="folder for these, up to caption_cache_gib, which processes, later runs and `finetrainers "
+        "precompute` share; none, or left empty: in memory",
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

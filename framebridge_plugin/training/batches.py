@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from finetrainers import utils
 from finetrainers.data import initialize_preprocessor
 
 from framebridge_plugin.data import BadFileTracker, ClipIndex, ClipSettings, ClipStream, load_bad_file_policy
+from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.loading import median_clip_rate, sample_loader
 from framebridge_plugin.training.precomputation.numbering import Captions
@@ -108,14 +110,33 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         preprocessor = initialize_preprocessor(
             rank=self._backend.rank,
             num_items=args.precomputation_items if args.enable_precomputation else 1,
-            processor_fn=processors,
+            processor_fn={kind: self._counted(kind, process) for kind, process in processors.items()},
             save_dir=args.precomputation_dir,
             enable_precomputation=args.enable_precomputation,
         )
         while True:
             if preprocessor.requires_data:
-                conditions, latents = prepare_data(preprocessor, samples)
+                with contextlib.ExitStack() as self._bars:
+                    conditions, latents = prepare_data(preprocessor, samples)
             yield next(conditions), next(latents)
+
+    def _counted(self, kind: str, process: Callable[..., dict]) -> Callable[..., dict]:
+        """Shows how many of a block that is encoded in advance are done."""
+        args, bar, name = self._args, None, {"condition": "caption", "latent": "clip"}[kind]
+        if not args.enable_precomputation:
+            return process
+
+        def counted(**item: Any) -> dict:
+            nonlocal bar
+            if bar is None or bar.n == args.precomputation_items:
+                title, here = f"Encoding {name}s", self._backend.is_main_process
+                bar = Progress(args.precomputation_items, title, unit=name, disable=not here, leave=False)
+                self._bars.enter_context(bar)
+            result = process(**item)
+            bar.update()
+            return result
+
+        return counted
 
     def __next__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         items = list(itertools.islice(self._items, self._args.batch_size))

@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.fingerprint import short_digest
 from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.files import writing
-from framebridge_plugin.processes import process_count, rank
+from framebridge_plugin.processes import is_first, process_count, rank
+from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.precomputation.fingerprint import OF_CAPTIONS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Conditions = dict[str, torch.Tensor]
 
-_SUFFIX = ".safetensors"
+_SUFFIX, _DIGEST = ".safetensors", "digest"
 
 
 class CaptionCache:
@@ -55,11 +56,13 @@ class CaptionCache:
         return found
 
     def find(self, caption: str) -> Conditions | None:
-        """The conditions of a caption if they are known; a file that cannot be read is none."""
+        """The conditions of a caption if they are known; a file that is not as it was written is none."""
         if self.folder is None:
             return self._kept.get(caption)
-        with contextlib.suppress(OSError, SafetensorError):
-            return load_file(self._file(caption))
+        with contextlib.suppress(OSError, SafetensorError), safe_open(self._file(caption), "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get(_DIGEST) == _digest(found):
+                return found
         return None
 
     def holds(self, caption: str) -> bool:
@@ -87,13 +90,17 @@ class CaptionCache:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             mode = partial.stat().st_mode
-            save_file(conditions, partial)
+            save_file(conditions, partial, {_DIGEST: _digest(conditions)})
             partial.chmod(mode)  # safetensors makes files that nobody else can read
             partial.replace(file)
 
     def _file(self, caption: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{hashlib.blake2b(caption.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
+
+
+def _digest(conditions: Conditions) -> str:
+    return hashlib.blake2b(save(conditions), digest_size=16).hexdigest()
 
 
 def caption_cache(args: Any, specification: BridgeSpecification, device: torch.device) -> CaptionCache:
@@ -155,14 +162,17 @@ def embed_ahead(
         if not done:
             return False
     # A folder may be full of other runs' captions.
-    return _embed_all(embed, ordered) and all(map(cache.holds, ordered))
+    new = [caption for caption in ordered if not cache.holds(caption)]
+    return _embed_all(embed, new) and all(map(cache.holds, ordered))
 
 
-def _embed_all(embed: Embedder, captions: Iterable[str]) -> bool:
-    for caption in captions:
-        if signals.pending() is not None:
-            return False
-        embed(caption)
+def _embed_all(embed: Embedder, captions: Sequence[str]) -> bool:
+    with Progress(len(captions), "Captions", unit="caption", disable=not (captions and is_first())) as bar:
+        for caption in captions:
+            if signals.pending() is not None:
+                return False
+            embed(caption)
+            bar.update()
     return True
 
 

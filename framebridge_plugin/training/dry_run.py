@@ -17,7 +17,8 @@ from framebridge_plugin.files import NotFetchedError, without_network
 from framebridge_plugin.processes import is_first
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
-from framebridge_plugin.training.precomputation.store import read_manifest, store_of_run
+from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.store import LatentStore, read_manifest
 from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, pin_downloads, refuse_start
 from framebridge_plugin.training.run_identity import check_run
@@ -71,7 +72,8 @@ def _check(recipe: Recipe, allowed: Collection[str], processes: int) -> None:
     with _if_here("the validation samples"):
         check_samples(args, specification, datasets)
     with _if_here("the stored latents, and what a resume may not change"):
-        store_of_run(args, specification, datasets)
+        if args.precomputed is not None:
+            LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
         settings = run_settings(args, specification, datasets)
         allowed = check_run(Path(args.output_dir), settings, allowed)
         for checkpoint in find_checkpoints(Path(args.output_dir, "checkpoints"), args.resume_from_checkpoint)[:1]:

@@ -218,7 +218,7 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         if self.condition_models == {}:
             folder = self.captions and self.captions.folder
             raise FrameBridgeError(
-                f"{folder}: an embedding is gone that was there before the first update; start again"
+                f"{folder}: an embedding is gone or damaged that was there before the first update; start again"
             )
         return self.adapter.encode_caption(models, caption, dropped=False)
 

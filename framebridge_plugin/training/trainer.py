@@ -34,7 +34,8 @@ from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
 from framebridge_plugin.training.metrics import MetricsLogger
 from framebridge_plugin.training.optimizers import make_optimizer
-from framebridge_plugin.training.precomputation.store import LatentStore, store_of_run
+from framebridge_plugin.training.precomputation.fingerprint import run_fingerprint
+from framebridge_plugin.training.precomputation.store import LatentStore
 from framebridge_plugin.training.rates import rate_schedule
 from framebridge_plugin.training.refusals import refuse_unsupported
 from framebridge_plugin.training.resume_settings import run_settings
@@ -138,7 +139,9 @@ class FrameBridgeTrainer(SFTTrainer):
         # The data first: a network from scratch is made for the shape of its clips.
         self._datasets = load_dataset_config(self.args.dataset_config)
         self.model_specification.clip_shape = common_clip_shape(self._datasets)
-        self._store = store_of_run(self.args, self.model_specification, self._datasets)
+        if self.args.precomputed is not None:
+            fingerprint = run_fingerprint(self.args, self.model_specification, self._datasets)
+            self._store = LatentStore(self.args.precomputed, fingerprint)
         super()._prepare_models()
 
     def _prepare_for_training(self) -> None:

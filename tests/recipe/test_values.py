@@ -173,6 +173,7 @@ def test_home_folder(minimal, tmp_path, monkeypatch):
 def test_output_folder(minimal, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in problems_of(minimal, f"checkpoints.output_dir={tmp_path / 'file' / 'run'}")[0]
+    assert "/proc is not writable" in problems_of(minimal, "framebridge.caption_cache_dir=/proc/captions")[0]
     assert "is a file" in problems_of(minimal, f"framebridge.caption_cache_dir={tmp_path / 'file' / 'captions'}")[0]
 
 

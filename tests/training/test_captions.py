@@ -50,6 +50,11 @@ def test_what_another_process_kept_is_read_and_what_is_damaged_made_anew(tmp_pat
     files[0].write_bytes(files[0].read_bytes()[:100])
     assert len(embed(theirs, "ab")) == 1
     assert embed(ours, "ab") == ""
+    whole = files[0].read_bytes()
+    caption = next(caption for caption in "ab" if ours._file(caption) == files[0])
+    for place in [*range(len(whole) - 4096), len(whole) - 1000]:  # of the header, and of a value
+        files[0].write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert ours.find(caption) is None
 
 
 def test_a_run_embeds_each_caption_once_and_does_without_the_text_encoder(

@@ -18,6 +18,7 @@ import torch
 import wandb
 import yaml
 
+from framebridge_plugin import progress
 from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transformer
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.media import read_image, to_uint8
@@ -127,10 +128,16 @@ def test_the_final_validation_uses_the_trained_weights(train, model_folder, vali
 
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
-def test_precomputation_gives_the_same_run(train, tmp_path, kind):
+def test_precomputation_gives_the_same_run(train, tmp_path, kind, monkeypatch):
     assert succeeded(train(*kind, output="direct"))
     options = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3")
-    assert succeeded(train(*kind, *options, output="precomputed"))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    result = train(*kind, *options, output="precomputed")
+    assert succeeded(result)
+    lines = [line.partition(" [")[0] for line in result.stderr.splitlines() if line.startswith("Encoding")]
+    done = ("33 %, 1 of 3", "67 %, 2 of 3", "100 %, 3 of 3")
+    block = [f"Encoding {what}: {share}" for what in ("captions", "clips") for share in done]
+    assert lines == block * 3
     assert losses(tmp_path / "precomputed") == losses(tmp_path / "direct")
 
 

@@ -30,6 +30,7 @@ from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
+from framebridge_plugin.training.captions import caption_cache
 from framebridge_plugin.training.draws import pixel_noise
 from framebridge_plugin.training.finetrainers.registration import recipe_arguments, register
 from framebridge_plugin.training.loading import explained_reading_errors, median_clip_rate, sample_loader
@@ -194,7 +195,9 @@ class _Job:
     def write_captions(self, missing: Sequence[Shard]) -> None:
         mine = self._share(missing)
         components = self._load(self.specification.load_condition_models())
-        with self._progress("Captions", mine) as progress:
+        if self.args.framebridge_trainer.caption_cache_dir is not None:
+            self.specification.captions = caption_cache(self.args, self.specification, self._text_device)
+        with self._progress("Captions", "caption", mine) as progress:
             for shard in mine:
                 rows = []
                 for number in range(shard.first, shard.first + shard.count):
@@ -208,7 +211,7 @@ class _Job:
         mine = self._share(missing)
         samples = self._samples(mine)
         components = self._load(self.specification.load_latent_models())
-        with self._progress("Clips", mine) as progress:
+        with self._progress("Clips", "clip", mine) as progress:
             for shard in mine:
                 rows, captions, skipped = [], [], {}
                 for row, (sample, bad_files) in enumerate(itertools.islice(samples, shard.count)):
@@ -256,20 +259,23 @@ class _Job:
     def _load(self, components: dict[str, Any]) -> dict[str, Any]:
         from finetrainers import utils
 
-        text_device = self.args.framebridge_trainer.text_encoder_device
         for name, component in components.items():
             if isinstance(component, torch.nn.Module):
-                component.to((name == "text_encoder" and text_device) or self.processes.device)
+                component.to(self._text_device if name == "text_encoder" else self.processes.device)
         utils._enable_vae_memory_optimizations(
             components.get("vae"), self.args.enable_slicing, self.args.enable_tiling
         )
         return components
 
-    def _progress(self, name: str, shards: Sequence[Shard]) -> Progress:
+    @property
+    def _text_device(self) -> torch.device:
+        return torch.device(self.args.framebridge_trainer.text_encoder_device or self.processes.device)
+
+    def _progress(self, name: str, unit: str, shards: Sequence[Shard]) -> Progress:
         processes = self.processes
         share = f" (process 1 of {processes.world_size})" if processes.world_size > 1 else ""
         total = sum(shard.count for shard in shards)
-        return Progress(total, name + share, unit="", disable=processes.rank > 0 or not shards)
+        return Progress(total, name + share, unit=unit, disable=processes.rank > 0 or not shards)
 
     def _say_how_large(self, progress: Progress, shard: Shard, clips: int) -> None:
         wanted = (self.store / shard.name).stat().st_size / shard.count * clips

@@ -32,10 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.fingerprint import first_difference
-from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.data.bad_files import BadFile
-from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
-from framebridge_plugin.training.precomputation.fingerprint import as_read_by, part_of, run_fingerprint
+from framebridge_plugin.errors import FrameBridgeError, in_one_line
+from framebridge_plugin.training.precomputation.fingerprint import as_read_by, part_of
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
@@ -290,18 +289,6 @@ class LatentStore:
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
         return self._files[name]
-
-
-def store_of_run(
-    args: Any, specification: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
-) -> LatentStore | None:
-    """The store that a run reads, if its arguments name one."""
-    if args.precomputed is None:
-        return None
-    store = LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))
-    if "captions" in store.manifest.holds and args.framebridge_trainer.caption_cache_dir is not None:
-        raise UsageError(f"framebridge.caption_cache_dir: {args.precomputed} holds all captions; leave it out")
-    return store
 
 
 def _checksum(row: Mapping[str, torch.Tensor]) -> int:
