@@ -14,7 +14,14 @@ from typing import Protocol, get_args
 
 import torch
 
-from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, subtract_prior
+from framebridge_plugin.bridge.schedule import (
+    BridgeSchedule,
+    Index,
+    as_float64,
+    broadcast,
+    on_device,
+    subtract_prior,
+)
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings.choices import AlignmentEdge
 
@@ -90,12 +97,12 @@ class VariancePreservingAlignment(Alignment):
     def timestep(self, index: Index) -> torch.Tensor:
         """Compute the fractional diffusion step of the same signal-to-noise ratio, in [0, K - 1]."""
         ratio = self.schedule.coefficients(index).ratio
-        ratios = self.ratios.to(ratio.device)
+        ratios = on_device(self.ratios, ratio.device)
         # searchsorted wants an ascending table; `right` is the first step whose ratio is not above the wanted one.
         right = torch.searchsorted(-ratios, -ratio).clamp(1, len(ratios) - 1)
         time = right - (ratio - ratios[right]) / (ratios[right - 1] - ratios[right])
         if self.edge == "reference":
-            highest = ratios[0] + self.schedule.coefficients(0).ratio.to(ratio.device)
+            highest = ratios[0] + self.schedule.coefficients(0).ratio
             time = torch.where(ratio > ratios[1], 1 - (ratio - ratios[1]) / (highest - ratios[1]), time)
         return time.clamp(0, len(ratios) - 1).to(torch.float32)
 

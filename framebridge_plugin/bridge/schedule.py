@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import get_type_hints
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings.checking import check_values
@@ -161,6 +162,19 @@ def as_float64(value: int | float | torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(torch.float64)
     return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a table that never changes on a device, copied there once: each copy waits until the device is idle."""
+    if table.device == device:
+        return table
+    copies = _copies.setdefault(table, {})
+    if device not in copies:
+        copies[device] = table.to(device)
+    return copies[device]
 
 
 def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

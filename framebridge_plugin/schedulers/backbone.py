@@ -15,7 +15,7 @@ from framebridge_plugin.bridge.alignment import (
     NoAlignment,
     VariancePreservingAlignment,
 )
-from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, widen
+from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, on_device, widen
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings.choices import AlignmentName, is_flow_matching
 
@@ -142,7 +142,7 @@ def backbone_loss_terms(
         noisy, target = (1 - sigma) * wide + sigma * wide_noise, wide_noise - wide
     elif kind == "variance_preserving" and predicted in ("epsilon", "v_prediction"):
         time = index.long()
-        alpha_squared = broadcast(backbone.alphas_cumprod.to(time.device)[time], z_0)
+        alpha_squared = broadcast(on_device(backbone.alphas_cumprod, time.device)[time], z_0)
         alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
         noisy = alpha * wide + sigma * wide_noise
         target = wide_noise if predicted == "epsilon" else alpha * wide_noise - sigma * wide

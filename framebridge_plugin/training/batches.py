@@ -140,13 +140,24 @@ class TrainingBatches(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
 
     def __next__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         items = list(itertools.islice(self._items, self._args.batch_size))
-        device = self._backend.device
-        conditions = self._specification.collate_conditions([item[0] for item in items])
-        latents = self._specification.collate_latents([item[1] for item in items])
-        return (
-            _cast(utils.align_device_and_dtype(conditions, device), self._args.transformer_dtype),
-            utils.align_device_and_dtype(latents, device),
-        )
+        return collated(self._specification, items, self._backend.device, self._args.transformer_dtype)
+
+
+def collated(
+    specification: BridgeSpecification,
+    items: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A batch of samples as `TrainingBatches` gives it, all of it on the device."""
+    conditions = specification.collate_conditions([item[0] for item in items])
+    latents = specification.collate_latents([item[1] for item in items])
+    # Lists are labels.
+    conditions = {name: torch.tensor(v) if isinstance(v, list) else v for name, v in conditions.items()}
+    return (
+        _cast(utils.align_device_and_dtype(conditions, device), dtype),
+        utils.align_device_and_dtype(latents, device),
+    )
 
 
 def _until(stop: Callable[[], bool], samples: Iterator[dict]) -> Iterator[dict]:
