@@ -158,10 +158,8 @@ def _training_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("framebridge.precomputed", message, on_disk=True)
     if recipe.dataset.precomputation_once and not recipe.dataset.enable_precomputation:
         yield Problem("dataset.precomputation_once", "needs dataset.enable_precomputation=true")
-    if "text_encoder" in recipe.compile.compile_modules and "text_encoder" not in recipe.backbone.parts:
-        yield Problem("compile.compile_modules", f"{recipe.model.model_name} has no text encoder: remove it")
     modules, scopes = recipe.compile.compile_modules, recipe.compile.compile_scopes
-    if scopes is not None and not (modules and len(scopes) in (1, len(modules))):
+    if scopes is not None and len(scopes) != len(modules):
         yield Problem(
             "compile.compile_scopes",
             f"{len(scopes)} scope(s) for {len(modules)} compile_modules: give one each",

@@ -358,11 +358,11 @@ class CompileSection(Section):
 
     on_resume = ANEW, {}
 
-    compile_modules: list[Literal["transformer", "vae", "text_encoder"]] = Field(
-        default=[], description="components to compile"
+    compile_modules: list[Literal["transformer"]] = Field(
+        default=[], max_length=1, description="[transformer], or nothing; no encoder can be compiled so"
     )
     compile_scopes: Annotated[list[Literal["regional", "full"]] | None, BeforeValidator(_one_or_many)] = Field(
-        default=None, description="one for all, or one per module; none: regional"
+        default=None, description="block by block, or as a whole, which takes several times as long; none: regional"
     )
 
 

@@ -18,6 +18,11 @@ def refuse_unsupported(args: Any) -> None:
                 f"{name}={getattr(args, name)}: no specification of this package supports it; use dp_degree and "
                 "dp_shards"
             )
+    if others := set(args.compile_modules) - {"transformer"}:
+        raise UsageError(
+            f"compile_modules={' '.join(sorted(others))}: only the transformer is compiled; of encoders other methods "
+            "are called than torch.compile compiles"
+        )
     if args.checkpointing_limit is not None and args.checkpointing_limit < 2:
         raise UsageError(
             f"checkpointing_limit={args.checkpointing_limit}: keep 2 or more, or all: a checkpoint written just "

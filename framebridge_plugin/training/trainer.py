@@ -28,7 +28,7 @@ from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.captions import Embedder, caption_cache, embed_ahead
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
-from framebridge_plugin.training.finetrainers.preparation import autocast_calls, prepared_as_said
+from framebridge_plugin.training.finetrainers.preparation import autocast_calls, compile_in_place, prepared_as_said
 from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
@@ -148,8 +148,13 @@ class FrameBridgeTrainer(SFTTrainer):
         with prepared_as_said(self.args):
             super()._prepare_for_training()
         autocast_calls(self.transformer, self.args, self.state.parallel_backend.device)
+        for scope in self.args.compile_scopes:
+            compile_in_place(self.transformer, scope)
         # In place of finetrainers', which is told to take torch's slowest path; it has no state yet.
         self.optimizer = make_optimizer(self.args, self.transformer)
+
+    def _maybe_torch_compile(self) -> None:
+        """Nothing: see `_prepare_for_training`."""
 
     def _prepare_dataset(self) -> None:
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)

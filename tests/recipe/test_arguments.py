@@ -71,9 +71,9 @@ def test_what_is_not_given(recipe_arguments, minimal):
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("null", "regional"), ("full", "full")])
-def test_one_scope_is_for_all_compiled_modules(recipe_arguments, minimal, scope, expected):
-    recipe = load_recipe(minimal, ["compile.compile_modules=[transformer, vae]", f"compile.compile_scopes={scope}"])
-    assert recipe_arguments(recipe, "data.json").compile_scopes == [expected] * 2
+def test_a_network_is_compiled_by_blocks_unless_said_otherwise(recipe_arguments, minimal, scope, expected):
+    recipe = load_recipe(minimal, ["compile.compile_modules=[transformer]", f"compile.compile_scopes={scope}"])
+    assert recipe_arguments(recipe, "data.json").compile_scopes == [expected]
 
 
 @pytest.mark.parametrize(

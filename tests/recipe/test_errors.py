@@ -113,7 +113,7 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
             "a component among transformer, vae, text_encoder",
         ),
         ("compile.compile_modules=[transfomer]", "compile.compile_modules.0", "did you mean transformer?"),
-        ("compile.compile_modules=[unet]", "compile.compile_modules.0", "'transformer', 'vae' or 'text_encoder'"),
+        ("compile.compile_modules=[vae]", "compile.compile_modules.0", "should be 'transformer'"),
         ("framebridge.noise_log_mean=3.5", "framebridge.noise_log_mean", "less than or equal to 3"),
         ("framebridge.noise_log_mean=-21", "framebridge.noise_log_mean", "greater than or equal to -20"),
         ("framebridge.noise_log_std=4", "framebridge.noise_log_std", "less than or equal to 3"),

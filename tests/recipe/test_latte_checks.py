@@ -107,7 +107,6 @@ def test_a_model_that_knows_its_classes_by_number(latte, tmp_path):
         (["model.tokenizer_id=a/b"], "model.tokenizer_id", "Latte has no text encoder"),
         (["model.text_encoder_id=a/b"], "model.text_encoder_id", "Latte has no text encoder"),
         (["precision.text_encoder_dtype=fp32"], "precision.text_encoder_dtype", "Latte has no text encoder"),
-        (["compile.compile_modules=[text_encoder]"], "compile.compile_modules", "latte_bridge has no text encoder"),
         (
             ["attention.attn_provider_training=['text_encoder:native']"],
             "attention.attn_provider_training",

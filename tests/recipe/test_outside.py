@@ -38,7 +38,7 @@ def test_everything_that_leaves_the_run_is_listed(minimal, tmp_path, monkeypatch
     overrides = [
         *("model.pretrained_model_name_or_path=zai-org/CogVideoX-2b", "model.revision=abc"),
         *("framebridge.data.data_root=null", "framebridge.data.csv=videos/table.csv"),
-        *("framebridge.data.video_root=videos", "compile.compile_modules=[vae]"),
+        *("framebridge.data.video_root=videos", "compile.compile_modules=[transformer]"),
         *("framebridge.bad_files.policy=quarantine", "framebridge.bad_files.quarantine_file=shared.jsonl"),
         *("validation.validation_dataset_file=rows.csv", "tracking.report_to=wandb", "tracking.tracker_name=mine"),
         *("hub.push_to_hub=true", "hub.hub_model_id=me/x", "dataset.precomputation_dir=encoded"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.training import FrameBridgeTrainer
 from tests.training.bridge_runs import make_inputs, make_trainer, run_trainer
-from tests.training.run_results import losses
+from tests.training.run_results import losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,22 @@ class Autocast(FrameBridgeTrainer):
         )
 
 
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """Graphs that torch.compile has made; it ends before the C++ compiler, which would take a minute."""
+    graphs = []
+
+    def compile_fx(graph, inputs, **options):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch._dynamo.reset()
+    return graphs
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_mixed_precision_computes_in_bfloat16_and_trains_float32(inputs, tmp_path, kind):
+def test_mixed_precision_computes_in_bfloat16_and_trains_float32(inputs, tmp_path, kind, compiled_graphs):
     validation = ("--validation_steps=1", f"--validation_dataset_file={inputs / 'validation.csv'}")
     options = ("--parallel_backend=ptd", "--gradient_checkpointing", "--train_steps=2")
     run_trainer(FrameBridgeTrainer, inputs, tmp_path / "float32", kind, *options)
@@ -48,3 +63,11 @@ def test_mixed_precision_computes_in_bfloat16_and_trains_float32(inputs, tmp_pat
     assert {tensor.dtype for tensor in (*trainer.transformer.parameters(), *moments.values())} == {torch.float32}
     with pytest.raises(FrameBridgeError, match="trained with autocast 'bf16'.*--allow precision"):
         make_trainer(FrameBridgeTrainer, inputs, tmp_path / "mixed", kind, *options, "--train_steps=3").run()
+    if kind == "lora":  # peft finds the layers that it saves by their names
+        compiled = ("--compile_modules=transformer", "--compile_scopes=regional")
+        run_trainer(FrameBridgeTrainer, inputs, tmp_path / "compiled", kind, *options, *compiled)
+        assert compiled_graphs
+        assert losses(tmp_path / "compiled") == pytest.approx(expected, rel=1e-5)
+        saved, layers = weights(tmp_path / "compiled/lora"), weights(tmp_path / "float32/lora")
+        assert saved.keys() == layers.keys()
+        assert all(torch.allclose(saved[name], layer, rtol=1e-3, atol=1e-5) for name, layer in layers.items())

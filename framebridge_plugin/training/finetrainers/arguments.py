@@ -127,8 +127,7 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str, processes: in
     sections = recipe.model_dump(exclude={"framebridge"} if is_lora else {"framebridge", "lora"})
     values = {name: value for section in sections.values() for name, value in section.items()}
     values |= {name: _DTYPE_MAP[value] for name, value in values.items() if name.endswith("_dtype")}
-    modules, scopes = values["compile_modules"], values["compile_scopes"] or ["regional"]
-    values["compile_scopes"] = scopes * len(modules) if len(scopes) == 1 else scopes
+    values["compile_scopes"] = values["compile_scopes"] or ["regional"] * len(values["compile_modules"])
     values["dataset_config"] = dataset_config
     values["pretrained_model_name_or_path"] = values["pretrained_model_name_or_path"] or ""
     values["precomputation_dir"] = values["precomputation_dir"] or os.path.join(values["output_dir"], "precomputed")
