@@ -84,6 +84,11 @@ def _remedies(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         yield ["framebridge.precomputed=FOLDER"], "of `finetrainers precompute`: no encoders in training"
         if recipe.backbone.condition == "text" and recipe.framebridge.text_encoder_device is None:
             yield ["framebridge.text_encoder_device=cpu"], "captions embedded in main memory, each once as far as kept"
+            if precision.text_encoder_quantization is None:
+                yield ["precision.text_encoder_quantization=int8"], "other embeddings in the second digit"
+    if is_lora and precision.transformer_quantization is None:
+        quantized = ["precision.transformer_quantization=int8", "training.gradient_checkpointing=true"]
+        yield quantized, "its frozen blocks in 8 bits, unpacked in every pass"
     if not training.gradient_checkpointing:
         yield ["training.gradient_checkpointing=true"], "a third more arithmetic"
     if training.batch_size > 1:

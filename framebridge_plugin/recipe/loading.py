@@ -21,7 +21,7 @@ from framebridge_plugin.recipe.rules import launch_problems, recipe_problems
 from framebridge_plugin.recipe.schema import Recipe
 from framebridge_plugin.recipe.synonyms import synonym_of
 from framebridge_plugin.recipe.yaml_text import Document, parse_value, read_yaml
-from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT
+from framebridge_plugin.settings.finetrainers import WITHOUT_EFFECT, has_no_effect
 
 _LARGEST_RECIPE = 200_000  # bytes; more is some other file
 _SHOWN = 20  # errors; more have one cause
@@ -227,8 +227,8 @@ def _apply(overrides: Sequence[str], data: dict[str, Any]) -> set[str]:
 def _drop_defaults_without_effect(data: dict[str, Any]) -> None:
     """Takes away what the recipe of an older run says of finetrainers, and which changes nothing."""
     for section in (*data.values(), data):
-        for name in set(section) & set(WITHOUT_EFFECT) if isinstance(section, dict) else ():
-            if section[name] == WITHOUT_EFFECT[name][0]:
+        for name in list(section) if isinstance(section, dict) else ():
+            if has_no_effect(name, section[name]):
                 del section[name]
 
 

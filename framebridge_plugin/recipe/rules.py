@@ -84,7 +84,6 @@ def launch_problems(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[
 
 
 _OFFLOAD = "works with one process only"
-_QUANTIZED = f"{_OFFLOAD}: torch cannot send or shard weights in 8 bits; set null, or start one process"
 _ACCELERATE = (
     "accelerate does not synchronise gradients in finetrainers 0.2.0, so {processes} processes would train "
     "{processes} different models: use parallel_backend=ptd"
@@ -208,8 +207,8 @@ def _quantization_problems(recipe: Recipe) -> Iterator[Problem]:
     where = "precision.transformer_quantization"
     if kind is not None and not is_lora:
         yield Problem(where, f"weights in {kind} cannot be trained: set training.training_type=lora, or null")
-    elif kind is not None and (recipe.parallelism.dp_degree or 1) * recipe.parallelism.dp_shards > 1:
-        yield Problem(where, _QUANTIZED)
+    elif kind is not None and recipe.parallelism.dp_shards > 1:
+        yield Problem(where, "weights in 8 bits cannot be sharded: take dp_degree in place of dp_shards, or null")
     elif kind is not None and not recipe.training.gradient_checkpointing:
         unpacked = "without training.gradient_checkpointing every layer's unpacked weights are kept for the backward"
         yield Problem(where, f"saves nothing: {unpacked} pass; set it true")
@@ -218,8 +217,8 @@ def _quantization_problems(recipe: Recipe) -> Iterator[Problem]:
         if is_lora:
             message = "is for a full fine-tune; for a LoRA store the base by precision.transformer_quantization=fp8"
             yield Problem(where, f"{message}, or set null")
-        elif recipe.precision.transformer_dtype != "bf16":
-            yield Problem(where, "needs a network that computes in bf16: set precision.transformer_dtype=bf16")
+        elif "bf16" not in (recipe.precision.transformer_dtype, recipe.precision.autocast):
+            yield Problem(where, "needs a network that computes in bf16: set precision.autocast=bf16")
 
 
 def _parallelism_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -51,14 +51,16 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     **{name: (value, _TIMES) for name, value in _FLOW.items()},
     "diffusion": ({}, _TIMES),
     "layerwise_upcasting_modules": ([], _UPCASTING),
-    "layerwise_upcasting_storage_dtype": ("float8_e4m3fn", _UPCASTING),
-    "layerwise_upcasting_skip_modules_pattern": (
-        ["patch_embed", "pos_embed", "x_embedder", "context_embedder", "^proj_in$", "^proj_out$", "norm"],
-        _UPCASTING,
-    ),
+    "layerwise_upcasting_storage_dtype": (..., _UPCASTING),
+    "layerwise_upcasting_skip_modules_pattern": (..., _UPCASTING),
 }
 """Arguments of finetrainers, and the section of others, that would do nothing here: what they are by default, as the
-recipes in the folders of older runs say it, and why another value is refused."""
+recipes in the folders of older runs say it (`...`: whatever they are), and why another value is refused."""
+
+
+def has_no_effect(name: str, value: Any) -> bool:
+    """Whether an argument of `WITHOUT_EFFECT` is as if it was not there."""
+    return name in WITHOUT_EFFECT and WITHOUT_EFFECT[name][0] in (value, ...)
 
 
 def _one_or_many(value: Any) -> Any:

@@ -26,6 +26,7 @@ from framebridge_plugin.models.projection_adapter import freeze_identity
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.blank_parts import BlankTokenizer, CountedUpdate, flash_attention, remade
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
+from framebridge_plugin.training.quantization import quantize_blocks, stored_bytes
 from framebridge_plugin.training.run import build_specification
 
 META = torch.device("meta")
@@ -137,6 +138,8 @@ class _Run:
             self.network = self._network()
         with self.mode or contextlib.nullcontext():
             remade(self.network, None, self.device)
+            if args.transformer_quantization is not None:
+                quantize_blocks(self.network, args.transformer_quantization)
             own = self.adapter.blank_components()
             self.own = {name: remade(part, torch.float32, self.device) for name, part in own}
         self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -188,22 +191,25 @@ class _Run:
             encoder = kind(kind.config_class.from_dict(read_json(folder / "config.json")))
         # A mask cannot be looked at; that of a whole caption masks nothing.
         encoder.register_forward_pre_hook(lambda module, args: args[:1])
-        return remade(encoder.eval(), self.args.text_encoder_dtype, META)
+        encoder = remade(encoder.eval(), self.args.text_encoder_dtype, META)
+        with META:
+            return self.specification.quantized.with_text_encoder({"text_encoder": encoder})["text_encoder"]
 
     # What they take
 
     def needs(self) -> MemoryNeeds:
         """What all of it takes."""
         args = self.args
-        encoded = self._once("vae_dtype", "text_encoder_dtype", "enable_slicing", "enable_tiling", made=self._encoded)
+        of_text = ("text_encoder_dtype", "text_encoder_quantization")
+        encoded = self._once("vae_dtype", *of_text, "enable_slicing", "enable_tiling", made=self._encoded)
         names = (
             *("training_type", "rank", "target_modules", "transformer_dtype", "autocast", "batch_size", "dp_shards"),
-            *("gradient_checkpointing", "gradient_checkpointing_every"),
+            *("gradient_checkpointing", "gradient_checkpointing_every", "transformer_quantization"),
         )
         update = self._once(*names, made=lambda: self._update(*self._batch(encoded)))
         shards, trained = args.dp_shards, sum(parameter.numel() for parameter in self.trained)
         size = args.transformer_dtype.itemsize if shards > 1 else None
-        weights = sum(tensor.numel() * (size or tensor.itemsize) for tensor in _tensors(self.network))
+        weights = sum(tensor.numel() * size if size else stored_bytes(tensor) for tensor in _tensors(self.network))
         gradients = sum(p.numel() * (size or p.itemsize) for p in self.trained)
         state = sum(p.numel() * _state_bytes(args, size or p.itemsize) for p in self.trained)
         resident = {"network": weights, "optimizer": state}
@@ -307,7 +313,7 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(map(stored_bytes, tensors))
 
 
 _STATE = {

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framebridge_plugin.errors import UsageError
-
-BYTES_PER_WEIGHT = {"int8": 1.0, "fp8": 1.0}
-"""What a weight of the layers in `block_layers` takes; there is one scale of 4 bytes for each output besides."""
 
 FLOAT8_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 """CUDA compute capability from which on a GPU has the products of a recipe of torchao."""
@@ -33,7 +31,7 @@ class QuantizedParts:
         return [field.name for field in dataclasses.fields(cls)]
 
     def convert_network(self, network: nn.Module) -> None:
-        """Converts a network that is loaded, before it gets LoRA layers."""
+        """Converts a network whose trained parameters, those of LoRA layers among them, are chosen."""
         if self.transformer_quantization is not None:
             quantize_blocks(network, self.transformer_quantization)
         if self.float8_training is not None:
@@ -42,7 +40,7 @@ class QuantizedParts:
     def with_text_encoder(self, models: dict[str, Any]) -> dict[str, Any]:
         """Converts the text encoder among models that are loaded, if there is one; returns them."""
         if self.text_encoder_quantization is not None and "text_encoder" in models:
-            quantize_blocks(models["text_encoder"], self.text_encoder_quantization)
+            quantize_blocks(models["text_encoder"].requires_grad_(False), self.text_encoder_quantization)
         return models
 
     def text_facts(self) -> dict[str, str]:
@@ -51,7 +49,7 @@ class QuantizedParts:
         return {} if kind is None else {"text_encoder_quantization": kind}
 
     def check_training(self, training_type: str) -> None:
-        """Refuses to train quantised weights."""
+        """Refuses a training that has no frozen weights to quantise."""
         if self.transformer_quantization is not None and training_type != "lora":
             raise UsageError("transformer_quantization: weights in few bits cannot be trained; take lora")
 
@@ -68,16 +66,29 @@ def block_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def quantize_blocks(model: nn.Module, kind: str) -> None:
-    """Stores the weights of the `block_layers` in int8 or float8, with a scale for each output.
+    """Stores those weights of the `block_layers` that are not trained in int8 or float8, with a scale for each output.
 
-    A layer computes in the precision of its input, out of weights that are unpacked for it; they cannot be trained.
+    A layer computes in the precision of its input, out of weights that are unpacked for it.
     """
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    chosen = {layer for _, layer in block_layers(model)}
+    chosen = {layer for _, layer in block_layers(model) if not layer.weight.requires_grad}
     config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]
     # Left to itself, torchao sets the precision of all float32 products.
     quantize_(model, config(set_inductor_config=False), filter_fn=lambda module, _: module in chosen)
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers whose weights `quantize_blocks` has stored."""
+    return [layer for _, layer in block_layers(model) if is_traceable_wrapper_subclass(layer.weight)]
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor takes of memory: of one in 8 bits its numbers and their scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
 
 def use_float8_products(model: nn.Module, recipe: str) -> None:

@@ -20,6 +20,7 @@ from framebridge_plugin.recipe.schema import recipe_settings
 from framebridge_plugin.settings.base import Section
 from framebridge_plugin.settings.bridge import ObjectiveSection, TrainerSection
 from framebridge_plugin.settings.choices import ALLOWABLE, REFUSED
+from framebridge_plugin.settings.finetrainers import has_no_effect
 from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
 from framebridge_plugin.training.precomputation.store import read_manifest
 
@@ -108,6 +109,7 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
         before, now = ({n: v for n, v in said.items() if v is not None and v is not False} for said in (theirs, ours))
         changed = [n for n in dict.fromkeys([*theirs, *ours]) if before.get(n) != now.get(n)]
         changed = [n for n in changed if not n.endswith(_WHOLE) or (n in theirs and n in ours)]
+        changed = [n for n in changed if not has_no_effect(n, theirs.get(n))]  # of an earlier version
         if changed:
             shown = changed[:_SHOWN]
             present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)

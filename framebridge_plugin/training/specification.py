@@ -141,7 +141,6 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         """The network as `transformer`, and the `scheduler` of the objective."""
         network, scheduler = self.adapter.load_network(self.transformer_dtype), self.load_scheduler()
         self.transformer_config = self.adapter.network_config
-        self.quantized.convert_network(network)
         return {"transformer": network, "scheduler": scheduler}
 
     def load_scheduler(self) -> Any:
@@ -323,13 +322,14 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
             add_projection(config, transformer, projection)
 
     def prepare_trainable_parameters(self, transformer: Any, training_type: str) -> None:
-        """Trains the input projection as itself when LoRA freezes everything else."""
+        """Trains the input projection as itself when LoRA freezes everything else; what is frozen may be quantised."""
         self.adapter.check_training(training_type)
         self.quantized.check_training(training_type)
         if training_type == "lora":
             _ = self._lora_info  # taken now: the base's files may change while the run lasts
             if (projection := self.adapter.facts.input_projection) is not None:
                 freeze_identity(transformer, projection)
+        self.quantized.convert_network(transformer)
 
     def validation(
         self,

@@ -38,6 +38,11 @@ def test_a_lora_of_the_2b_model_at_its_own_size():
     assert live.resident["network"] == pytest.approx(2 * 1.69e9 + 4 * layers, rel=0.03)  # and its positions
     assert live.resident["optimizer"] == 8 * layers
     assert not {"text encoder", "autoencoder", "encoding a clip"} & {*stored.resident, *stored.working}
+    eight = [f"precision.{part}_quantization=int8" for part in ("text_encoder", "transformer")]
+    small = needs("cogvideox_bridge_lora", *LARGE, *eight, known=known)
+    # All but embeddings; a scale for each output, which may have as few as 1920 inputs.
+    assert small.resident["text encoder"] == pytest.approx(4.63e9 + 2 * 0.13e9, rel=0.005)
+    assert small.resident["network"] == pytest.approx(1.69e9 + 4 * layers, rel=0.06)
     beside = needs("cogvideox_bridge_lora", *LARGE, "framebridge.text_encoder_device=cpu", known=known)
     assert live.total - beside.total == live.resident["text encoder"]
     assert not {"text encoder", "encoding a caption"} & {*beside.resident, *beside.working}
@@ -97,5 +102,6 @@ def test_the_doctor_says_it(capfd):
     assert "needs 14." in printed
     assert "text encoder" in printed
     assert "framebridge.precomputed=FOLDER" in printed
+    assert "precision.transformer_quantization=int8" in printed
     assert main(["doctor", "framebridge.data.num_frames=9"]) == 2
     assert "give --recipe" in capfd.readouterr().err

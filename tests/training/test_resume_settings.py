@@ -36,6 +36,11 @@ def test_settings_of_either_side_alone_are_differences():
     assert difference({}, {"of a later version, and not set": None, "and not switched on": False}) is None
     assert difference({"shift": None}, {"shift": 0}) == "with shift None"
     assert difference({}, {"switched on": True}) == "without switched on"
+    former = {"layerwise_upcasting_modules": [], "layerwise_upcasting_storage_dtype": "torch.float8_e4m3fn"}
+    assert difference(former, {"transformer_quantization": None}) is None
+    assert difference(former, {"transformer_quantization": "int8"}) == "without transformer_quantization"
+    used = former | {"layerwise_upcasting_modules": ["transformer"]}
+    assert difference(used, {}) == "with layerwise_upcasting_modules ['transformer']"
     stored, ours = {"objective": "bridge", "alpha": 7}, {"objective": "diffusion", "alpha": 7, "rank": 4}
     assert difference(stored, ours) == "with objective 'bridge' and without rank"
     read_once = {"vae": "a", "vae (every byte)": "b"}

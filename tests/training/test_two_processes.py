@@ -42,6 +42,12 @@ FOUR_CLIPS = {
 }
 
 
+QUANTIZED = (
+    *(*LORA, *CONSTANT_RATE, "optimization.train_steps=2", "training.gradient_checkpointing=true"),
+    *("precision.transformer_quantization=int8", "precision.text_encoder_quantization=fp8"),
+)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_folder: Path) -> Path:
     """The folder of all runs and of what they are made from."""
@@ -68,6 +74,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"lora-whole-{split}", *options)
         train(recipe, f"lora-parts-{split}", *options, "optimization.train_steps=2")
         train(recipe, f"lora-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
+
+    train(recipe, "quantized", *QUANTIZED, "training.batch_size=1", "parallelism.dp_degree=2")
 
     rounded = (*one_clip[:-1], "precision.transformer_dtype=bf16", "optimization.stochastic_rounding=true")
     for split in SPLITS:
@@ -173,6 +181,11 @@ def test_they_round_at_random_as_one(runs, split):
     whole, parts = runs / f"rounded-whole-{split}", runs / f"rounded-parts-{split}"
     assert losses(parts) == losses(whole)
     assert_same_weights(whole / "checkpoints/step_000004", parts / "checkpoints/step_000004")
+
+
+def test_a_base_in_8_bits_is_each_process_s_own(runs, train, tmp_path):
+    assert succeeded(train(*QUANTIZED))
+    assert losses(runs / "quantized") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
 
 
 @pytest.mark.parametrize("split", SPLITS)

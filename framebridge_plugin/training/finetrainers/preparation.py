@@ -15,6 +15,8 @@ from finetrainers.utils._common import DIFFUSERS_TRANSFORMER_BLOCK_NAMES
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from framebridge_plugin.training.quantization import quantized_layers
+
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
 
 
@@ -39,8 +41,10 @@ def prepared_as_said(args: Any) -> Iterator[None]:
 
 
 def _replicate(model: torch.nn.Module, dp_mesh: Any) -> None:
-    # The gradients lie in the buckets that are exchanged, where finetrainers has both.
-    replicate(model, device_mesh=dp_mesh, bucket_cap_mb=100, gradient_as_bucket_view=True)
+    # The gradients lie in the buckets that are exchanged, where finetrainers has both. Weights in 8 bits cannot be
+    # sent, and need not be: every process has loaded the same.
+    kept = quantized_layers(model)
+    replicate(model, ignored_modules=kept, device_mesh=dp_mesh, bucket_cap_mb=100, gradient_as_bucket_view=True)
 
 
 def shard(dtype: torch.dtype | None, model: Any, mesh: Any, param_dtype: torch.dtype, *precisions: Any) -> None:
