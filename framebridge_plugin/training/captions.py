@@ -152,7 +152,7 @@ def embed_ahead(
     """Embeds the empty caption and all of the data, if the cache holds them and the run has as many samples; whether
     it did. With a folder each rank takes a share.
     """
-    captions = _distinct(datasets, min(cache.room(embed("")), samples))
+    captions = distinct_captions(datasets, min(cache.room(embed("")), samples))
     if captions is None:
         return False
     ordered = sorted(captions)
@@ -176,7 +176,7 @@ def _embed_all(embed: Embedder, captions: Sequence[str]) -> bool:
     return True
 
 
-def _distinct(datasets: Sequence[tuple[ClipIndex, ClipSettings]], most: int) -> Collection[str] | None:
+def distinct_captions(datasets: Sequence[tuple[ClipIndex, ClipSettings]], most: int) -> Collection[str] | None:
     """The captions that occur, and the empty one; None if they are more than so many."""
     found = {""}
     for text in _texts(datasets):

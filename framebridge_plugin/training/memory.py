@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,15 @@ from torch._subclasses import FakeTensorMode
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.memory import Allocations
 from framebridge_plugin.backbones.published import write_published
+from framebridge_plugin.data.folders import index_datasets
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.files import NotFetchedError, without_network
 from framebridge_plugin.models.projection_adapter import freeze_identity
 from framebridge_plugin.recipe import Recipe
 from framebridge_plugin.training.blank_parts import BlankTokenizer, CountedUpdate, flash_attention, remade
+from framebridge_plugin.training.captions import CaptionCache, distinct_captions
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
+from framebridge_plugin.training.precomputation.store import PARTS, read_manifest
 from framebridge_plugin.training.quantization import quantize_blocks, stored_bytes
 from framebridge_plugin.training.run import build_specification
 
@@ -73,7 +76,7 @@ def memory_needs(recipe: Recipe, known: dict[str, Any] | None = None) -> MemoryN
         except NotFetchedError as error:
             _put_published(args, Path(folder), error)
             specification = build_specification(recipe, args)
-        return _Run(args, specification, {} if known is None else known).needs()
+        return _Run(recipe, args, specification, {} if known is None else known).needs()
 
 
 def _put_published(args: Any, folder: Path, error: NotFetchedError) -> None:
@@ -126,8 +129,9 @@ class _Encoded(NamedTuple):
 class _Run:
     """The parts of a run without their weights."""
 
-    def __init__(self, args: Any, specification: Any, known: dict[str, Any]) -> None:
-        self.args, self.specification, self.adapter, self.known = args, specification, specification.adapter, known
+    def __init__(self, recipe: Recipe, args: Any, specification: Any, known: dict[str, Any]) -> None:
+        self.recipe, self.args, self.known = recipe, args, known
+        self.specification, self.adapter = specification, specification.adapter
         # Autocast leaves tensors of the meta device alone; fake ones of a CPU take four times as long.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if args.autocast and args.dp_shards == 1 else None
         self.device = META if self.mode is None else torch.device("cpu")
@@ -223,16 +227,43 @@ class _Run:
             working = {"forward, backward and gradients": update.peak}
         resident = {name: part / shards for name, part in resident.items()}
         resident |= {name.replace("_", " "): _bytes(_tensors(part)) for name, part in self.own.items()}
-        if args.precomputed is None:
-            # A text encoder on the CPU takes nothing of the device.
-            on_cpu = args.framebridge_trainer.text_encoder_device is not None
-            elsewhere = {"text encoder", "encoding a caption"} if on_cpu else set()
-            for parts, further in ((resident, encoded.resident), (working, encoded.working)):
-                parts |= {name: size for name, size in further.items() if name not in elsewhere}
+        # finetrainers has the network in main memory while a single process encodes in advance.
+        waits = resident["network"] if args.enable_precomputation and shards == args.dp_degree == 1 else 0
+        for encoder, work in self._encoders(encoded):
+            size, peak = encoded.resident[encoder], encoded.working[work]
+            if args.enable_precomputation:
+                phase = "in advance, less the network" if waits else "in advance"
+                working[f"{encoder} and {work}, {phase}"] = max(0, size + peak - waits)
+            elif encoder == "text encoder" and self._embeds_first(encoded.conditions):
+                working[f"{encoder} and {work}, before the first update"] = size + peak
+            else:
+                resident[encoder], working[work] = size, peak
         return MemoryNeeds(*({name: round(part) for name, part in parts.items()} for parts in (resident, working)))
 
+    def _encoders(self, encoded: _Encoded) -> Iterator[tuple[str, str]]:
+        """Yields what encodes on the device, and its work."""
+        manifest = None if self.args.precomputed is None else read_manifest(Path(self.args.precomputed))
+        unknown = () if self.args.precomputed is None else PARTS
+        stored = unknown if manifest is None else manifest.holds
+        if "latents" not in stored:
+            yield "autoencoder", "encoding a clip"
+        on_cpu = self.args.framebridge_trainer.text_encoder_device is not None
+        if "captions" not in stored and "text encoder" in encoded.resident and not on_cpu:
+            yield "text encoder", "encoding a caption"
+
+    def _embeds_first(self, conditions: Mapping[str, Any]) -> bool:
+        """Whether a run embeds all captions first and then has no text encoder; not where its data are not here."""
+        args, cache = self.args, CaptionCache(self.args.framebridge_trainer.caption_cache_gib)
+        samples = args.train_steps * args.batch_size * args.gradient_accumulation_steps * args.dp_degree
+        try:
+            content = self.recipe.dataset_config()
+            datasets = self._once(repr(content), made=lambda: index_datasets(content, "the recipe's data"))
+        except FrameBridgeError:
+            return False
+        return distinct_captions(datasets, min(cache.room(conditions), samples * args.dp_shards)) is not None
+
     def _once(self, *names: str, made: Callable[[], Any]) -> Any:
-        """What depends on these arguments, made where no earlier call has."""
+        """What depends on these arguments (or on what a name says itself), made where no earlier call has."""
         key = repr([(name, getattr(self.args, name, None)) for name in names])
         if key not in self.known:
             self.known[key] = made()

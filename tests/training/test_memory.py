@@ -24,7 +24,7 @@ def needs(recipe: str, *overrides: str, known: dict[str, Any] | None = None) -> 
     return memory.memory_needs(resolve_recipe(recipe, overrides)[0], known)
 
 
-def test_a_lora_of_the_2b_model_at_its_own_size():
+def test_a_lora_of_the_2b_model_at_its_own_size(clips_folder):
     """19.0 GiB live and 7.2 precomputed, as computed by hand from the sizes of weights, blocks and activations."""
     known: dict[str, Any] = {}
     live = needs("cogvideox_bridge_lora", *LARGE, known=known)
@@ -46,6 +46,19 @@ def test_a_lora_of_the_2b_model_at_its_own_size():
     beside = needs("cogvideox_bridge_lora", *LARGE, "framebridge.text_encoder_device=cpu", known=known)
     assert live.total - beside.total == live.resident["text encoder"]
     assert not {"text encoder", "encoding a caption"} & {*beside.resident, *beside.working}
+
+    # Of data that are here it is known that all captions are embedded first; the text encoder is gone then.
+    first = needs("cogvideox_bridge_lora", *LARGE, f"framebridge.data.data_root={clips_folder}", known=known)
+    text = "text encoder and encoding a caption, before the first update"
+    assert first.resident == {name: size for name, size in live.resident.items() if name != "text encoder"}
+    assert first.working[text] == live.resident["text encoder"] + live.working["encoding a caption"]
+    assert live.total - first.total == max(live.working.values()) - live.working["encoding a caption"] > 0
+    # In advance: what encodes is never beside what trains, and the network waits in main memory.
+    ahead = needs("cogvideox_bridge_lora", *LARGE, "dataset.enable_precomputation=true", known=known)
+    assert ahead.resident == stored.resident
+    text_ahead = "text encoder and encoding a caption, in advance, less the network"
+    assert ahead.working[text_ahead] == first.working[text] - live.resident["network"]
+    assert stored.total < ahead.total < first.total
 
 
 @pytest.mark.parametrize(
