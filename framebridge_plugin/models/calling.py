@@ -6,18 +6,21 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
 @contextlib.contextmanager
-def unrounded_time(transformer: Any, embedding: nn.Module | None, timestep: torch.Tensor | None) -> Iterator[None]:
-    """Gives the time's embedding the time as it is: FSDP2 casts floating-point inputs to the weights' precision."""
-    if embedding is None or timestep is None or not isinstance(transformer, FSDPModule):
+def unrounded(transformer: Any, **inputs: Any) -> Iterator[None]:
+    """Gives a network these of its inputs, by their names, as they are: FSDP2 casts all to the weights' precision."""
+    is_sharded = isinstance(transformer, FSDPModule)
+    if not is_sharded:
         yield
         return
-    hook = embedding.register_forward_pre_hook(lambda module, args: (timestep,))
+
+    def give(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | inputs
+
+    hook = transformer.register_forward_pre_hook(give, with_kwargs=True)  # after FSDP2's own, which is the first
     try:
         yield
     finally:

@@ -39,6 +39,9 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _parallelism_problems(recipe)
     yield from _attention_problems(recipe)
     model = RecipeModel(recipe)
+    blocks = (model.scratch_config or model.saved.configs[recipe.backbone.network]).get("num_layers")
+    if isinstance(blocks, int) and recipe.training.gradient_checkpointing_every > blocks:
+        yield Problem("training.gradient_checkpointing_every", f"the network has {blocks} blocks: give at most that")
     if recipe.backbone.scratch_config is not None:
         yield from scratch_problems(recipe)
         yield from size_problems(recipe, model.saved.configs[recipe.backbone.network])

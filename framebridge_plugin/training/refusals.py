@@ -33,6 +33,12 @@ def refuse_unsupported(args: Any) -> None:
     float8 = getattr(args, "float8_training", None)
     if float8 is not None and (problem := float8_problem(float8)):
         raise UsageError(f"precision.float8_training: {problem}")
+    may_be_half = args.training_type == "lora" and args.dp_shards == 1
+    if args.autocast is not None and args.transformer_dtype not in (torch.float32, may_be_half and torch.bfloat16):
+        raise UsageError(
+            f"autocast={args.autocast} needs transformer_dtype=fp32 (or bf16 for LoRA without dp_shards), not "
+            f"{args.transformer_dtype}: the weights that are trained stay float32"
+        )
     if args.hub_token is not None:
         raise UsageError("hub_token: leave it out; log in by `hf auth login`, or set HF_TOKEN")
     if args.enable_model_cpu_offload and not torch.accelerator.is_available():

@@ -34,9 +34,10 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def make_cogvideox() -> CogVideoXTransformer3DModel:
+def make_cogvideox(**settings: Any) -> CogVideoXTransformer3DModel:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
+        **settings,
         num_attention_heads=1,
         attention_head_dim=16,
         in_channels=4,
@@ -49,8 +50,13 @@ def make_cogvideox() -> CogVideoXTransformer3DModel:
         sample_frames=1,
         max_text_seq_length=4,
     )
-    transformer.patch_embed.pos_embedding = transformer.patch_embed.pos_embedding.bfloat16()
+    if not settings:
+        transformer.patch_embed.pos_embedding = transformer.patch_embed.pos_embedding.bfloat16()
     return transformer
+
+
+def make_rotary_cogvideox() -> CogVideoXTransformer3DModel:
+    return make_cogvideox(use_rotary_positional_embeddings=True)
 
 
 def make_latte(**changes: Any) -> LatteTransformer:
@@ -86,13 +92,17 @@ def call(transformer: Network, times: list[torch.Tensor], time: float = TIME) ->
             output = call_ltx(transformer, latents, time, text, torch.ones(1, 4), (1.0, 32.0, 32.0))
         else:
             run = call_wan if isinstance(transformer, WanTransformer3DModel) else call_transformer
-            output = run(transformer, latents, time, text)
+            rotary = ()
+            if transformer.config.get("use_rotary_positional_embeddings"):
+                angles = torch.linspace(0.1, 3.0, 4 * 16).reshape(4, 16)
+                rotary = ((angles.cos(), angles.sin()),)
+            output = run(transformer, latents, time, text, *rotary)
     hook.remove()
     return output
 
 
-@pytest.mark.parametrize("make", [make_cogvideox, make_latte, make_wan, make_ltx])
-def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_process_group):
+@pytest.mark.parametrize("make", [make_cogvideox, make_rotary_cogvideox, make_latte, make_wan, make_ltx])
+def test_a_sharded_network_in_half_precision_gets_time_and_positions_in_float32(make, one_process_group):
     register()
     from framebridge_plugin.training.finetrainers.preparation import shard
 
@@ -102,11 +112,12 @@ def test_a_sharded_network_in_half_precision_gets_the_time_in_float32(make, one_
     sharded = copy.deepcopy(transformer)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     shard(None, sharded, mesh, torch.bfloat16, torch.float32, None)
+    hooks = len(sharded._forward_pre_hooks)
     for _ in range(2):
         output = call(sharded, times)
         assert output.dtype == torch.float32
         assert torch.equal(output, whole)
-    assert not time_embedding(sharded)._forward_pre_hooks
+    assert len(sharded._forward_pre_hooks) == hooks
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in sharded.parameters())
     assert [time.dtype for time in times] == [torch.float32] * 3
@@ -145,7 +156,9 @@ def seen() -> list[tuple[torch.Tensor, ...]]:
 
 
 def spy(transformer: LatteTransformer, seen: list[tuple[torch.Tensor, ...]]) -> LatteTransformer:
-    transformer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, kwargs["timestep"], kwargs["class_labels"])), with_kwargs=True
+    )
     return transformer
 
 
@@ -162,7 +175,7 @@ def test_latte_is_shown_what_the_reference_shows_it(mode, in_channels, seen):
     assert torch.equal(inputs, expected)
     assert torch.equal(times, indices)
     assert labels.tolist() == [0, 3]
-    assert torch.equal(output, network(inputs, times, labels).sample[:, 1:])
+    assert torch.equal(output, network(inputs, timestep=times, class_labels=labels).sample[:, 1:])
     assert output.shape == latents.shape
 
 

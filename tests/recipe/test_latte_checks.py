@@ -126,6 +126,11 @@ def test_a_model_that_knows_its_classes_by_number(latte, tmp_path):
         (["framebridge.ema_decay=1"], "framebridge.ema_decay", "less than 1"),
         (["framebridge.ema_start_step=-1"], "framebridge.ema_start_step", "greater than or equal to 0"),
         (["framebridge.max_grad_norm_start_step=1.5"], "framebridge.max_grad_norm_start_step", "valid integer"),
+        (
+            ["training.gradient_checkpointing=true", "training.gradient_checkpointing_every=13"],
+            "training.gradient_checkpointing_every",
+            "the network has 12 blocks",
+        ),
         (["framebridge.latte_size=M/2"], "framebridge.latte_size", "'S/2'"),
         (["framebridge.neural_prior=./nowhere"], "framebridge.neural_prior", "no such folder: nowhere"),
         (

@@ -15,7 +15,7 @@ from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
 from framebridge_plugin.backbones.cogvideox.facts import COGVIDEOX, INPUT_PROJECTION, config_problem
 from framebridge_plugin.backbones.loading import ModelSource, load_config, load_weights
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.models.calling import unrounded_time
+from framebridge_plugin.models.calling import unrounded
 from framebridge_plugin.models.widening import widen_input_channels
 
 
@@ -28,7 +28,7 @@ def call_transformer(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Runs a CogVideoX network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
-    with unrounded_time(transformer, transformer.time_proj, timestep):
+    with unrounded(transformer, timestep=timestep, image_rotary_emb=image_rotary_emb):
         return transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype),
             encoder_hidden_states=encoder_hidden_states,

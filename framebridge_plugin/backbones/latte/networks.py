@@ -15,7 +15,7 @@ from framebridge_plugin.backbones.latte.rules import config_problem
 from framebridge_plugin.backbones.loading import ModelSource, cannot_load, load_config, load_weights, loading
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.files import local_path
-from framebridge_plugin.models.calling import unrounded_time
+from framebridge_plugin.models.calling import unrounded
 from framebridge_plugin.models.latte import LatteTransformer
 
 FOLDERS = {"bridge": "transformer", "neural_prior": "neural_prior"}
@@ -114,6 +114,7 @@ def call_latte(
         inputs = torch.cat([image_latents_B1CHW, inputs], dim=1)
         if neural_prior_BFCHW is not None:
             inputs = torch.cat([inputs, torch.cat([image_latents_B1CHW, neural_prior_BFCHW], dim=1)], dim=2)
-    with unrounded_time(transformer, transformer.time_proj, timestep_B):
-        output = transformer(inputs.to(transformer.dtype), timestep_B, class_labels_B, return_dict=False)[0].float()
+    with unrounded(transformer, timestep=timestep_B):
+        call = {"timestep": timestep_B, "class_labels": class_labels_B, "return_dict": False}
+        output = transformer(inputs.to(transformer.dtype), **call)[0].float()
     return output[:, -latents_BFCHW.shape[1] :]

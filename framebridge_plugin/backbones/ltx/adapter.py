@@ -13,7 +13,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 
 from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.ltx.facts import FRAME_RATE, FRAMES_PER_LATENT, LTX, PIXELS_PER_LATENT
-from framebridge_plugin.models.calling import unrounded_time
+from framebridge_plugin.models.calling import unrounded
 
 
 def call_ltx(
@@ -27,7 +27,7 @@ def call_ltx(
 ) -> torch.Tensor:
     """Runs an LTX network on [B, T, C, h, w], a token for each latent pixel, in the precision of its text."""
     num_frames, _, height, width = hidden_states.shape[1:]
-    with unrounded_time(transformer, transformer.time_embed.emb.time_proj, timestep):
+    with unrounded(transformer, timestep=timestep):
         output = transformer(
             hidden_states=hidden_states.to(encoder_hidden_states.dtype).movedim(2, -1).flatten(1, 3),
             encoder_hidden_states=encoder_hidden_states,

@@ -14,7 +14,7 @@ from framebridge_plugin.backbones.adapter import BackboneAdapter
 from framebridge_plugin.backbones.files import read_json
 from framebridge_plugin.backbones.loading import cannot_load, loading
 from framebridge_plugin.backbones.wan.facts import WAN, config_problem
-from framebridge_plugin.models.calling import unrounded_time
+from framebridge_plugin.models.calling import unrounded
 
 
 def call_wan(
@@ -25,7 +25,7 @@ def call_wan(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Runs a Wan network on [B, T, C, h, w] in the precision of its text [B, L, D]; times [B] stay float32."""
-    with unrounded_time(transformer, transformer.condition_embedder.timesteps_proj, timestep):
+    with unrounded(transformer, timestep=timestep):
         return (
             transformer(
                 hidden_states=hidden_states.to(encoder_hidden_states.dtype).transpose(1, 2),

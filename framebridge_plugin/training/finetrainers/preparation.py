@@ -15,6 +15,7 @@ from finetrainers.utils._common import DIFFUSERS_TRANSFORMER_BLOCK_NAMES
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.quantization import quantized_layers
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
@@ -59,6 +60,9 @@ def shard(dtype: torch.dtype | None, model: Any, mesh: Any, param_dtype: torch.d
 
 
 def _checkpoint(original: Any, every: int, network: torch.nn.Module, **kind: Any) -> torch.nn.Module:
+    blocks = max(len(getattr(network, name, ())) for name in DIFFUSERS_TRANSFORMER_BLOCK_NAMES)
+    if every > max(blocks, 1):
+        raise UsageError(f"gradient_checkpointing_every={every}: the network has {blocks} blocks; give at most that")
     return original(network, checkpointing_type="block_skip", n_layer=every)
 
 
