@@ -42,15 +42,15 @@ def place(pipeline: Any, device: torch.device, offload: Offload = "none") -> Non
         pipeline.to(device)
 
 
-def check_compiler() -> None:
-    """Refuses to compile where torch.compile finds no C++ compiler, which it would say in the first step."""
+def check_compiler(setting: str) -> None:
+    """Refuses a setting that compiles where torch.compile finds no C++ compiler: it would say so in the first step."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # torch itself imports them where it compiles
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        raise UsageError("--compile: needs a C++ compiler, which is not here; install g++, or leave it out") from None
+        raise UsageError(f"{setting}: needs a C++ compiler, which is not here; install g++, or leave it out") from None
 
 
 def compile_blocks(network: nn.Module, **settings: Any) -> None:

@@ -42,7 +42,7 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     if request.offload != "none" and device.type == "cpu":
         raise UsageError(f"--offload {request.offload}: is for a GPU, on a CPU all is in main memory; leave it out")
     if request.compile:
-        check_compiler()
+        check_compiler("--compile")
     folder = find_folder(request.model)
     saved = request.saved or request.check_download(folder)
     dtype = _DTYPES[request.dtype or ("fp32" if device.type == "cpu" else "bf16")]

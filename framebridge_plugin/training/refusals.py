@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.placing import check_compiler
 from framebridge_plugin.errors import UsageError
 from framebridge_plugin.training.quantization import float8_problem
 
@@ -23,6 +24,8 @@ def refuse_unsupported(args: Any) -> None:
             f"compile_modules={' '.join(sorted(others))}: only the transformer is compiled; of encoders other methods "
             "are called than torch.compile compiles"
         )
+    if args.compile_modules:
+        check_compiler("compile_modules")
     if args.checkpointing_limit is not None and args.checkpointing_limit < 2:
         raise UsageError(
             f"checkpointing_limit={args.checkpointing_limit}: keep 2 or more, or all: a checkpoint written just "

@@ -21,6 +21,7 @@ from peft import get_peft_model_state_dict
 
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.copying import link_tree, written_whole
+from framebridge_plugin.backbones.placing import compile_blocks
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, UsageError, say
@@ -28,7 +29,7 @@ from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.captions import Embedder, caption_cache, embed_ahead
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
-from framebridge_plugin.training.finetrainers.preparation import autocast_calls, compile_in_place, prepared_as_said
+from framebridge_plugin.training.finetrainers.preparation import autocast_calls, prepared_as_said
 from framebridge_plugin.training.heartbeats import heartbeats_of
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
@@ -149,12 +150,12 @@ class FrameBridgeTrainer(SFTTrainer):
             super()._prepare_for_training()
         autocast_calls(self.transformer, self.args, self.state.parallel_backend.device)
         for scope in self.args.compile_scopes:
-            compile_in_place(self.transformer, scope)
+            compile_blocks(self.transformer) if scope == "regional" else self.transformer.compile()
         # In place of finetrainers', which is told to take torch's slowest path; it has no state yet.
         self.optimizer = make_optimizer(self.args, self.transformer)
 
     def _maybe_torch_compile(self) -> None:
-        """Nothing: see `_prepare_for_training`."""
+        """Nothing, see `_prepare_for_training`: in the modules that finetrainers makes peft finds no LoRA layers."""
 
     def _prepare_dataset(self) -> None:
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)

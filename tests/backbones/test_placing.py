@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from framebridge_plugin.backbones.placing import check_compiler, compile_blocks, find_device, place
 from framebridge_plugin.errors import UsageError
+from framebridge_plugin.training.refusals import refuse_unsupported
 from tests.backbones.latte_calls import latents_of, open_folder
 
 CPU = torch.device("cpu")
@@ -44,10 +47,13 @@ def test_blocks_are_compiled_one_by_one(latte_folders):
 
 
 def test_no_compiler(monkeypatch):
-    check_compiler()
+    check_compiler("--compile")
     monkeypatch.setenv("CXX", "no-such-compiler")
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(UsageError, match="--compile: needs a C\\+\\+ compiler"):
-        check_compiler()
+        check_compiler("--compile")
+    training = SimpleNamespace(pp_degree=1, cp_degree=1, tp_degree=1, compile_modules=["transformer"])
+    with pytest.raises(UsageError, match="^compile_modules: needs a C\\+\\+ compiler"):
+        refuse_unsupported(training)

@@ -66,16 +66,6 @@ def _checkpoint(original: Any, every: int, network: torch.nn.Module, **kind: Any
     return original(network, checkpointing_type="block_skip", n_layer=every)
 
 
-def compile_in_place(network: torch.nn.Module, scope: str) -> None:
-    """Has torch compile a network (`full`), or each of its blocks (`regional`), whose names stay what they are.
-
-    finetrainers puts a module around each instead, under whose names peft finds no LoRA layers to save.
-    """
-    blocks = [block for name in DIFFUSERS_TRANSFORMER_BLOCK_NAMES for block in getattr(network, name, None) or ()]
-    for part in [network] if scope == "full" else blocks:
-        part.compile()
-
-
 def autocast_calls(network: torch.nn.Module, args: Any, device: torch.device) -> None:
     """Lets a network that is not sharded compute in the precision of `autocast`, in training and in validation; what a
     sharded one computes in is up to how it is sharded.
