@@ -100,6 +100,9 @@ def test_a_neural_prior_alone_is_called_in_parts(latte_folders):
     found = pipeline(**call, generator=generators(5, 6, 7), batch_size=2).frames
     torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-4)
     assert calls == [3, 2, 1]
+    rows_of_calls(pipeline.neural_prior, most=2)
+    assert torch.equal(pipeline(**call, generator=generators(5, 6, 7)).frames, found)
+    assert pipeline.last_batch_size == 2
 
 
 def test_each_text_and_each_picture_is_encoded_once(bridge_folder):

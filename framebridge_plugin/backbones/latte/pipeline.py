@@ -206,8 +206,9 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
             len(still),
             batch_size,
         )
+        found = parts(still)
         self.last_batch_size = parts.at_once
-        return parts(still)
+        return found
 
     @torch.no_grad()
     def denoise(
