@@ -44,6 +44,21 @@ def test_every_way_of_reading_is_measured_and_refusals_are_shown(tmp_path, bench
     assert goal["reached"].keys() | goal["missed"].keys() == results["clips"].keys()
 
 
+def test_what_8_bits_change_is_compared_with_float32_and_bfloat16(tmp_path, benchmark_modules):
+    import quantization
+
+    small = ["--layers", "1", "--blocks", "1", "--width", "128", "--heads", "2"]
+    quantization.main([*small, "--output", str(tmp_path / "out.json")])
+    results = json.loads((tmp_path / "out.json").read_text())
+    lora, encoder = results["LoRA, 1 blocks"], results["text encoder, 1 layers"]
+    assert list(lora) == list(encoder) == ["float32", "bfloat16", "int8", "fp8"]
+    assert list(results["full, 1 blocks, emulated"]) == ["float32", "bfloat16", "tensorwise", "rowwise"]
+    assert encoder["int8"]["MB"] < encoder["bfloat16"]["MB"] < encoder["float32"]["MB"]
+    for rows in (lora, encoder):
+        changes = [rows[kind]["from bfloat16"].popitem()[1] for kind in ("int8", "fp8")]
+        assert 0 < changes[0] < changes[1] < 0.2
+
+
 def test_a_start_on_a_generated_table_reads_its_clips(tmp_path, benchmark_modules):
     from made_videos import write_webvid
     from start_up import BATCH, start
