@@ -218,7 +218,7 @@ def _quantization_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.precision.float8_training is not None:
         where = "precision.float8_training"
         if is_lora:
-            message = "is for a full fine-tune; for a LoRA store the base by precision.transformer_quantization=fp8"
+            message = "is for a full fine-tune; for a LoRA store the base by precision.transformer_quantization=int8"
             yield Problem(where, f"{message}, or set null")
         elif "bf16" not in (recipe.precision.transformer_dtype, recipe.precision.autocast):
             yield Problem(where, "needs a network that computes in bf16: set precision.autocast=bf16")

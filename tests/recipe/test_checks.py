@@ -22,7 +22,7 @@ from tests.tiny_models import moving_square, write_video
         (
             ["precision.layerwise_upcasting_modules=[transformer]"],
             "precision.layerwise_upcasting_modules",
-            "precision.transformer_quantization=fp8 stores frozen weights in 8 bits",
+            "precision.transformer_quantization=int8 stores frozen weights in 8 bits",
         ),
         (["precision.transformer_quantization=int8"], "precision.transformer_quantization", "cannot be trained"),
         (
