@@ -63,6 +63,13 @@ CONFIGURATIONS = {
     "one process, LoRA, workers": Configuration((*LORA, "dataloader.dataloader_num_workers=2")),
     "DDP, 2 processes": Configuration(("training.gradient_accumulation_steps=2",), processes=2),
     "FSDP2, 2 processes": Configuration(("parallelism.dp_shards=2", "framebridge.ema_decay=0.9"), processes=2),
+    "8-bit AdamW, stochastic rounding": Configuration(
+        (
+            *("optimization.optimizer=adamw-torchao-8bit", "optimization.stochastic_rounding=true"),
+            "precision.transformer_dtype=bf16",
+        )
+    ),
+    "captions in a folder, 2 processes": Configuration(("framebridge.caption_cache_dir=captions",), processes=2),
     "precomputed": Configuration(("framebridge.precomputed=store",)),
     "torchrun --max-restarts, 2 processes": Configuration(processes=2, torchrun=True),
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.conftest import LAUNCH_VARIABLES
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -91,3 +93,22 @@ def test_every_change_of_a_training_step_is_measured(tmp_path):
         1 + (1 - latte["update: precomputed"] / latte["update: live"]) / 16, rel=0.001
     )
     assert results["loop"]["tiny"]["ratio"] > 0
+
+
+def test_autocast_changes_a_loss_by_little_and_bfloat16_loses_small_updates_that_it_rounds_to_the_nearest(
+    tmp_path, benchmark_modules, monkeypatch
+):
+    from precision import main
+
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    main(["--quick", "--output", str(tmp_path / "results.json")])
+    results = json.loads((tmp_path / "results.json").read_text())
+    (curves,) = results["curves"].values()
+    assert 0 < abs(curves["difference"]) < 1e-2 < curves["noise"]
+    made = {name: row["way_made"] for name, row in results["small_updates"].items()}
+    assert made["float32"] == 1.0
+    assert 0 < made["bfloat16"] < 0.1
+    assert 0.9 < made["bfloat16, stochastic rounding"] < 1.1
+    assert "| bfloat16 |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").is_file()

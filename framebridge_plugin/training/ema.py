@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framebridge_plugin.training.resume_settings import tensors_difference
-
-# What activation checkpointing and torch.compile put into the names of parameters.
-_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
 
 _TOGETHER = 16
 """Tensors that are averaged by one call."""
@@ -31,7 +28,7 @@ class WeightAverage:
         self.start_step = start_step
         self._network = network
         self._parameters = {
-            _WRAPPERS.sub("", name): parameter
+            name.replace(_CHECKPOINT_PREFIX, ""): parameter
             for name, parameter in network.named_parameters()
             if parameter.requires_grad
         }
