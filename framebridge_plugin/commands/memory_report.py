@@ -90,7 +90,8 @@ def _remedies(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         quantized = ["precision.transformer_quantization=int8", "training.gradient_checkpointing=true"]
         yield quantized, "its frozen blocks in 8 bits, unpacked in every pass"
     if not training.gradient_checkpointing:
-        yield ["training.gradient_checkpointing=true"], "a third more arithmetic"
+        more = "half" if is_lora else "a third"
+        yield ["training.gradient_checkpointing=true"], f"{more} more of the network's arithmetic"
     if training.batch_size > 1:
         steps = training.gradient_accumulation_steps * training.batch_size
         yield ["training.batch_size=1", f"training.gradient_accumulation_steps={steps}"], "the same batch"

@@ -170,7 +170,8 @@ class TrainingSection(Section):
     batch_size: Count = Field(default=1, description="clips per process and micro-step")
     gradient_accumulation_steps: Count = Field(default=1, description="micro-steps per update")
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, a third more arithmetic"
+        default=False,
+        description="recompute the network's activations: less memory, a third more of its arithmetic (LoRA: half)",
     )
     gradient_checkpointing_every: Count = Field(
         default=1, description="recompute those of every n-th block only, where there is memory for the others"
