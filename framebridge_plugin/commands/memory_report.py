@@ -88,6 +88,8 @@ def _remedies(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
                 yield ["precision.text_encoder_quantization=int8"], "other embeddings in the second digit"
     if is_lora and precision.transformer_quantization is None:
         quantized = ["precision.transformer_quantization=int8", "training.gradient_checkpointing=true"]
+        if training.gradient_checkpointing_every > 1:
+            quantized.append("training.gradient_checkpointing_every=1")
         yield quantized, "its frozen blocks in 8 bits, unpacked in every pass"
     if not training.gradient_checkpointing:
         more = "half" if is_lora else "a third"

@@ -206,15 +206,15 @@ def _optimization_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _quantization_problems(recipe: Recipe) -> Iterator[Problem]:
-    kind, is_lora = recipe.precision.transformer_quantization, recipe.training.training_type == "lora"
-    where = "precision.transformer_quantization"
+    training, kind = recipe.training, recipe.precision.transformer_quantization
+    where, is_lora = "precision.transformer_quantization", training.training_type == "lora"
     if kind is not None and not is_lora:
         yield Problem(where, f"weights in {kind} cannot be trained: set training.training_type=lora, or null")
     elif kind is not None and recipe.parallelism.dp_shards > 1:
         yield Problem(where, "weights in 8 bits cannot be sharded: take dp_degree in place of dp_shards, or null")
-    elif kind is not None and not recipe.training.gradient_checkpointing:
-        unpacked = "without training.gradient_checkpointing every layer's unpacked weights are kept for the backward"
-        yield Problem(where, f"saves nothing: {unpacked} pass; set it true")
+    elif kind is not None and (not training.gradient_checkpointing or training.gradient_checkpointing_every > 1):
+        unpacked = "blocks that are not computed again keep their unpacked weights for the backward pass"
+        yield Problem(where, f"saves nothing: {unpacked}; set training.gradient_checkpointing=true, and _every=1")
     if recipe.precision.float8_training is not None:
         where = "precision.float8_training"
         if is_lora:

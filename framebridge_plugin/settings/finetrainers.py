@@ -274,10 +274,11 @@ class PrecisionSection(Section):
     )
     transformer_quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="LoRA only, without shards, with gradient_checkpointing: weights of the frozen network's blocks "
-        "in 8 bits; what is before and after the blocks and what is trained keep their precision, and the LoRA is for "
-        "the base as it was. The prediction moves by .3 % (int8) or .5 % (fp8), by bf16 itself by .9 %, gradients by "
-        ".7 % or 3.6 % (.8 %), the loss by .01 % at most (eight blocks of CogVideoX-2B's width, random weights)",
+        description="LoRA only, without shards, with gradient_checkpointing of every block: weights of the frozen "
+        "network's blocks in 8 bits; what is before and after them and what is trained keep their precision, and the "
+        "LoRA is for the base as it was. The prediction moves by .3 % (int8) or .5 % (fp8), by bf16 itself by .9 %, "
+        "gradients by .7 % or 3.6 % (.8 %), the loss by .01 % at most (eight blocks of CogVideoX-2B's width, random "
+        "weights)",
     )
     float8_training: Literal["tensorwise", "rowwise"] | None = Field(
         default=None,

@@ -28,7 +28,15 @@ from tests.tiny_models import moving_square, write_video
         (
             ["precision.transformer_quantization=fp8", "training.training_type=lora"],
             "precision.transformer_quantization",
-            "saves nothing: without training.gradient_checkpointing",
+            "saves nothing: blocks that are not computed again",
+        ),
+        (
+            [
+                *("precision.transformer_quantization=int8", "training.training_type=lora"),
+                *("training.gradient_checkpointing=true", "training.gradient_checkpointing_every=2"),
+            ],
+            "precision.transformer_quantization",
+            "saves nothing: blocks that are not computed again",
         ),
         (
             [
