@@ -122,7 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=30, help="of the network")
     options = parser.parse_args(arguments)
     eight = {kind: functools.partial(quantize_blocks, kind=kind) for kind in ("int8", "fp8")}
-    float8 = {recipe: functools.partial(use_float8_products, recipe=recipe) for recipe in ("tensorwise", "rowwise")}
+    emulated = functools.partial(use_float8_products, emulate=True)
+    float8 = {recipe: functools.partial(emulated, recipe=recipe) for recipe in ("tensorwise", "rowwise")}
     results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for layers in options.layers:
         encoder = functools.partial(text_encoder, layers, options.width)

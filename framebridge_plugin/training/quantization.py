@@ -91,16 +91,16 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
 
-def use_float8_products(model: nn.Module, recipe: str) -> None:
+def use_float8_products(model: nn.Module, recipe: str, *, emulate: bool = False) -> None:
     """Has the `block_layers` multiply in float8, forward and backward; weights and files stay as they are.
 
-    The kernels take multiples of 16: layers of another width are left as they are. Without a GPU it is emulated.
+    The kernels take multiples of 16: layers of another width are left as they are. To `emulate` takes no such GPU.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    # Products for the weights' gradients sum over tokens, of which there is any number.
     config = Float8LinearConfig.from_recipe_name(recipe)
-    if not torch.cuda.is_available():
-        config = dataclasses.replace(config, emulate=True)
+    config = dataclasses.replace(config, pad_inner_dim=True, emulate=emulate)
     chosen = {layer for _, layer in block_layers(model) if not any(size % 16 for size in layer.weight.shape)}
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, _: module in chosen)
 
