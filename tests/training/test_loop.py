@@ -105,6 +105,8 @@ def test_mixed_precision_computes_in_bfloat16_and_trains_float32(inputs, tmp_pat
         saved, layers = weights(tmp_path / "compiled/lora"), weights(tmp_path / "float32/lora")
         assert saved.keys() == layers.keys()
         assert all(torch.allclose(saved[name], layer, rtol=1e-3, atol=1e-5) for name, layer in layers.items())
+        with pytest.raises(UsageError, match="compile_modules=vae: only the transformer is compiled"):
+            make_trainer(FrameBridgeTrainer, inputs, tmp_path, kind, "--compile_modules=vae", "--compile_scopes=full")
     other = "bf16" if kind == "full" else "fp16"
     with pytest.raises(UsageError, match=r"autocast=bf16 needs transformer_dtype=fp32 .*, not torch\..*float16: "):
         make_trainer(Autocast, inputs, tmp_path / "half", kind, transformer_dtype=other)
