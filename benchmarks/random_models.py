@@ -19,7 +19,7 @@ from framebridge_plugin.training.run import build_specification
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "quickstart" / "model" / "tokenizer"
 SEED = 1
-CLIPS = 4
+CLIPS = 2
 
 
 def model_recipe(
@@ -104,9 +104,8 @@ def write_run(
         write_video(file, VideoForm(width, height, 48 if scratch else frames, key_every=12, bit_rate=200_000))
         if not scratch:
             file.with_suffix(".txt").write_text(f"clip {number}")
-    data = [f"framebridge.data.class_root={clips}"] if scratch else [f"framebridge.data.data_root={clips}"]
-    if not scratch and name in ("cogvideox_bridge", "wan_bridge"):
-        data += ["framebridge.data.csv=null", "framebridge.data.video_root=null"]
+    roots = {"csv": None, "video_root": None, "data_root": clips} if not scratch else {"class_root": clips}
+    data = [f"framebridge.data.{key}={'null' if root is None else root}" for key, root in roots.items()]
     here = (*data, "dataloader.dataloader_num_workers=0", "dataloader.pin_memory=false")
     return model_recipe(name, folder, clip, {}, *here, f"checkpoints.output_dir={folder / 'run'}", *overrides)
 

@@ -65,24 +65,36 @@ def live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def added_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that a step takes besides what is there when it begins.
+class AddedBytes:
+    """Measures the most memory that is taken inside it besides what is there when it begins: its `peak`.
 
     On a CPU by torch's record of all that it allocates, which is the same in every run, unlike the process's size.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak = 0
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._is_gpu = device.type == "cuda"
+        self._profile = None if self._is_gpu else torch.profiler.profile(activities=activities, profile_memory=True)
+
+    def __enter__(self) -> AddedBytes:
+        if self._profile is not None:
+            self._profile.__enter__()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            self.peak -= torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profile is None:
+            self.peak += torch.cuda.max_memory_allocated()
+            return
+        self._profile.__exit__(None, None, None)
+        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            self.peak = max(self.peak, now)
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, size: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,6 @@ class Way:
     """Whether few operations average all weights, else three for each parameter; of a Latte only."""
     encoder: torch.dtype = torch.float32
     autocast: bool = False
-    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Row:
     way: Way
 
 
-def rows_of(text: bool, compiled: bool) -> dict[str, list[Row]]:
+def rows_of(text: bool) -> dict[str, list[Row]]:
     """The rows of CogVideoX (`text`) or Latte: encoding live, and on a precomputed store; both begin alike."""
     fused = ("AdamW fused", "launches", {"fused_optimizer": True})
     encoder = ("encoder of the clips in bf16", "precision", {"encoder": torch.bfloat16})
@@ -82,8 +81,6 @@ def rows_of(text: bool, compiled: bool) -> dict[str, list[Row]]:
     store = ("nothing encoded", "arithmetic", {"encodes": "stored", "captions_known": True})
     encodes = ({"encodes"}, {"captions_known"}, {"encoder"})
     stored = [store, *(change for change in live if set(change[2]) not in encodes)]
-    if compiled:
-        live, stored = ([*changes, ("blocks compiled", "launches", {"compiled": True})] for changes in (live, stored))
     return {"live": _cumulative(start, live), "precomputed": _cumulative(start, stored)}
 
 
@@ -173,8 +170,7 @@ class Stepper:
             )
         return torch.nn.functional.mse_loss(prediction, target)
 
-    @contextlib.contextmanager
-    def prepared(self, way: Way) -> Iterator[None]:
+    def prepare(self, way: Way) -> None:
         """Arranges network and optimizer as the way has them; what costs time here belongs to no update."""
         self._optimizer.param_groups[0]["fused"] = way.fused_optimizer or None
         for parameter, state in self._optimizer.state.items():
@@ -188,13 +184,6 @@ class Stepper:
             if isinstance(module, Attention) and not self.text:
                 module.set_processor(processor())
         self._vae(way.encoder)
-        if way.compiled:
-            self.network.compile_repeated_blocks()
-        try:
-            yield
-        finally:
-            for module in self.network.modules():
-                module._compiled_call_impl = None
 
     def _vae(self, dtype: torch.dtype) -> Any:
         if dtype not in self._vaes:

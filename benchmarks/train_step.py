@@ -14,12 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,13 +28,13 @@ import framebridge_plugin  # noqa: F401  (before diffusers: it repairs torchvisi
 
 # isort: split
 from random_models import make_specification, model_recipe
+from reports import environment, environment_line, write_results
 from step_loop import measure_loop
-from step_measures import added_bytes, counted, matmul_peak, seconds
+from step_measures import AddedBytes, counted, matmul_peak, seconds
 from step_rows import Row, Stepper, Way, rows_of
 
 from framebridge_plugin.backbones.encoding import decode_video, encode_video
 
-PACKAGES = ("framebridge-plugin", "torch", "diffusers", "transformers", "finetrainers")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 """How far the loss of the first update may be from the reference's, relative: in float32 only the order of sums."""
@@ -84,7 +79,7 @@ def measure_model(name: str, arguments: argparse.Namespace, device: torch.device
     """Measures all rows of a model."""
     clip, changes, *overrides = SIZES[arguments.size][name]
     stepper = make_stepper(name, clip, changes, *overrides, device=device, batch_size=arguments.batch_size)
-    tables = rows_of(bool(stepper.text), arguments.compile)
+    tables = rows_of(bool(stepper.text))
     rows = [*tables["live"], *tables["precomputed"][1:]]
     measured = [_measure_once(stepper, row, device) for row in rows]
     times: list[list[float]] = [[] for _ in rows]
@@ -92,8 +87,8 @@ def measure_model(name: str, arguments: argparse.Namespace, device: torch.device
     for _ in range(arguments.rounds):
         peaks.append({key: matmul_peak(dtype, device, arguments.matmul) for key, dtype in PRECISIONS.items()})
         for row, row_times in zip(rows, times, strict=True):
-            with stepper.prepared(row.way):
-                row_times.append(seconds(lambda way=row.way: stepper.update(way), device))
+            stepper.prepare(row.way)
+            row_times.append(seconds(lambda way=row.way: stepper.update(way), device))
     for row, result, row_times in zip(rows, measured, times, strict=True):
         result |= _derived(row_times, times[0], result, measured[0], peaks)
         print(f"  {name}: {row.change}: {result['ratio']:.2f}x", flush=True)
@@ -111,20 +106,18 @@ def measure_model(name: str, arguments: argparse.Namespace, device: torch.device
 
 def _measure_once(stepper: Stepper, row: Row, device: torch.device) -> dict[str, Any]:
     """What does not depend on the machine's load: the first loss, arithmetic, operations, memory."""
-    with stepper.prepared(row.way):
-        stepper.start_anew()
-        if row.way.compiled:  # what is compiled is one operation to torch, and its arithmetic that of the row above
-            loss, flop, operations = stepper.update(row.way), None, None
-        else:
-            loss, flop, operations = counted(lambda: stepper.update(row.way))
-        peak = stepper.held_bytes(row.way) + added_bytes(lambda: stepper.update(row.way), device)
+    stepper.prepare(row.way)
+    stepper.start_anew()
+    loss, flop, operations = counted(lambda: stepper.update(row.way))
+    with AddedBytes(device) as added:
+        stepper.update(row.way)
     return {
         "change": row.change,
         "gain": row.gain,
         "first_loss": loss.item(),
         "flop": flop,
         "operations": operations,
-        "peak_gib": _rounded(peak / 2**30),
+        "peak_gib": _rounded((stepper.held_bytes(row.way) + added.peak) / 2**30),
     }
 
 
@@ -133,17 +126,15 @@ def _derived(
 ) -> dict[str, Any]:
     ratios = [first / own for first, own in zip(reference, times, strict=True)]
     deviation = abs(result["first_loss"] / start["first_loss"] - 1)
-    values = {
+    ideal = [sum(count / peak[key] for key, count in result["flop"].items()) for peak in peaks]
+    shares = [best / own for best, own in zip(ideal, times, strict=True)]
+    return {
         "seconds": _rounded(statistics.median(times)),
         "ratio": _rounded(statistics.median(ratios)),
         "ratios": [_rounded(ratio) for ratio in ratios],
         "loss_deviation": float(f"{deviation:.1e}"),
+        "of_matmul_peak": _rounded(statistics.median(shares)),
     }
-    if (flop := result["flop"]) is not None:
-        ideal = [sum(count / peak[key] for key, count in flop.items()) for peak in peaks]
-        shares = [best / own for best, own in zip(ideal, times, strict=True)]
-        values["of_matmul_peak"] = _rounded(statistics.median(shares))
-    return values
 
 
 def gains(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -164,8 +155,8 @@ def full_size_flop(name: str, clip: tuple[int, int, int]) -> dict[str, int]:
 
     def update(**changes: Any) -> int:
         way = dataclasses.replace(stored, **{"recomputes": text, **changes})
-        with stepper.prepared(way):
-            return flop(lambda: stepper.gradients(way))
+        stepper.prepare(way)
+        return flop(lambda: stepper.gradients(way))
 
     vae, video, found = stepper.parts["vae"], stepper.videos[0].unsqueeze(0), {}
     with torch.no_grad():
@@ -195,7 +186,7 @@ def check(results: dict[str, Any]) -> list[str]:
     wrong = []
     for name, model in results["models"].items():
         for row in (*model["live"], *model["precomputed"]):
-            precision = "bf16" if "bf16" in (row["flop"] or {"bf16": 0}) else "fp32"
+            precision = "bf16" if "bf16" in row["flop"] else "fp32"
             if not row["loss_deviation"] <= TOLERANCES[precision]:
                 wrong.append(f"{name}: {row['change']}: the first loss deviates by {row['loss_deviation']:.1e}")
     return wrong
@@ -204,29 +195,9 @@ def check(results: dict[str, Any]) -> list[str]:
 # Tables
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {processor}",
-        "threads": torch.get_num_threads(),
-        "cpu_has_bf16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-    }
-
-
 def as_table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-    about = results["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    bf16 = "with" if about["cpu_has_bf16"] else "without"
-    lines = [
-        f"{about['date']}, {about['device']} ({bf16} bfloat16), threads: {about['threads']}; {versions}. Load average "
-        f"{results['load_average_before'][0]:.1f} before, {results['load_average_after'][0]:.1f} after.",
-    ]
+    lines = [environment_line(results["environment"])]
     for name, model in results["models"].items():
         peaks = ", ".join(f"{value:g} GFLOP/s in {key}" for key, value in model["matmul_gflops"].items())
         lines += [
@@ -240,7 +211,7 @@ def as_table(results: dict[str, Any]) -> str:
     for name, clips in results["full_size_flop"].items():
         lines += ["", f"| {name}, TFLOP of a sample | {' | '.join(clips)} |", "|---" * (1 + len(clips)) + "|"]
         for part in next(iter(clips.values())):
-            lines.append(f"| {part} | {' | '.join(f'{found[part] / 1e12:.3g}' for found in clips.values())} |")
+            lines.append(f"| {part} | {' | '.join(f'{found[part] / 1e12:.4g}' for found in clips.values())} |")
     lines += ["", "| our loop against a bare one | ms, ours | ms, bare | ratio |", "|---|---|---|---|"]
     for size, loop in results["loop"].items():
         lines.append(f"| {size} | {loop['ours_ms']:g} | {loop['bare_ms']:g} | {loop['ratio']:.3f} |")
@@ -254,12 +225,10 @@ def _rows_table(kind: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        flop, bf16 = row["flop"], (row["flop"] or {}).get("bf16", 0)
-        total = "as above" if flop is None else f"{sum(flop.values()) / 1e12:.3g} ({bf16 / 1e12:.3g})"
-        operations = "" if row["operations"] is None else row["operations"]
-        share = f"{row['of_matmul_peak']:.0%}" if "of_matmul_peak" in row else ""
+        total = f"{sum(row['flop'].values()) / 1e12:.3g} ({row['flop'].get('bf16', 0) / 1e12:.3g})"
         off = f"{row['loss_deviation']:.0e}" if row["loss_deviation"] else "0"
-        cells = (row["change"], f"{row['ratio']:.2f}", f"{row['peak_gib']:g}", total, operations, share, off)
+        cells = (row["change"], f"{row['ratio']:.2f}", f"{row['peak_gib']:g}", total, row["operations"])
+        cells += (f"{row['of_matmul_peak']:.0%}", off)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -270,7 +239,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny widths, one round: whether it runs at all")
     parser.add_argument("--batch-size", type=int, default=1, help="clips of an update")
     parser.add_argument("--rounds", type=int, default=3, help="of all rows; medians are given")
-    parser.add_argument("--compile", action="store_true", help="add rows with compiled blocks")
     parser.add_argument("--output", type=Path, help="name of the results, without .json and .md")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -285,7 +253,6 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     results: dict[str, Any] = {"environment": environment(device), "size": arguments.size}
-    results["load_average_before"] = os.getloadavg()
     results["models"] = {name: measure_model(name, arguments, device) for name in RECIPES}
     full = {name: clips for name, clips in FULL_CLIPS.items() if not arguments.quick or name == "Latte-S/2"}
     results["full_size_flop"] = {
@@ -295,13 +262,7 @@ def main() -> int:
     wide = ("a block of CogVideoX-2B", (9, 64, 64), TINY_ENCODERS | {"transformer": {"num_layers": 1}}, 12)
     loops = [tiny] if arguments.quick else [tiny, wide]
     results["loop"] = {name: measure_loop(*loop) for name, *loop in loops}
-    results["load_average_after"] = os.getloadavg()
-    table = as_table(results)
-    print(table)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{arguments.output}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        Path(f"{arguments.output}.md").write_text(table, encoding="utf-8")
+    write_results(arguments.output, results, as_table)
     wrong = check(results)
     for line in wrong:
         print(line, file=sys.stderr)
