@@ -26,6 +26,7 @@ from framebridge_plugin.backbones.sampling_loop import images_to_pixels
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip, read_frames
 from framebridge_plugin.media import contact_sheet
+from framebridge_plugin.progress import alone
 from framebridge_plugin.training.objective import bridge_prediction
 
 HELDOUT_SCENE = "carphone_pristine"  # the scene of which nothing at all was trained on
@@ -223,7 +224,8 @@ def main() -> None:
     parser.add_argument("--sample", type=Path, required=True, help="mp4 that `finetrainers sample` wrote")
     parser.add_argument("--image", type=Path, required=True, help="the image that it was sampled from")
     arguments = parser.parse_args()
-    numbers, losses = measure(arguments)
+    with alone():
+        numbers, losses = measure(arguments)
     for name, value in numbers.items():
         print(f"{name:40} {value:9.4f}")
     print("losses in ten bands of the schedule, from the data to the prior")

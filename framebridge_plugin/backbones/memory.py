@@ -1,7 +1,6 @@
 """What a computation takes of memory, found by making it with tensors that have a shape and no data.
 
-Needs torch alone. The figures are those of PyTorch's allocator: what it lays by, and the scratch of convolution
-libraries, come on top.
+The figures are those of PyTorch's allocator: what it lays by, and the scratch of convolution libraries, come on top.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch._subclasses import FakeTensorMode
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BatchEncoding
 
 GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
@@ -64,10 +64,53 @@ def without_data(dtype: torch.dtype) -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode():
+        with torch.device("meta"), flash_attention():
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextlib.contextmanager
+def flash_attention() -> Iterator[None]:
+    """Attention takes what it takes on a device; without data PyTorch would make the matrix of all pairs."""
+    original = nn.functional.scaled_dot_product_attention
+
+    def flash(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.to(query.dtype)
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    # A mode would not do: checkpointed blocks are computed anew in a thread of the backward pass.
+    nn.functional.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = original
+
+
+class BlankTokenizer:
+    """Makes of every text as many tokens as it is asked for."""
+
+    model_max_length = 512
+
+    def __call__(self, text: Any, max_length: int = 1, **settings: Any) -> BatchEncoding:
+        """The tokens of a text or of several."""
+        tokens = torch.ones(len(text) if isinstance(text, list) else 1, max_length, dtype=torch.int64, device="cpu")
+        return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
+
+    def batch_decode(self, tokens: torch.Tensor) -> list[str]:
+        """No text."""
+        return [""] * len(tokens)
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from framebridge_plugin.errors import UsageError, print_line, print_lines
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.recipe import Recipe, resolve_recipe
+from framebridge_plugin.settings.choices import Offload
 
 if TYPE_CHECKING:
+    from framebridge_plugin.backbones.sampling_memory import SamplingMemory
     from framebridge_plugin.training.memory import MemoryNeeds
 
 _CARDS = (16, 24, 48, 80, 141)  # GB on their boxes
@@ -25,7 +27,7 @@ def report_memory(name: str, overrides: Sequence[str]) -> int:
     with without_collection():
         import torch
 
-        from framebridge_plugin.training.memory import memory_needs
+        from framebridge_plugin.training.memory import memory_needs, memory_of_sampling
 
     known: dict[str, Any] = {}
     needs = memory_needs(recipe, known)
@@ -48,7 +50,18 @@ def report_memory(name: str, overrides: Sequence[str]) -> int:
     _print_parts("Besides, one at a time", needs.working)
     print_lines(f"CUDA and its libraries, assumed\n  {_FOR_CUDA:5.1f}")
     _print_remedies(name, overrides, recipe, needs, known)
+    _print_sampling(memory_of_sampling(recipe, torch.bfloat16))
     return 0 if fits else 1
+
+
+def _print_sampling(memory: SamplingMemory) -> None:
+    frames, height, width = memory.clip
+    tiled = memory.is_tiled("auto")
+    by_tiles = ", decoded by tiles" if tiled else ""
+    print_lines(f"\nSampling {frames} frames of {height} x {width} from it, in bf16{by_tiles}")
+    for offload in get_args(Offload):
+        gib = memory.needed(1, offload, tiled) / _GIB + _FOR_CUDA
+        print_line(f"  {gib:5.1f}  {f'--offload {offload}' if offload != 'none' else 'all of it on the GPU'}")
 
 
 def _print_parts(title: str, parts: Mapping[str, int]) -> None:

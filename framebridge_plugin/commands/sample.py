@@ -23,6 +23,7 @@ from framebridge_plugin.backbones.opening import (
 )
 from framebridge_plugin.backbones.placing import check_compiler, compile_blocks, find_device, place
 from framebridge_plugin.backbones.sampling_loop import call_defaults
+from framebridge_plugin.commands.sample_memory import inputs_that_fit
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.media import contact_sheet, to_uint8, write_video
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -46,6 +47,7 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     folder = find_folder(request.model)
     saved = request.saved or request.check_download(folder)
     dtype = _DTYPES[request.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    most = inputs_that_fit(saved, request, device, dtype)
     pipeline = open_pipeline(
         saved if saved.lora is None else folder,  # what a LoRA was trained on may have to be fetched from the hub
         transformer=request.transformer,
@@ -61,7 +63,7 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     paths, videos, labels = request.video_paths(), list[np.ndarray](), []
     images = [inputs[number // request.num_videos].image for number in range(len(paths))]
     rows = _rows_of_a_video(pipeline, saved, request)
-    batch_size = request.batch_size or rows
+    batch_size = request.batch_size or (rows if most is None else max(1, most // rows * rows))
     while len(videos) < len(paths):
         first, end = len(videos), min(len(videos) + max(1, batch_size // rows), len(paths))
         conditions = [inputs[number // request.num_videos].condition for number in range(first, end)]

@@ -71,7 +71,8 @@ class SampleSection(SamplerSection):
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
     batch_size: Count | None = Field(
         default=None,
-        description="inputs in a call of the network, two for a video with guidance (default: one video)",
+        description="inputs in a call of the network, two for a video with guidance (default: as many as fit; "
+        "without it what does not fit at all is refused)",
     )
     tiling: Tiling = Field(
         default="auto",

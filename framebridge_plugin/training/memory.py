@@ -18,14 +18,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from framebridge_plugin.backbones.files import read_json
-from framebridge_plugin.backbones.memory import Allocations
+from framebridge_plugin.backbones.memory import Allocations, BlankTokenizer, flash_attention
 from framebridge_plugin.backbones.published import write_published
+from framebridge_plugin.backbones.sampling_memory import SamplingMemory
 from framebridge_plugin.data.folders import index_datasets
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.files import NotFetchedError, without_network
 from framebridge_plugin.models.projection_adapter import freeze_identity
 from framebridge_plugin.recipe import Recipe
-from framebridge_plugin.training.blank_parts import BlankTokenizer, CountedUpdate, flash_attention, remade
+from framebridge_plugin.training.blank_parts import CountedUpdate, remade
 from framebridge_plugin.training.captions import CaptionCache, distinct_captions
 from framebridge_plugin.training.finetrainers.registration import add_lora_layers, recipe_arguments, register
 from framebridge_plugin.training.precomputation.store import PARTS, read_manifest
@@ -68,6 +69,24 @@ def memory_needs(recipe: Recipe, known: dict[str, Any] | None = None) -> MemoryN
     Raises:
         FrameBridgeError: If the configs of its model are neither on this machine nor known.
     """
+    with _specified(recipe) as (args, specification):
+        return _Run(recipe, args, specification, {} if known is None else known).needs()
+
+
+def memory_of_sampling(recipe: Recipe, dtype: torch.dtype) -> SamplingMemory:
+    """What sampling from the model of a run takes in a precision, for videos as its clips."""
+    with _specified(recipe) as (_, specification):
+        adapter = specification.adapter
+        configs = {"vae": adapter.vae_config, adapter.facts.network: adapter.blank_network().config}
+        configs |= {name: part.config for name, part in adapter.blank_components()}
+        if "text_encoder" in adapter.facts.parts:
+            configs["text_encoder"] = _text_encoder_config(adapter)
+        return SamplingMemory(adapter.facts, configs, specification.clip_shape or (None, None, None), dtype)
+
+
+@contextlib.contextmanager
+def _specified(recipe: Recipe) -> Iterator[tuple[Any, Any]]:
+    """A recipe's arguments and its model's specification; what is not here of it is known, or refused."""
     register()  # before finetrainers is imported
     with without_network(), tempfile.TemporaryDirectory() as folder:
         args = recipe_arguments(recipe, "", processes=1)
@@ -76,7 +95,11 @@ def memory_needs(recipe: Recipe, known: dict[str, Any] | None = None) -> MemoryN
         except NotFetchedError as error:
             _put_published(args, Path(folder), error)
             specification = build_specification(recipe, args)
-        return _Run(recipe, args, specification, {} if known is None else known).needs()
+        yield args, specification
+
+
+def _text_encoder_config(adapter: Any) -> dict[str, Any]:
+    return read_json(adapter.source.local(*adapter.place("text_encoder"), settings_only=True) / "config.json")
 
 
 def _put_published(args: Any, folder: Path, error: NotFetchedError) -> None:
@@ -190,9 +213,8 @@ class _Run:
         if "text_encoder" not in self.adapter.facts.parts:
             return None
         kind = self.adapter.text_encoder_class
-        folder = self.adapter.source.local(*self.adapter.place("text_encoder"), settings_only=True)
         with META:
-            encoder = kind(kind.config_class.from_dict(read_json(folder / "config.json")))
+            encoder = kind(kind.config_class.from_dict(_text_encoder_config(self.adapter)))
         # A mask cannot be looked at; that of a whole caption masks nothing.
         encoder.register_forward_pre_hook(lambda module, args: args[:1])
         encoder = remade(encoder.eval(), self.args.text_encoder_dtype, META)

@@ -213,6 +213,9 @@ def sample_line(recipe: Recipe) -> str:
         if Path(image).is_file():
             condition = "--class-name" if recipe.backbone.condition == "class" else "--prompt"
             options = ["--image", image, condition, str(row["caption"])]
+            scale, facts = row.get("guidance_scale"), recipe.backbone
+            if scale is not None and "scheduler" in facts.parts and scale != facts.default_call["guidance_scale"]:
+                options += ["--guidance-scale", f"{scale:g}"]
             break
     output = str(Path(output_dir, "sample.mp4"))
     return shlex.join(["finetrainers", "sample", "--model", output_dir, *options, "--output", output])

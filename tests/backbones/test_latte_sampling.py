@@ -137,6 +137,7 @@ def test_the_averaged_weights_are_sampled(inputs):
 
 def test_the_command_does_what_the_pipeline_does(sample, inputs, tmp_path):
     options = ("--class-name", "left", "right", "--num-videos", "2", "--seed", "5", "--guidance-scale", "3")
+    options += ("--batch-size", "2")  # each video by itself
     result = sample("full", *options, "--image", *[str(inputs / "picture.png")] * 2, image=None)
     assert result.code == 0
     pipeline = open_pipeline(str(inputs / "full"))
@@ -199,7 +200,7 @@ def test_a_hub_id_is_checked_when_it_is_there(inputs, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("model", ["full", "on_prior/checkpoints/step_000002", "lora", "baseline"])
 def test_rows_of_the_runs_data(sample, inputs, model):
-    result = sample(model, "--data-index", "2", "7", image=None)  # two clips a class, by code points
+    result = sample(model, "--data-index", "2", "7", "--batch-size=2", image=None)  # two clips a class, by code points
     assert result.code == 0, result.said
     rows = [(result.folder / f"video-{number}.mp4").read_bytes() for number in range(2)]
     for row, (name, clip, seed) in zip(rows, (("left", "0", 42), ("up", "1", 43)), strict=True):

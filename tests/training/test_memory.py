@@ -115,6 +115,9 @@ def test_the_doctor_says_it(capfd):
     assert "needs 14." in printed
     assert "text encoder" in printed
     assert "framebridge.precomputed=FOLDER" in printed
+    sampling = printed[printed.index("Sampling 9 frames of 256 x 256 from it, in bf16") :].splitlines()[1:]
+    whole, *less = (float(line.split()[0]) for line in sampling)
+    assert whole > 13 > 11 > max(less)
     assert "precision.transformer_quantization=int8" in printed
     assert main(["doctor", "framebridge.data.num_frames=9"]) == 2
     assert "give --recipe" in capfd.readouterr().err

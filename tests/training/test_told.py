@@ -15,6 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framebridge_plugin.cli import main
+from framebridge_plugin.recipe import resolve_recipe
+from framebridge_plugin.training.run import sample_line
 from tests.training.bridge_runs import parse
 from tests.training.conftest import SIZE, command_environment
 from tests.training.run_results import metrics
@@ -129,3 +131,15 @@ def sample_as_told(said: str) -> None:
     one_call = main([*arguments, "--steps", "2"]) == 2  # a neural prior has no steps
     assert not one_call or main(arguments) == 0
     assert Path(arguments[arguments.index("--output") + 1]).is_file()
+
+
+def test_the_command_says_the_guidance_of_the_validation_where_it_is_not_the_backbones(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    said = {}
+    for scale in (1, 6):
+        file = tmp_path / f"{scale}.csv"
+        file.write_text(f"caption,image_path,guidance_scale\na,{tmp_path / '0.png'},{scale}\n")
+        recipe, _ = resolve_recipe("cogvideox_bridge", [f"validation.validation_dataset_file={file}"])
+        said[scale] = shlex.split(sample_line(recipe))
+    assert said[1][said[1].index("--guidance-scale") + 1] == "1"
+    assert "--guidance-scale" not in said[6]
