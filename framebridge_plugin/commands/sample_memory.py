@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SHARE = 0.9
 """Of the free memory that a batch is chosen for: convolutions and the allocator take some for themselves."""
+_SHARE_OF_MAIN = 0.5
+"""The same of main memory: where it ends the batch is not halved, as on a GPU, but the process killed."""
 _MAIN = torch.device("cpu")
 _OFFLOADS: tuple[Offload, ...] = ("none", "model", "group", "sequential")
 
@@ -57,7 +59,7 @@ def _inputs_that_fit(
         say(problem)
     if request.offload != "none" and (waiting := sum(memory.weights.values())) > (there := free_memory(_MAIN)):
         say(f"--offload {request.offload}: {waiting / GIB:.1f} GiB wait in main memory, {there / GIB:.1f} are free")
-    return memory.inputs_in(_SHARE * free, request.offload)
+    return memory.inputs_in((_SHARE_OF_MAIN if device == _MAIN else _SHARE) * free, request.offload)
 
 
 def _remedy(saved: SavedModel, request: SampleRequest, device: torch.device, dtype: torch.dtype, free: int) -> str:
