@@ -29,13 +29,17 @@ class CountedUpdate(Allocations):
 
 
 def remade(module: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """A module with tensors without data of a precision (None: as they are) on a device; tied weights stay tied."""
+    """A module with tensors without data of a precision (None: as they are) on a device; tied weights stay tied.
+
+    Tables that are no part of a saved model are loaded in no precision: they keep their own.
+    """
     made: dict[int, torch.Tensor] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
-                    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                    stays = dtype is None or not tensor.is_floating_point() or name in part._non_persistent_buffers_set
+                    kind = tensor.dtype if stays else dtype
                     made[id(tensor)] = torch.empty(tensor.shape, dtype=kind, device=device)
                     if isinstance(tensor, nn.Parameter):
                         made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
