@@ -63,7 +63,9 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     paths, videos, labels = request.video_paths(), list[np.ndarray](), []
     images = [inputs[number // request.num_videos].image for number in range(len(paths))]
     rows = _rows_of_a_video(pipeline, saved, request)
-    batch_size = request.batch_size or (rows if most is None else max(1, most // rows * rows))
+    batch_size = request.batch_size or (rows if most is None else max(1, min(most // rows, len(paths)) * rows))
+    if request.batch_size is None and batch_size > rows:
+        say(f"{batch_size // rows} videos at once, as fit into memory; the same bits again: --batch-size {batch_size}")
     while len(videos) < len(paths):
         first, end = len(videos), min(len(videos) + max(1, batch_size // rows), len(paths))
         conditions = [inputs[number // request.num_videos].condition for number in range(first, end)]
