@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from framebridge_plugin.errors import UsageError, print_line, print_lines
+from framebridge_plugin.errors import FrameBridgeError, UsageError, print_line, print_lines
 from framebridge_plugin.imports import without_collection
 from framebridge_plugin.recipe import Recipe, resolve_recipe
 from framebridge_plugin.settings.choices import Offload
@@ -30,7 +30,10 @@ def report_memory(name: str, overrides: Sequence[str]) -> int:
         from framebridge_plugin.training.memory import memory_needs, memory_of_sampling
 
     known: dict[str, Any] = {}
-    needs = memory_needs(recipe, known)
+    try:
+        needs, sampling = memory_needs(recipe, known), memory_of_sampling(recipe, torch.bfloat16)
+    except FrameBridgeError as error:  # 1 says something else
+        raise UsageError(str(error)) from error
     gib = needs.total / _GIB + _FOR_CUDA
     parallelism = recipe.parallelism
     processes = (parallelism.dp_degree or 1) * parallelism.dp_shards
@@ -50,7 +53,7 @@ def report_memory(name: str, overrides: Sequence[str]) -> int:
     _print_parts("Besides, one at a time", needs.working)
     print_lines(f"CUDA and its libraries, assumed\n  {_FOR_CUDA:5.1f}")
     _print_remedies(name, overrides, recipe, needs, known)
-    _print_sampling(memory_of_sampling(recipe, torch.bfloat16))
+    _print_sampling(sampling)
     return 0 if fits else 1
 
 

@@ -124,3 +124,6 @@ def test_the_doctor_says_it(capfd):
     assert "precision.transformer_quantization=int8" in printed
     assert main(["doctor", "framebridge.data.num_frames=9"]) == 2
     assert "give --recipe" in capfd.readouterr().err
+    # Exit code 1 says that the card has less.
+    assert main(["doctor", *recipe, "model.pretrained_model_name_or_path=no/such/folder"]) == 2
+    assert "no/such/folder" in capfd.readouterr().err
