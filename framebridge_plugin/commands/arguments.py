@@ -82,7 +82,7 @@ of finetrainers' own SFTTrainer. Take a tiny model: it is trained in float32 on 
 
 _DOCTOR_HELP = """\
 Report versions, repairs, devices, and what to do about each problem. With a recipe: the memory that its run needs of a
-GPU, for what, and what would save most; its data need not be there, nor a model from the hub that is known, and nothing
+GPU, for what, and what would save most; its data need not be there, nor a model of the hub that is known, and nothing
 is downloaded. Exit code 1 says that this machine's card has less.
 
   finetrainers doctor
