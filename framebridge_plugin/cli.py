@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             print_lines(traceback.format_exc(), file=sys.stderr)
         if isinstance(error, FrameBridgeError):
-            lines, exit_code = str(error).split("\n"), error.exit_code
+            lines, exit_code = str(error).split("\n") if error.args else [], error.exit_code
         else:
             hint = "" if debug else " (--debug shows the traceback)"
             notes = " ".join(getattr(error, "__notes__", ()))

@@ -10,11 +10,11 @@ import os
 import re
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 
 T = TypeVar("T")
 
@@ -52,6 +52,22 @@ def of_all_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def first_alone(function: Callable[[], T]) -> T:
+    """Calls a function on the first rank, then the others, which raise without a message what is wrong for all."""
+    exit_code = 0
+    if is_first():
+        try:
+            result = function()
+        except Exception as error:
+            of_all_ranks(getattr(error, "exit_code", 1))
+            raise
+    if exit_code := of_all_ranks(exit_code)[0]:
+        said = FrameBridgeError()
+        said.exit_code = exit_code
+        raise said
+    return result if is_first() else function()
 
 
 def this_process() -> dict[str, Any]:

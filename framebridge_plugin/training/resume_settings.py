@@ -36,6 +36,11 @@ _WHOLE = " (every byte)"
 _SHOWN = 4
 """Differences that fit into an error's line."""
 
+_EPOCHS, _CAPTIONS = "stored epochs", "stored captions"
+_AS_GIVEN = "captions as the text encoder gave them"
+_STORES = {_EPOCHS: "of as many epochs", _AS_GIVEN: "without captions in fewer bits"}
+"""Which other store a run goes on with, by what it was trained with."""
+
 
 def run_settings(
     args: Any, specification: BridgeSpecification, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
@@ -87,9 +92,9 @@ def _data(args: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]) -> dict
         values["precomputation_items"] = args.precomputation_items
     if args.precomputed is not None and (manifest := read_manifest(Path(args.precomputed))) is not None:
         if "latents" in manifest.holds:
-            values["stored epochs"] = manifest.variants
+            values[_EPOCHS] = manifest.variants
         if manifest.caption_dtype is not None:
-            values["stored captions"] = manifest.caption_dtype
+            values[_CAPTIONS] = manifest.caption_dtype
     for number, (index, clips) in enumerate(datasets):
         facts = data_fingerprint(index, clips)
         facts |= {name: f"of digest {facts[name][:16]}" for name in ("files", "captions", "file_sizes")}
@@ -113,7 +118,9 @@ def setting_differences(stored: Groups, settings: Groups) -> dict[str, str]:
         if changed:
             shown = changed[:_SHOWN]
             present = ", ".join(f"{name} {theirs[name]!r}" for name in shown if name in theirs)
-            absent = ", ".join(name for name in shown if name not in theirs)
+            if _CAPTIONS in shown and _CAPTIONS not in theirs:
+                present = ", ".join(filter(None, (present, _AS_GIVEN)))
+            absent = ", ".join(name for name in shown if name not in theirs and name != _CAPTIONS)
             parts = [f"{word} {part}" for word, part in (("with", present), ("without", absent)) if part]
             more = f" (and {len(changed) - _SHOWN} more)" if len(changed) > _SHOWN else ""
             found[group] = f"{' and '.join(parts)}{more}"
@@ -126,6 +133,9 @@ def settings_refusal(differences: Mapping[str, str], allowed: Collection[str]) -
     if not refused:
         return None
     remedy = "resume with the settings of the run's recipe.yaml"
+    was_with = refused.get("data", "").partition("without ")[0]
+    if stores := [store for said, store in _STORES.items() if said in was_with]:
+        remedy += f" (if its store has grown since, with one {' and '.join(stores)})"
     if REFUSED not in refused:
         remedy += f", or take the change by {' '.join(f'--allow {group}' for group in refused)}"
     return f"it was trained {' and '.join(refused.values())}; {remedy}"

@@ -25,6 +25,7 @@ from framebridge_plugin.backbones.placing import compile_blocks
 from framebridge_plugin.data import load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
 from framebridge_plugin.errors import FinishedRunError, UsageError, say
+from framebridge_plugin.processes import first_alone
 from framebridge_plugin.training.batches import TrainingBatches
 from framebridge_plugin.training.captions import Embedder, caption_cache, embed_ahead
 from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
@@ -142,7 +143,7 @@ class FrameBridgeTrainer(SFTTrainer):
         self.model_specification.clip_shape = common_clip_shape(self._datasets)
         if self.args.precomputed is not None:
             fingerprint = run_fingerprint(self.args, self.model_specification, self._datasets)
-            self._store = LatentStore(self.args.precomputed, fingerprint)
+            self._store = first_alone(lambda: LatentStore(self.args.precomputed, fingerprint))
         super()._prepare_models()
 
     def _prepare_for_training(self) -> None:

@@ -115,7 +115,7 @@ def run_in_two_processes(module: str, runs: Sequence[Any], **environment: str) -
             timeout=900,
         )
     assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 @pytest.fixture

@@ -138,6 +138,13 @@ def test_several_processes_write_what_one_does_and_variants_can_be_added(precomp
     after = stamps(tmp_path / "store")
     assert len(after) == 2 + 6
     assert before.items() < after.items()
+    fewer = precompute("--variants=1")
+    assert fewer.returncode == 2
+    remedy = "leave it out, or precompute into another folder"
+    assert last_line(fewer) == f"error: --variants 1: {tmp_path / 'store'} has 2 already; {remedy}"
+    no_epochs = precompute("--only=captions", "--variants=3")
+    assert no_epochs.returncode == 2
+    assert last_line(no_epochs) == "error: --variants has no effect with --only captions; leave it out"
     assert succeeded(precompute())
     assert stamps(tmp_path / "store") == after
 
@@ -240,11 +247,11 @@ def test_the_policy_for_bad_files_holds(train, precompute, tmp_path):
 
 
 DIFFERENCES = {
-    "training.seed=8": "seed is 7 there and 8 here",
-    "framebridge.data.window=start": "data.0.clip.window is random there and start here",
-    "framebridge.data.frame_stride=2": "data.0.clip.frame_stride is 1 there and 2 here",
-    "precision.vae_dtype=bf16": "model.vae_dtype is torch.float32 there and torch.bfloat16 here",
-    "training.enable_tiling=true": "enable_tiling is False there and True here",
+    "training.seed=8": "training.seed is 7 there and 8 here",
+    "framebridge.data.window=start": "framebridge.data.window is random there and start here",
+    "framebridge.data.frame_stride=2": "framebridge.data.frame_stride is 1 there and 2 here",
+    "precision.vae_dtype=bf16": "precision.vae_dtype is torch.float32 there and torch.bfloat16 here",
+    "training.enable_tiling=true": "training.enable_tiling is False there and True here",
 }
 
 
@@ -252,7 +259,7 @@ def test_a_store_of_other_latents_is_refused_by_name(train, precompute, inputs, 
     assert succeeded(precompute())
     for override, difference in DIFFERENCES.items():
         result = precompute(override)
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert difference in last_line(result)
     unchanged = ("framebridge.caption_dropout=0.3", "framebridge.target=data", "optimization.lr=1")
     assert succeeded(precompute(*unchanged))
@@ -275,12 +282,13 @@ def test_a_store_of_other_latents_is_refused_by_name(train, precompute, inputs, 
     shutil.copy(clip.with_name("2.mp4"), clip)
     assert "data.0.rows is 6 there and 7 here" in last_line(precompute(elsewhere))
 
-    result = train(f"framebridge.precomputed={tmp_path / 'store'}", "training.seed=8")
-    assert result.returncode == 1
-    assert last_line(result) == (
-        f"error: {tmp_path / 'store'}: its latents are not those of this run: seed is 7 there and 8 here; set that "
-        "back, or precompute into another folder"
-    )
+    refused = (f"framebridge.precomputed={tmp_path / 'store'}", "training.seed=8")
+    for result in (train(*refused), train(*refused, "--dry-run")):
+        assert result.returncode == 2
+        assert last_line(result) == (
+            f"error: {tmp_path / 'store'}: its latents and captions are not those of this run: training.seed is 7 "
+            "there and 8 here; set that back, or precompute into another folder"
+        )
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 

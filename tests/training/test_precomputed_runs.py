@@ -135,7 +135,7 @@ def test_bridge_and_diffusion_baseline_share_a_store(train, precompute, tmp_path
 
     assert succeeded(precompute(*SMALL, baseline, store="of-baseline"))
     result = train(*options, f"framebridge.precomputed={tmp_path / 'of-baseline'}", output="refused")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "it was made for the diffusion baseline, without the noisy prior of this bridge" in result.stderr
     # A bridge without pixel noise has none.
     clean = ("framebridge.image_noise=false", "framebridge.prior_noise=false")
@@ -165,6 +165,14 @@ def test_captions_in_fewer_bits_are_nearly_the_same(train, precompute, tmp_path,
     resumed = train(f"framebridge.precomputed={tmp_path / 'exact'}", *SMALL, output="on-store")
     assert resumed.returncode == 1
     assert f"it was trained with stored captions '{dtype}'; " in resumed.stderr
+    # The other way round, as if such captions were added to the run's own store.
+    resumed = train(f"framebridge.precomputed={tmp_path / 'store'}", *SMALL, output="on-exact")
+    assert resumed.returncode == 1
+    assert "it was trained with captions as the text encoder gave them; resume with " in resumed.stderr
+    assert "recipe.yaml (if its store has grown since, with one without captions in fewer bits), or" in resumed.stderr
+    other = train(f"framebridge.precomputed={tmp_path / 'store'}", *SMALL, "precision.text_encoder_dtype=bf16")
+    assert other.returncode == 2
+    assert "its captions are not those of this run: precision.text_encoder_dtype is torch.float32" in other.stderr
     again = precompute(*SMALL, f"--caption-dtype={'bf16' if dtype == 'fp8' else 'fp8'}")
     assert again.returncode == 2
     assert f"has captions in {dtype}; leave it out" in again.stderr

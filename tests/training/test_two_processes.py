@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
+from framebridge_plugin.training.precomputation.store import Manifest
 from tests.tiny_models import CAPTIONS
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes
@@ -115,8 +116,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         output = str(folder / f"averaged-{kind}-{split}")
         commands.append([0, "averaged", str(inputs), output, kind, f"--{split}=2", *validation])
 
-    run_in_two_processes(two_processes.__name__, commands)
+    Manifest(1, 1, 1, 0, 1, {"seed": 0}).write(folder / "of another seed")
+    options = ("parallelism.dp_degree=2", f"framebridge.precomputed={folder / 'of another seed'}")
+    train(recipe, "refused", *options, exit_code=2)
+
+    (folder / "printed.txt").write_text(run_in_two_processes(two_processes.__name__, commands))
     return folder
+
+
+def test_a_store_that_is_refused_is_refused_once(runs):
+    """All have the exit code, of which the program that runs them makes sure."""
+    printed = (runs / "printed.txt").read_text()
+    assert printed.count("are not those of this run") == 1
+    assert "error: \n" not in printed
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -12,12 +12,11 @@ import itertools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -28,7 +27,7 @@ from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_d
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
-from framebridge_plugin.processes import is_first, process_count, rank
+from framebridge_plugin.processes import first_alone, is_first, process_count, rank
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.captions import caption_cache
 from framebridge_plugin.training.draws import pixel_noise
@@ -52,8 +51,6 @@ from framebridge_plugin.training.run import build_specification, write_run_files
 
 if TYPE_CHECKING:
     from framebridge_plugin.recipe import Recipe
-
-_Result = TypeVar("_Result")
 
 SHARD_SIZE = 64
 """Samples in a file: a process that is killed loses its work on one file."""
@@ -87,7 +84,7 @@ def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> Non
     register()
     lock = FolderLock(store) if is_first() else contextlib.nullcontext()
     with lock, _processes() as processes:
-        job = processes.first_alone(lambda: _prepare(recipe, store, wanted, processes))
+        job = first_alone(lambda: _prepare(recipe, store, wanted, processes))
         missing: tuple[list[Shard], list[Shard]] = ([], [])
         if processes.rank == 0:
             write_run_files(recipe, store)
@@ -122,6 +119,8 @@ def _prepare(recipe: Recipe, store: Path, wanted: Wanted, processes: _Processes)
     if wanted.caption_dtype is not None and ("captions" not in wanted.parts or is_of_classes):
         what = "with --only latents" if not is_of_classes else "for a model of classes"
         raise UsageError(f"--caption-dtype has no effect {what}; leave it out")
+    if wanted.variants is not None and "latents" not in wanted.parts:
+        raise UsageError("--variants has no effect with --only captions; leave it out")
     captions = Captions(datasets)
     fingerprint = run_fingerprint(args, specification, datasets)
     manifest = read_manifest(store)
@@ -140,6 +139,11 @@ def _prepare(recipe: Recipe, store: Path, wanted: Wanted, processes: _Processes)
         if wanted.shard_size not in (None, manifest.shard_size):
             raise UsageError(
                 f"--shard-size {wanted.shard_size}: {store} has files of {manifest.shard_size}; leave it out"
+            )
+        if "latents" in manifest.holds and (wanted.variants or manifest.variants) < manifest.variants:
+            raise UsageError(
+                f"--variants {wanted.variants}: {store} has {manifest.variants} already; leave it out, or precompute "
+                "into another folder"
             )
         if "captions" in manifest.holds and wanted.caption_dtype not in (None, manifest.caption_dtype):
             there = manifest.caption_dtype or "what the text encoder gave"
@@ -308,19 +312,6 @@ class _Processes:
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(shared)
         return shared[0]
-
-    def first_alone(self, function: Callable[[], _Result]) -> _Result:
-        """Calls a function in the first process, then in the others: what is wrong in all of them is said once."""
-        exit_code, result = 0, None
-        if self.rank == 0:
-            try:
-                result = function()
-            except Exception as error:
-                self.from_first(getattr(error, "exit_code", 1))
-                raise
-        if exit_code := self.from_first(exit_code):
-            sys.exit(exit_code)
-        return function() if result is None else result
 
     def wait(self) -> None:
         """Waits until all are here."""

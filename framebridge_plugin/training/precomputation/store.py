@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.data.bad_files import BadFile
-from framebridge_plugin.errors import FrameBridgeError, in_one_line
+from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.recipe.schema import recipe_settings
 from framebridge_plugin.training.precomputation.fingerprint import as_read_by, part_of
 
 MANIFEST_FILE = "manifest.json"
@@ -145,14 +146,17 @@ def check_fingerprint(
     there = as_read_by(there, here) if to_read else there
     difference = first_difference(there, here)
     if difference is not None and difference.startswith("model.objective is diffusion there"):
-        raise FrameBridgeError(
+        raise UsageError(
             f"{store}: it was made for the diffusion baseline, without the noisy prior of this bridge; precompute "
             "with framebridge.objective=bridge into another folder, which serves both"
         )
     if difference is not None:
-        raise FrameBridgeError(
-            f"{store}: its latents are not those of this run: {difference}; set that back, or precompute into another "
-            "folder"
+        name, _, said = difference.partition(" is ")
+        if len(fingerprint.get("data", ())) < 2 or not name.startswith("data."):  # else which of them counts, too
+            name = {setting: path for path, _, setting in recipe_settings()}.get(name.rpartition(".")[2], name)
+        raise UsageError(
+            f"{store}: its {' and '.join(manifest.holds)} are not those of this run: {name} is {said}; set that back, "
+            "or precompute into another folder"
         )
 
 
@@ -245,7 +249,7 @@ class LatentStore:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
-            raise FrameBridgeError(f"{folder} holds no precomputed latents; `finetrainers precompute` makes them")
+            raise UsageError(f"{folder} holds no precomputed latents; `finetrainers precompute` makes them")
         check_fingerprint(self.folder, manifest, fingerprint)
         self.manifest = manifest
         self._reads_prior = fingerprint.get("model", {}).get("objective") != "diffusion"
