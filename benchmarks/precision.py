@@ -208,8 +208,8 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the runs, prints the tables, and writes them and a picture beside the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two updates of one backbone, from two seeds")
-    parser.add_argument("--output", type=Path, required=True, help="JSON; tables and a picture are written beside it")
+    parser.add_argument("--quick", action="store_true", help="two updates, from two seeds, of one backbone")
+    parser.add_argument("--output", type=Path, help="JSON; tables and a picture are written beside it")
     arguments = parser.parse_args(argv)
     updates, window, seeds = (2, 1, 2) if arguments.quick else (300, WINDOW, 5)
     results: dict[str, Any] = {
@@ -220,16 +220,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "window": window,
         "seeds": seeds,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="precision-") as name:
         make_inputs(Path(name))
         runs = Runs(Path(name), updates)
         results["curves"] = compare_curves(runs, BACKBONES[:1] if arguments.quick else BACKBONES, seeds, window)
         results["small_updates"] = compare_small_updates(runs, QUICK if arguments.quick else list(WEIGHTS))
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(table(results) + "\n")
-    draw(results["curves"], window, arguments.output.with_suffix(".png"))
     print(table(results))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.output.with_suffix(".md").write_text(table(results) + "\n")
+        draw(results["curves"], window, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,18 @@ def test_one_inside_another_says_only_what_takes_long(clock, capsys):
     ]
 
 
+def test_what_comes_before_the_first_step_does_not_count(clock, capsys):
+    with Progress(3, "Training", unit="update") as training:
+        with Progress(600, "Encoding") as encoding:
+            clock[0] = 600
+            encoding.update(600)
+        for _ in range(2):
+            clock[0] += 40
+            training.update()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "Training: 67 %, 2 of 3 [01:20<00:40, 40.00s/update]"
+
+
 def test_libraries_draw_no_bars_without_a_terminal(capsys):
     with alone():
         for _ in tqdm(range(3), desc="Loading weights"):
