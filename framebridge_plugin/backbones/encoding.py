@@ -6,12 +6,15 @@ Layouts: B batch, F video frames, T latent frames, C channels, H and W height an
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils.torch_utils import randn_tensor
+
+from framebridge_plugin.errors import FrameBridgeError
 
 FRAMES_AT_ONCE = 16
 """Frames that an image autoencoder is given in one call, which bounds its memory; fewer where they are larger than
@@ -30,6 +33,11 @@ def latent_scale(vae: Any) -> float:
 def latent_shift(vae: AutoencoderKL) -> float:
     """What is taken from an image autoencoder's latents before they are scaled."""
     return vae.config.get("shift_factor") or 0.0
+
+
+def spatial_compression(vae: Any) -> int:
+    """Pixels of a frame's side for one of its latents'."""
+    return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _statistics(vae: Any, like_BCTHW: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
@@ -52,7 +60,9 @@ def encode_video(vae: Any, video_BFCHW: torch.Tensor, device: torch.device | Non
     (offloading hooks move it only when it runs).
     """
     video_BCFHW = video_BFCHW.to(device=device or vae.device, dtype=vae.dtype).transpose(1, 2).contiguous()
+    _let_tiles_meet(vae)
     latents_BCTHW = vae.encode(video_BCFHW).latent_dist.mode().float()
+    _check_size(vae, latents_BCTHW, video_BCFHW, "latents")
     mean, std = _statistics(vae, latents_BCTHW)
     return ((latents_BCTHW - mean) / std * latent_scale(vae)).transpose(1, 2)
 
@@ -68,6 +78,50 @@ def tiles(vae: Any, switched_on: bool) -> Iterator[None]:
         (vae.enable_tiling if before else vae.disable_tiling)()
 
 
+def meeting_tiles(vae: Any) -> dict[str, Any]:
+    """Arguments of a video autoencoder's `enable_tiling` that are nearest to its tiles and their overlap, in whole
+    latents: diffusers rounds pixels and latents apart, and other tiles overlap by more than they are blended over, or
+    leave gaps, in a video of another size. Those of the published models stay as they are.
+    """
+    scale, found = spatial_compression(vae), dict[str, Any]()
+    for side in ("height", "width"):
+        if (tile := getattr(vae, f"tile_sample_min_{side}", None)) is None:  # an image autoencoder
+            continue
+        if (stride := getattr(vae, f"tile_sample_stride_{side}", None)) is not None:
+            overlap = max(0, math.ceil((tile - stride) / scale))
+            latents = max(tile // scale, overlap + 1)
+            found[f"tile_sample_stride_{side}"] = (latents - overlap) * scale
+        else:
+            wanted, latents = getattr(vae, f"tile_overlap_factor_{side}"), max(2, tile // scale)
+            while True:  # a factor that is off by one rounding moves a tile by a latent; with two latents it is 1/2
+                overlap = min(max(1, round(latents * wanted)), latents - 1)
+                factor = overlap / latents
+                if int(latents * factor) == overlap and int(latents * (1 - factor)) == latents - overlap:
+                    break
+                latents -= 1
+            found[f"tile_overlap_factor_{side}"] = factor
+        found[f"tile_sample_min_{side}"] = latents * scale
+    return found
+
+
+def _let_tiles_meet(vae: Any) -> None:
+    if getattr(vae, "use_tiling", False):
+        vae.enable_tiling(**meeting_tiles(vae))
+
+
+def _check_size(vae: Any, latents: torch.Tensor, pixels: torch.Tensor, result: str) -> None:
+    """Refuses latents and pixels whose sizes do not belong together, `result` being what tiles gave."""
+    scale = spatial_compression(vae)
+    sizes = [tuple(tensor.shape[-2:]) for tensor in (latents, pixels)]
+    if getattr(vae, "use_tiling", False) and tuple(size * scale for size in sizes[0]) != sizes[1]:
+        (h, w), (height, width) = sizes
+        raise FrameBridgeError(
+            f"the autoencoder's tiles do not meet: frames of {height} x {width} and latents of {h} x {w}, at {scale} "
+            f"pixels each, do not belong together (the {result} are wrong); do without tiles (sampling: --tiling off; "
+            "training: enable_tiling: false)"
+        )
+
+
 @torch.no_grad()
 def decode_video(vae: Any, latents_BTCHW: torch.Tensor) -> torch.Tensor:
     """Decodes normalised latents [B, T, C, h, w] to pixels in about [-1, 1], [B, 3, F, H, W], a video at a time."""
@@ -80,7 +134,10 @@ def _decode_one(vae: Any, latents_BTCHW: torch.Tensor) -> torch.Tensor:
     latents_BCTHW = (latents_BCTHW * std + mean).to(vae.dtype)
     # LTX 0.9.1 and later denoise in their last step, which they are told the time of: 0, there is no noise left.
     time = {"temb": latents_BCTHW.new_zeros(len(latents_BCTHW))} if vae.config.get("timestep_conditioning") else {}
-    return vae.decode(latents_BCTHW, **time).sample
+    _let_tiles_meet(vae)
+    pixels_BCFHW = vae.decode(latents_BCTHW, **time).sample
+    _check_size(vae, latents_BCTHW, pixels_BCFHW, "frames")
+    return pixels_BCFHW
 
 
 @torch.no_grad()
@@ -99,6 +156,7 @@ def encode_frames(
     means, deviations = [], []
     for some in frames.split(_frames_at_once(video_BFCHW.shape[-2] * video_BFCHW.shape[-1])):
         posterior = vae.encode(some.to(device=device, dtype=vae.dtype)).latent_dist
+        _check_size(vae, posterior.mean, some, "latents")
         means.append(posterior.mean.float())
         deviations.append(posterior.std.float())
     mean_BFCHW, std_BFCHW = (torch.cat(parts).unflatten(0, video_BFCHW.shape[:2]) for parts in (means, deviations))
@@ -111,9 +169,9 @@ def encode_frames(
 def decode_frames(vae: AutoencoderKL, latents_BFCHW: torch.Tensor) -> torch.Tensor:
     """Decodes latents as `encode_frames` returns them to float32 pixels in about [-1, 1], [B, F, 3, H, W]."""
     latents = (latents_BFCHW.flatten(0, 1) / latent_scale(vae) + latent_shift(vae)).to(vae.dtype)
-    compression = 2 ** (len(vae.config.block_out_channels) - 1)
-    at_once = _frames_at_once(latents.shape[-2] * latents.shape[-1] * compression**2)
+    at_once = _frames_at_once(latents.shape[-2] * latents.shape[-1] * spatial_compression(vae) ** 2)
     pixels = torch.cat([vae.decode(some).sample.float() for some in latents.split(at_once)])
+    _check_size(vae, latents, pixels, "frames")
     return pixels.unflatten(0, latents_BFCHW.shape[:2])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from framebridge_plugin.backbones.encoding import meeting_tiles
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.facts import BackboneFacts, find_backbone
 from framebridge_plugin.backbones.files import read_if_whole
@@ -163,7 +164,7 @@ class SamplingMemory:
         if tiled:
             vae, scale = self._pipeline.vae, self._pipeline.video_processor.config.vae_scale_factor
             tile = getattr(vae, "tile_sample_min_size", None)
-            tiles = (tile or vae.tile_sample_min_height, tile or vae.tile_sample_min_width)
+            tiles = [tile or meeting_tiles(vae)[f"tile_sample_min_{side}"] for side in ("height", "width")]
             size = [min(whole, tile // scale) for whole, tile in zip(size, tiles, strict=True)]
 
         def decode(latent_frames: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -35,8 +36,19 @@ def inputs_that_fit(saved: SavedModel, request: SampleRequest, device: torch.dev
     except UsageError:
         raise
     except Exception as error:  # of a network that cannot be called without data, say: no reason not to sample
+        if _is_seen(saved, request, dtype):  # an autoencoder's convolutions and rotary positions refuse large frames
+            what = "take fewer or smaller frames (--num-frames, --height, --width)"
+            raise UsageError(f"videos of this size cannot be computed; {what}: {first_line(error)}") from error
         say(f"how much memory it takes is not to be seen beforehand: {first_line(error)}")
         return None
+
+
+def _is_seen(saved: SavedModel, request: SampleRequest, dtype: torch.dtype) -> bool:
+    """Whether what small videos take is to be seen beforehand."""
+    with contextlib.suppress(Exception):
+        small = sampling_memory(saved, (9, 64, 64), dtype)
+        return small is not None and small.needed(1, request.offload, True) > 0
+    return False
 
 
 def _inputs_that_fit(

@@ -89,3 +89,7 @@ def test_what_does_not_fit_is_said_before_it_is_loaded(bridge_folder, tmp_path, 
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "80001 frames of 960 x 1600 need " in said
     assert "take fewer or smaller frames (--num-frames, --height, --width)" in said
+    size = ["--height=100000", "--width=100000", "--num-frames=9", f"--output={tmp_path / 'video.mp4'}"]
+    assert main(["sample", *given, *size, "--device=cpu"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "videos of this size cannot be computed; take fewer or smaller frames" in said
