@@ -111,10 +111,10 @@ def _let_tiles_meet(vae: Any) -> None:
 
 def _check_size(vae: Any, latents: torch.Tensor, pixels: torch.Tensor, result: str) -> None:
     """Refuses latents and pixels whose sizes do not belong together, `result` being what tiles gave."""
-    scale = spatial_compression(vae)
-    sizes = [tuple(tensor.shape[-2:]) for tensor in (latents, pixels)]
-    if getattr(vae, "use_tiling", False) and tuple(size * scale for size in sizes[0]) != sizes[1]:
-        (h, w), (height, width) = sizes
+    if not getattr(vae, "use_tiling", False):
+        return
+    scale, (h, w), (height, width) = spatial_compression(vae), latents.shape[-2:], pixels.shape[-2:]
+    if (h * scale, w * scale) != (height, width):
         raise FrameBridgeError(
             f"the autoencoder's tiles do not meet: frames of {height} x {width} and latents of {h} x {w}, at {scale} "
             f"pixels each, do not belong together (the {result} are wrong); do without tiles (sampling: --tiling off; "
