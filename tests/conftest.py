@@ -18,8 +18,9 @@ import framebridge_plugin  # noqa: E402, F401
 from framebridge_plugin import files  # noqa: E402
 
 LONGEST = (
-    *("test_upstream_mixins.py", "test_conformance.py", "test_two_processes.py", "test_precompute.py"),
-    *("test_stock_finetrainers.py", "test_ema.py", "test_told.py", "test_outside_backbone.py", "test_layers.py"),
+    *("test_upstream_mixins.py", "test_conformance.py", "test_two_processes.py", "test_stopping.py"),
+    *("test_precompute.py", "test_stock_finetrainers.py", "test_benchmarks.py", "test_ema.py", "test_told.py"),
+    *("test_outside_backbone.py", "test_layers.py"),
 )
 """Files that take longest: whoever began with one last would keep the others waiting."""
 

@@ -90,7 +90,7 @@ def test_the_recipe_of_a_backbone_of_another_package(recipe, tmp_path):
         "framebridge.data.num_frames=8": "framebridge.data.num_frames: the VAE returns only 3 k + 1 frames",
         "framebridge.data.height=21": "framebridge.data.height: should be a multiple of 10",
         "framebridge.image_noise=false": "framebridge.image_noise: has no effect: toys are clean; remove it",
-        "compile.compile_modules=[text_encoder]": "toy_bridge has no text encoder",
+        "attention.attn_provider_training=['text_encoder:native']": "toy_bridge has no text encoder",
         f"model.vae_id={tmp_path / 'foreign'}": "model.vae_id: ",
         f"model.pretrained_model_name_or_path={tmp_path / 'clips'}": "model.pretrained_model_name_or_path: ",
         "model.pretrained_model_name_or_path=null": "model.pretrained_model_name_or_path: is required",
