@@ -83,17 +83,16 @@ class Progress:
         elif self.n != self._said_n and not _open:
             self._say()
         for other in _open:
-            other._begin_later(time.monotonic() - self._started)
+            other._begin_now()
         if _open and _open[-1]._bar is not None:
             _open[-1]._bar.refresh()
 
-    def _begin_later(self, seconds: float) -> None:
+    def _begin_now(self) -> None:
         """What was done before the first of what is counted tells nothing of how long the rest takes."""
         if self.n == self._initial:
-            self._started += seconds
+            self._started = time.monotonic()
             if self._bar is not None:
-                self._bar.start_t += seconds
-                self._bar.last_print_t += seconds
+                self._bar.start_t = self._bar.last_print_t = time.time()
 
     def _say(self) -> None:
         from tqdm.std import tqdm

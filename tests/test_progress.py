@@ -59,8 +59,12 @@ def test_one_inside_another_says_only_what_takes_long(clock, capsys):
 def test_what_comes_before_the_first_step_does_not_count(clock, capsys):
     with Progress(3, "Training", unit="update") as training:
         with Progress(600, "Encoding") as encoding:
+            clock[0] = 300
+            encoding.update(300)
+            with Progress(1, "Reading"):
+                clock[0] = 500
             clock[0] = 600
-            encoding.update(600)
+            encoding.update(300)
         for _ in range(2):
             clock[0] += 40
             training.update()
