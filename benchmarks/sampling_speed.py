@@ -1,7 +1,7 @@
 """Seconds and memory of a sampled clip, against diffusers' own image-to-video pipeline of CogVideoX.
 
-    python benchmarks/sampling_speed.py --output benchmarks/results/sampling_speed_cpu.json
-    python benchmarks/sampling_speed.py --device cuda --output sampling_speed_cuda.json
+    python benchmarks/sampling_speed.py --output benchmarks/results/sampling_speed_cpu
+    python benchmarks/sampling_speed.py --device cuda --output sampling_speed_cuda
 
 Both pipelines have the same network, autoencoder and text embeddings (random weights of CogVideoX-2B's widths; on a
 CPU with two layers and a small clip), the same size, steps and guidance, and so as many inputs of the network for a
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,8 +27,9 @@ import framebridge_plugin  # noqa: F401  (before diffusers: it repairs torchvisi
 # isort: split
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from random_models import make_parts, make_specification, model_recipe
+from reports import environment, environment_line, write_results
 from step_measures import AddedBytes, seconds
-from train_step import SIZES, environment
+from train_step import SIZES
 
 from framebridge_plugin import FrameBridgeCogVideoXPipeline
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -104,12 +103,14 @@ def measure(size: str, device: torch.device, steps: int, rounds: int) -> dict[st
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """The results for a terminal."""
-    lines = [f"{'':42} {'s a clip':>9} {'ratio':>6} {'GiB':>7} {'calls':>6} {'inputs a clip':>14}"]
+    """The results in Markdown."""
+    clip = "x".join(map(str, results["clip"]))
+    lines = [environment_line(results["environment"]), f"\nClips {clip}, {results['steps']} steps.\n"]
+    lines += ["| | seconds of a clip | ratio | GiB | calls | inputs of a clip |", "|---|---|---|---|---|---|"]
     for name, row in results["ways"].items():
-        numbers = f"{row['seconds_of_a_clip']:9.3g} {row['ratio']:6.2f} {row['gib']:7.3g} {row['calls']:6}"
-        lines.append(f"{name:42} {numbers} {row['inputs_of_a_clip']:14}")
-    return "\n".join(lines)
+        cells = (f"{row['seconds_of_a_clip']:.3g}", f"{row['ratio']:.2f}", f"{row['gib']:.3g}", row["calls"])
+        lines.append(f"| {' | '.join(map(str, (name, *cells, row['inputs_of_a_clip'])))} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,20 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny widths, one round: whether it runs at all")
     parser.add_argument("--steps", type=int, default=4, help="of a clip")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways; medians are given")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--output", type=Path, help="name of the results, without .json and .md")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     size = "quick" if arguments.quick else {"cpu": "cpu", "cuda": "full"}[arguments.device]
     torch.set_num_threads(1)
     results: dict[str, Any] = {"environment": environment(device), "size": size, "steps": arguments.steps}
     results["clip"] = SIZES[size][MODEL][0]
-    results["load_average_before"] = os.getloadavg()
     results["ways"] = measure(size, device, arguments.steps, 1 if arguments.quick else arguments.rounds)
-    results["load_average_after"] = os.getloadavg()
-    print(as_table(results))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(arguments.output, results, as_table)
     return 0 if len({row["inputs_of_a_clip"] for row in results["ways"].values()}) == 1 else 1
 
 

@@ -181,15 +181,20 @@ def broadcast(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Shape a coefficient, [] or [B], so that it multiplies a batch [B, ...]: in its dtype or, for half precision, in
     float32, and on its device. One on the CPU, [], goes with every device: copying it would be waited for.
     """
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    dtype = widened(tensor.dtype)
     if coefficient.ndim == 0 and coefficient.device.type == "cpu":
         return coefficient.to(dtype)
     return coefficient.to(tensor.device, dtype).reshape(-1, *[1] * (tensor.ndim - 1))
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype, or float32 for half precision, which is for networks, not for this arithmetic."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def widen(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in at least float32: half precision is for networks, not for this arithmetic."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Return the tensor in at least float32."""
+    return tensor.to(widened(tensor.dtype))
 
 
 def subtract_prior(z_t: torch.Tensor, z_T: torch.Tensor, coefficients: BridgeCoefficients) -> torch.Tensor:

@@ -40,7 +40,7 @@ from framebridge_plugin.bridge.samplers import (
     sde_step,
     timestep_grid,
 )
-from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen
+from framebridge_plugin.bridge.schedule import BridgeCoefficients, BridgeSchedule, widen, widened
 from framebridge_plugin.bridge.targets import predict_z_0
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.schedulers.backbone import as_json, build_alignment, build_backbone, default_alignment
@@ -340,7 +340,7 @@ class FrameBridgeScheduler(BridgeProcess, SchedulerMixin, ConfigMixin):  # the t
         if isinstance(generator, list) and len(generator) != len(like):
             raise FrameBridgeError(f"{len(generator)} generators for {len(like)} samples: pass one, or one per sample")
         source = generator[0].device if isinstance(generator, list) else generator.device
-        noise = randn_tensor(tuple(like.shape), generator=generator, device=source, dtype=widen(like).dtype)
+        noise = randn_tensor(tuple(like.shape), generator=generator, device=source, dtype=widened(like.dtype))
         if source.type != "cpu" or like.device.type == "cpu":
             return noise.to(like.device)
         # Else the copy would be waited for, and with it the network.

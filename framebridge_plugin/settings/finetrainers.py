@@ -269,23 +269,19 @@ class PrecisionSection(Section):
     text_encoder_quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
         description="weights of the text encoder's layers in 8 bits, with a scale for each output: half the memory of "
-        "bf16. Embeddings move by 2.1 % (int8) or 5.5 % (fp8), by bf16 itself by .9 % (four layers of T5-XXL's width, "
-        "random weights; it grows with the root of their number); models of text only",
+        "bf16; models of text only. docs/running.md says by how much embeddings move",
     )
     transformer_quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
         description="LoRA only, without shards, with gradient_checkpointing of every block: weights of the frozen "
         "network's blocks in 8 bits; what is before and after them and what is trained keep their precision, and the "
-        "LoRA is for the base as it was. The prediction moves by .3 % (int8) or .5 % (fp8), by bf16 itself by .9 %, "
-        "gradients by .7 % or 3.6 % (.8 %), the loss by .01 % at most (eight blocks of CogVideoX-2B's width, random "
-        "weights)",
+        "LoRA is for the base as it was. docs/running.md says by how much prediction, gradients and loss move",
     )
     float8_training: Literal["tensorwise", "rowwise"] | None = Field(
         default=None,
         description="full fine-tune only, with a network that computes in bf16: products of its blocks in float8, by "
-        "this recipe of torchao for its scales; weights stay as they are. Gradients move by 4.6 % (tensorwise) or "
-        "4.4 % (rowwise). Needs a CUDA GPU of compute capability 8.9 (rowwise: 9.0), and pays only with "
-        "compile.compile_modules=[transformer]",
+        "this recipe of torchao for its scales; weights stay as they are. Needs a CUDA GPU of compute capability 8.9 "
+        "(rowwise: 9.0), and pays only with compile.compile_modules=[transformer]",
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.fingerprint import short_digest
@@ -23,13 +23,14 @@ from framebridge_plugin.files import writing
 from framebridge_plugin.processes import is_first, process_count, rank
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.precomputation.fingerprint import OF_CAPTIONS
+from framebridge_plugin.training.precomputation.store import checksum
 
 if TYPE_CHECKING:
     from framebridge_plugin.training.specification import BridgeSpecification
 
 Conditions = dict[str, torch.Tensor]
 
-_SUFFIX, _DIGEST = ".safetensors", "digest"
+_SUFFIX, _CHECKSUM = ".safetensors", "checksum"
 
 
 class CaptionCache:
@@ -61,7 +62,7 @@ class CaptionCache:
             return self._kept.get(caption)
         with contextlib.suppress(OSError, SafetensorError), safe_open(self._file(caption), "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get(_DIGEST) == _digest(found):
+            if (file.metadata() or {}).get(_CHECKSUM) == _named_checksum(found):
                 return found
         return None
 
@@ -90,7 +91,7 @@ class CaptionCache:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             mode = partial.stat().st_mode
-            save_file(conditions, partial, {_DIGEST: _digest(conditions)})
+            save_file(conditions, partial, {_CHECKSUM: _named_checksum(conditions)})
             partial.chmod(mode)  # safetensors makes files that nobody else can read
             partial.replace(file)
 
@@ -99,8 +100,9 @@ class CaptionCache:
         return self.folder / f"{hashlib.blake2b(caption.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
 
 
-def _digest(conditions: Conditions) -> str:
-    return hashlib.blake2b(save(conditions), digest_size=16).hexdigest()
+def _named_checksum(conditions: Conditions) -> str:
+    shapes = {name: (value.dtype, tuple(value.shape)) for name, value in sorted(conditions.items())}
+    return f"{shapes} {checksum(conditions)}"
 
 
 def caption_cache(args: Any, specification: BridgeSpecification, device: torch.device) -> CaptionCache:

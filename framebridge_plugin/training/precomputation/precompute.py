@@ -27,7 +27,7 @@ from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_d
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.folder_lock import FolderLock
-from framebridge_plugin.processes import first_alone, is_first, process_count, rank
+from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.captions import caption_cache
 from framebridge_plugin.training.draws import pixel_noise
@@ -83,27 +83,27 @@ def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> Non
     wanted = wanted or Wanted()
     register()
     lock = FolderLock(store) if is_first() else contextlib.nullcontext()
-    with lock, _processes() as processes:
-        job = first_alone(lambda: _prepare(recipe, store, wanted, processes))
+    with lock, _met() as device:
+        job = first_alone(lambda: _prepare(recipe, store, wanted, device))
         missing: tuple[list[Shard], list[Shard]] = ([], [])
-        if processes.rank == 0:
+        if is_first():
             write_run_files(recipe, store)
             job.manifest.write(store)
             remove_partial_files(store)
             missing = job.manifest.missing(store)
         # Every process uses the list that the first one made.
-        missing = processes.from_first(missing)
+        missing = of_all_ranks(missing)[0]
         if missing[0]:
             job.write_captions(missing[0])
         if missing[1]:
             with explained_reading_errors():
                 job.write_clips(missing[1])
-        processes.wait()
-        if processes.rank == 0:
+        _wait()
+        if is_first():
             _report(store, job.manifest, sum(map(len, missing)))
 
 
-def _prepare(recipe: Recipe, store: Path, wanted: Wanted, processes: _Processes) -> _Job:
+def _prepare(recipe: Recipe, store: Path, wanted: Wanted, device: torch.device) -> _Job:
     """Everything before the first file is written."""
     args = recipe_arguments(recipe, "")  # no file: nothing here reads one
     # Captions are dropped when they are read, anew in every epoch.
@@ -158,7 +158,7 @@ def _prepare(recipe: Recipe, store: Path, wanted: Wanted, processes: _Processes)
         holds=[part for part in PARTS if part in (*manifest.holds, *wanted.parts)],
         caption_dtype=wanted.caption_dtype or manifest.caption_dtype,
     )
-    return _Job(args, specification, datasets, captions, store, manifest, processes)
+    return _Job(args, specification, datasets, captions, store, manifest, device)
 
 
 def _report(store: Path, manifest: Manifest, written: int) -> None:
@@ -194,7 +194,7 @@ class _Job:
     captions: Captions
     store: Path
     manifest: Manifest
-    processes: _Processes
+    device: torch.device
 
     def write_captions(self, missing: Sequence[Shard]) -> None:
         mine = self._share(missing)
@@ -229,7 +229,7 @@ class _Job:
                     self._say_how_large(progress, shard, sum(shard.count for shard in missing))
 
     def _share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
-        return shards[self.processes.rank :: self.processes.world_size]
+        return shards[rank() :: process_count()]
 
     def _samples(self, shards: Sequence[Shard]) -> Iterator[tuple[dict[str, Any], list[BadFile]]]:
         """Yields the samples of files, one after another, and the clips that could not be read for each."""
@@ -237,10 +237,10 @@ class _Job:
         tracker = BadFileTracker(
             policy,
             self.store,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=rank(),
+            world_size=process_count(),
             resumed=True,  # what was in quarantine when the store was begun is left out of all of it
-            barrier=self.processes.wait,
+            barrier=_wait,
         )
         stream = ClipStream(
             self.datasets,
@@ -265,7 +265,7 @@ class _Job:
 
         for name, component in components.items():
             if isinstance(component, torch.nn.Module):
-                component.to(self._text_device if name == "text_encoder" else self.processes.device)
+                component.to(self._text_device if name == "text_encoder" else self.device)
         utils._enable_vae_memory_optimizations(
             components.get("vae"), self.args.enable_slicing, self.args.enable_tiling
         )
@@ -273,18 +273,17 @@ class _Job:
 
     @property
     def _text_device(self) -> torch.device:
-        return torch.device(self.args.framebridge_trainer.text_encoder_device or self.processes.device)
+        return torch.device(self.args.framebridge_trainer.text_encoder_device or self.device)
 
     def _progress(self, name: str, unit: str, shards: Sequence[Shard]) -> Progress:
-        processes = self.processes
-        share = f" (process 1 of {processes.world_size})" if processes.world_size > 1 else ""
+        share = f" (process 1 of {process_count()})" if process_count() > 1 else ""
         total = sum(shard.count for shard in shards)
-        return Progress(total, name + share, unit=unit, disable=processes.rank > 0 or not shards)
+        return Progress(total, name + share, unit=unit, disable=not (is_first() and shards))
 
     def _say_how_large(self, progress: Progress, shard: Shard, clips: int) -> None:
         wanted = (self.store / shard.name).stat().st_size / shard.count * clips
         free = shutil.disk_usage(self.store).free
-        if self.processes.rank == 0 and wanted > free:
+        if is_first() and wanted > free:
             progress.write(f"warning: the clips take about {wanted / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
 
@@ -298,41 +297,27 @@ def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in values.items()}
 
 
-@dataclass(frozen=True)
-class _Processes:
-    """The processes that share the work: one alone, or those that torchrun or `--nproc` started."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def from_first(self, value: Any) -> Any:
-        """Returns what the first process has for `value`."""
-        shared = [value]
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(shared)
-        return shared[0]
-
-    def wait(self) -> None:
-        """Waits until all are here."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
+def _wait() -> None:
+    """Waits until all processes are here."""
+    if process_count() > 1:
+        torch.distributed.barrier()
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[_Processes]:
-    world_size, local_rank = process_count(), int(os.environ.get("LOCAL_RANK", "0"))
+def _met() -> Iterator[torch.device]:
+    """While it lasts, the processes that were started together have found each other; gives this one's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
         device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
-    if world_size > 1:
+    if process_count() > 1:
         # Some wait for others that have more to do, for days if need be.
         limit = timedelta(days=365)
         torch.distributed.init_process_group("gloo", timeout=limit, **group_arguments(limit))
     try:
-        yield _Processes(rank(), world_size, device)
+        yield device
     finally:
-        if world_size > 1:
+        if process_count() > 1:
             torch.distributed.destroy_process_group()

@@ -193,7 +193,7 @@ def write_shard(
     if len(layouts) > 1:
         raise FrameBridgeError(f"{path}: the rows are not alike: {' and '.join(sorted(layouts)[:2])}")
     tensors = {name: torch.cat([row[name].cpu() for row in rows]).contiguous() for name in rows[0]}
-    tensors[_CHECKSUM] = torch.tensor([_checksum(row) for row in rows])
+    tensors[_CHECKSUM] = torch.tensor([checksum(row) for row in rows])
     if captions:
         tensors[_CAPTION] = torch.tensor(captions)
     metadata = {_SKIPPED: json.dumps({str(row): list(files) for row, files in (skipped or {}).items() if files})}
@@ -277,8 +277,8 @@ class LatentStore:
         try:
             file, skipped = self._open(name)
             values = {key: file.get_slice(key)[row : row + 1] for key in file.keys()}  # noqa: SIM118
-            checksum, caption = values.pop(_CHECKSUM), values.pop(_CAPTION, torch.zeros(1))
-            if _checksum(values) != checksum.item():
+            stored, caption = values.pop(_CHECKSUM), values.pop(_CAPTION, torch.zeros(1))
+            if checksum(values) != stored.item():
                 raise ValueError(f"row {row} is not as it was written")
         except _DAMAGE as error:
             raise _damaged(self.folder / name, error) from error
@@ -295,9 +295,10 @@ class LatentStore:
         return self._files[name]
 
 
-def _checksum(row: Mapping[str, torch.Tensor]) -> int:
-    checksum = 0
+def checksum(row: Mapping[str, torch.Tensor]) -> int:
+    """That of the values of all tensors, in the order of their names."""
+    found = 0
     for name in sorted(row):
         data = row[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        checksum = zlib.crc32(data.data, checksum)
-    return checksum
+        found = zlib.crc32(data.data, found)
+    return found
