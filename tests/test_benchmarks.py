@@ -123,3 +123,20 @@ def test_sampling_is_compared_with_diffusers_own_pipeline_at_equal_calls(tmp_pat
     assert [row["inputs_of_a_clip"] for row in (theirs, alone, two, in_turn)] == [8] * 4
     assert theirs["ratio"] == 1.0
     assert 0 < in_turn["gib"] <= alone["gib"] < two["gib"]
+
+
+def test_few_calls_are_compared_where_the_best_prediction_is_known(tmp_path, benchmark_modules):
+    from sampling import main
+
+    main(["--quick", "--output", str(tmp_path / "out")])
+    parts = json.loads((tmp_path / "out.json").read_text())["parts"]
+    assert len(parts) == 3
+    for part in parts.values():
+        ways, goal = part["ways"], part["goals"]["8 calls as 50 of the reference"]
+        theirs, ours = ways["reference: sde, trailing, clean prior"], ways["dbim, order 2, lambda"]
+        assert part["two true samples"] < theirs["50"] < theirs["8"] < theirs["2"]
+        assert ours["8"] < 0.8 * theirs["8"]
+        assert goal["reached"] == (goal["value"] <= goal["reference"])
+        assert goal["value"] == min(way["8"] for name, way in ways.items() if not name.startswith("reference"))
+    assert (tmp_path / "out.png").is_file()
+    assert "| dbim, order 2, lambda |" in (tmp_path / "out.md").read_text()

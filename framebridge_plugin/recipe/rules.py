@@ -13,6 +13,7 @@ from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import FrameBridgeSection, Recipe
 from framebridge_plugin.recipe.scratch_rules import scratch_problems, size_problems
 from framebridge_plugin.recipe.start_rules import start_problems
+from framebridge_plugin.settings.choices import BASELINE_TARGETS
 
 # Attention providers by the beginning of their names.
 _PROVIDER_PACKAGES = {
@@ -125,8 +126,10 @@ def _no_effect_problems(recipe: Recipe) -> Iterator[Problem]:
 def _objective_problems(recipe: Recipe) -> Iterator[Problem]:
     ours = recipe.framebridge
     target = recipe.backbone.defaults.get("target", FrameBridgeSection.model_fields["target"].default)
-    if ours.objective == "diffusion" and ours.target != target:
-        message = f"{ours.target} is for objective bridge; diffusion has the backbone's own target: remove it"
+    choices = () if recipe.backbone.scratch_config is None else tuple(BASELINE_TARGETS)
+    if ours.objective == "diffusion" and ours.target not in (target, *choices):
+        others = f", or take {' or '.join(choices)}" if choices else ""
+        message = f"{ours.target} is for objective bridge; diffusion has the backbone's own target: remove it{others}"
         yield Problem("framebridge.target", message)
     if ours.objective == "diffusion":
         for part in recipe.backbone.optional_parts:

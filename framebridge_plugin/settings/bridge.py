@@ -23,7 +23,9 @@ class ProcessSection(Section):
     on_resume = "objective", {"target": REFUSED}
 
     target: Target = Field(
-        default="v", description="what the network predicts in a bridge (Latte: eps_psi; Wan, LTX: flow)"
+        default="v",
+        description="what the network predicts in a bridge (Latte: eps_psi; Wan, LTX: flow); for Latte's diffusion "
+        "baseline noise, which is what it predicts if nothing is said, or v",
     )
     alignment_edge: AlignmentEdge = Field(
         default="exact", description="SAF at the 14 indices nearest to the data: exact, or as the authors' release"

@@ -44,6 +44,8 @@ Share = Annotated[float, Range(0, 1)]
 Indices = Annotated[int, Range(2)]
 FrameRate = Annotated[float, Range(above=0, most=1000)]
 Target = Literal["v", "eps_psi", "noise", "data", "flow"]
+BASELINE_TARGETS = {"noise": "epsilon", "v": "v_prediction"}
+"""What a diffusion baseline from scratch may predict, and what diffusers' schedulers call it."""
 AlignmentName = Literal["variance_preserving", "flow_matching", "none"]
 AlignmentEdge = Literal["exact", "reference"]
 Sampler = Literal["sde", "dbim"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 from framebridge_plugin import FrameBridgeLattePipeline
@@ -224,6 +224,26 @@ def test_the_diffusion_baseline_starts_from_noise(latte_folders, scheduler):
     noise = seen[0][:, 1:]
     assert noise.mean().item() == pytest.approx(0.0, abs=0.05)
     assert noise.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_diffusion_baseline_takes_diffusers_own_samplers(latte_folders):
+    pipeline = open_folder(latte_folders["diffusion"])
+    config = pipeline.scheduler.config
+
+    def run(scheduler: Any) -> torch.Tensor:
+        pipeline.scheduler = scheduler
+        return latents_of(pipeline, num_inference_steps=4, guidance_scale=1.0)
+
+    default = run(pipeline.scheduler)
+    for same in (
+        DDIMScheduler.from_config(config),
+        DPMSolverMultistepScheduler.from_config(config, solver_order=1),
+    ):
+        # At the first step an output is multiplied by 158.
+        torch.testing.assert_close(run(same), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
+    clamped = run(DDIMScheduler.from_config(config, clip_sample=True, clip_sample_range=3.0))
+    assert clamped.abs().max() <= 3.0 < default.abs().max()
+    assert not torch.allclose(run(DPMSolverMultistepScheduler.from_config(config)), default)
 
 
 def test_a_callback_sees_and_replaces_tensors(latte_folders):

@@ -57,6 +57,7 @@ def test_from_scratch(latte, models):
     assert load_recipe(latte).is_from_scratch
     load_recipe(latte, ["model.model_name=latte_neural_prior"])
     load_recipe(latte, ["framebridge.objective=diffusion"])
+    load_recipe(latte, ["framebridge.objective=diffusion", "framebridge.target=v"])
     load_recipe(latte, [f"framebridge.neural_prior={models / 'neural_prior'}"])
     # The prior of another bridge will do.
     load_recipe(latte, [f"framebridge.neural_prior={models / 'bridge_neural_prior'}"])
@@ -118,9 +119,9 @@ def test_a_model_that_knows_its_classes_by_number(latte, tmp_path):
             "keeps torch's own",
         ),
         (
-            ["framebridge.objective=diffusion", "framebridge.target=v"],
+            ["framebridge.objective=diffusion", "framebridge.target=data"],
             "framebridge.target",
-            "is for objective bridge",
+            "is for objective bridge; diffusion has the backbone's own target: remove it, or take noise or v",
         ),
         (["framebridge.ema_decay=0", "framebridge.ema_start_step=5"], "framebridge.ema_start_step", "no effect"),
         (["framebridge.ema_decay=1"], "framebridge.ema_decay", "less than 1"),

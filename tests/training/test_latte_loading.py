@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 from PIL import Image
 
 from framebridge_plugin import FrameBridgeLattePipeline, register
 from framebridge_plugin.backbones.manifest import write_manifest
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.data import UCF101_CLASSES
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.models import LatteTransformer
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.schedulers.backbone import build_backbone
@@ -230,6 +230,22 @@ def test_it_goes_on_from_a_model_with_the_objective_of_the_recipe(models, base, 
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.testing.assert_close(backbone.alphas_cumprod.double(), expected, rtol=1e-5, atol=0)
     assert backbone.config.prediction_type == "epsilon"
+
+
+def test_a_baseline_goes_on_with_what_its_model_predicts(models, tmp_path):
+    shutil.copytree(models / "diffusion", tmp_path / "of_v")
+    DDIMScheduler(1000, 1e-4, 0.02, prediction_type="v_prediction").save_pretrained(tmp_path / "of_v/scheduler")
+    for folder, target, predicted in (
+        (models / "diffusion", "noise", "epsilon"),
+        (tmp_path / "of_v", "v", "v_prediction"),
+        (tmp_path / "of_v", "eps_psi", "v_prediction"),
+    ):
+        scheduler = make_latte_specification("diffusion", folder, target=target).load_scheduler()
+        assert type(scheduler) is CogVideoXDDIMScheduler
+        assert scheduler.config.prediction_type == predicted
+        assert scheduler.alphas_cumprod[-1].item() == pytest.approx(4.0358e-5, rel=1e-4)
+    with pytest.raises(UsageError, match=r"target: v is not what .* was trained for, epsilon; leave it out"):
+        make_latte_specification("diffusion", models / "diffusion", target="v").load_scheduler()
 
 
 def test_a_resumed_run_has_to_have_the_same_classes_and_neural_prior(models, tmp_path):

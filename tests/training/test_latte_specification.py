@@ -21,6 +21,7 @@ from tests.training.latte_runs import (
     LATENT_SIZE,
     SIZE,
     finetrainers_loss,
+    make_from_scratch,
     make_latte_batch,
     make_latte_specification,
 )
@@ -262,6 +263,25 @@ def test_forward_of_the_diffusion_baseline_is_the_mean_square_of_eps(models):
     # finetrainers finds the weight by truncating sigma * 1000: 253 and 511 must not become 252 and 510.
     loss = finetrainers_loss(scheduler, prediction, target, sigmas)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
+def test_a_baseline_from_scratch_predicts_v_if_it_is_told_to(models):
+    steps, (conditions, latents) = torch.tensor([0, 999]), make_latte_batch()
+    specification = make_from_scratch("diffusion", models, latte_size="S/8", target="v")
+    loaded = specification.load_diffusion_models()
+    scheduler = loaded["scheduler"]
+    generator = torch.Generator().manual_seed(4)
+    _, v = specification.loss_terms(loaded["transformer"], scheduler, conditions, latents, steps, generator)
+    z_0, noise = latents["latents"], draw_noise(latents["latents"])
+    ratio = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[steps].view(-1, 1, 1, 1, 1)
+    alpha, sigma = ratio.sqrt(), (1 - ratio).sqrt()
+    torch.testing.assert_close(v, (alpha * noise - sigma * z_0).float())
+    # diffusers' sampler finds the video by it.
+    noisy = (alpha * z_0 + sigma * noise).float()
+    scheduler.set_timesteps(1000)
+    for row, step in enumerate(steps):
+        found = scheduler.step(v[row], step, noisy[row]).pred_original_sample
+        torch.testing.assert_close(found, z_0[row], rtol=1e-4, atol=1e-4)
 
 
 def test_forward_of_the_neural_prior_is_the_mean_square_of_the_video(models):

@@ -28,9 +28,10 @@ from framebridge_plugin.backbones.latte.networks import (
     read_network,
 )
 from framebridge_plugin.backbones.latte.rules import scratch_config
-from framebridge_plugin.backbones.loading import load_config
+from framebridge_plugin.backbones.loading import load_backbone_scheduler, load_config
 from framebridge_plugin.errors import FrameBridgeError, UsageError, get_logger
 from framebridge_plugin.models.latte import LatteTransformer
+from framebridge_plugin.settings.choices import BASELINE_TARGETS
 
 logger = get_logger(__name__)
 
@@ -148,7 +149,19 @@ class LatteAdapter(BackboneAdapter):
 
     def load_backbone(self) -> CogVideoXDDIMScheduler:
         """The noise schedule that the model was saved with, or Latte's."""
-        return (super().load_backbone() if self.source.name_or_path else None) or latte_backbone()
+        is_baseline = self.objective.objective == "diffusion"
+        wanted = BASELINE_TARGETS.get(self.objective.target) if is_baseline else None
+        source = self.source.name_or_path
+        saved = load_backbone_scheduler(self.source, self.facts, self.expected) if source else None
+        if saved is None:
+            return latte_backbone(wanted or "epsilon")
+        if wanted not in (None, saved.config.prediction_type):
+            raise UsageError(
+                f"target: {self.objective.target} is not what {source} was trained for, "
+                f"{saved.config.prediction_type}; leave it out"
+            )
+        shift = saved.config.get("snr_shift_scale", 1.0)  # which only CogVideoX's own classes have
+        return CogVideoXDDIMScheduler.from_config(saved.config, snr_shift_scale=shift)
 
     def load_condition_models(self, dtype: torch.dtype) -> dict[str, Any]:
         """No models: the network itself embeds the class."""

@@ -28,7 +28,10 @@ LATTE_BRIDGE = BackboneFacts(
     optional_parts={"neural_prior": "LatteTransformer"},
     clip_rule=rules.clip_rule,
     condition="class",
-    schedulers=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    schedulers=(
+        *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+        *("DDIMScheduler", "DPMSolverMultistepScheduler"),
+    ),
     defaults={
         "target": "eps_psi",
         "snr_aligned": False,

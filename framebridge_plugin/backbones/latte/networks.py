@@ -76,8 +76,9 @@ def find_neural_prior_network(name: str) -> tuple[str, str]:
     raise FrameBridgeError(f"neural_prior: {folder} {problem}; give {EXPECTED['neural_prior']}")
 
 
-def latte_backbone() -> CogVideoXDDIMScheduler:
-    """The diffusion process of Latte: DDPM's linear betas, the network predicts eps.
+def latte_backbone(prediction_type: str = "epsilon") -> CogVideoXDDIMScheduler:
+    """The diffusion process of Latte: DDPM's linear betas, the network predicts eps unless a baseline is told to
+    predict v.
 
     It is the noise schedule of the diffusion baseline, and the one that a bridge is aligned to (SAF), in the class
     whose loss finetrainers knows.
@@ -86,7 +87,7 @@ def latte_backbone() -> CogVideoXDDIMScheduler:
         beta_start=1e-4,
         beta_end=0.02,
         beta_schedule="linear",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         clip_sample=False,
         rescale_betas_zero_snr=False,
         snr_shift_scale=1.0,

@@ -69,7 +69,8 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
     Args:
         vae: Image autoencoder.
         transformer: The network of stage "bridge".
-        scheduler: `FrameBridgeScheduler`, or CogVideoX's DDIM or DPM scheduler for the diffusion baseline.
+        scheduler: `FrameBridgeScheduler`, or for the diffusion baseline a DDIM or DPM scheduler, CogVideoX's or
+            diffusers' own: `DDIMScheduler` clamps z_0 by `clip_sample`, `DPMSolverMultistepScheduler` has order 2.
         neural_prior: The network of stage "neural_prior"; for a transformer that takes its video, or alone.
         num_inference_steps: Steps with which it is sampled by default; None, here and below, takes Latte's.
         guidance_scale: Weight of the guidance with which it is sampled by default.
