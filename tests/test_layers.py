@@ -43,6 +43,7 @@ FORBIDDEN = {
         *("finetrainers", "diffusers", "transformers", "accelerate", "peft", "decord", "wandb"),
         *("framebridge_plugin.backbones", "framebridge_plugin.models", "framebridge_plugin.schedulers", *UPPER),
     ),
+    "evaluation": ("finetrainers", *UPPER),
     "recipe": (
         *("torch", "finetrainers", "diffusers", "transformers", "accelerate", "peft", "datasets", "wandb"),
         *("framebridge_plugin.training", "framebridge_plugin.testing", *COMMANDS),
