@@ -1,4 +1,4 @@
-"""The command `finetrainers`: train, precompute, data, prepare, sample, export, convert, conformance, recipes, doctor.
+"""The command `finetrainers`, a function for each subcommand.
 
 Everything but the standard library is imported inside the subcommands, so that `--help` answers at once and a wrong
 recipe is refused before torch is loaded.
@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from framebridge_plugin import library_messages, signals
 from framebridge_plugin.backbones.folders import TWO_FILE_LORA
@@ -139,8 +140,7 @@ def _prepare_ucf101(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.commands.sample_request import SampleRequest
 
-    given = {name: value for name, value in vars(arguments).items() if name in SampleRequest.model_fields}
-    request = SampleRequest(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    request = SampleRequest(**_given(arguments, SampleRequest))
 
     from framebridge_plugin.commands.sample_inputs import load_inputs
 
@@ -150,6 +150,27 @@ def _sample(arguments: argparse.Namespace) -> int:
         from framebridge_plugin.commands.sample import sample
 
     sample(request, inputs)
+    return 0
+
+
+def _given(arguments: argparse.Namespace, request: Any) -> dict[str, Any]:
+    """What a command line says of a request."""
+    given = {name: value for name, value in vars(arguments).items() if name in request.model_fields}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from framebridge_plugin.commands.evaluate_request import EvaluateRequest, load_clip_data, read_request
+
+    content = load_clip_data(arguments.model, arguments.recipe, arguments.overrides)
+    request = read_request(_given(arguments, EvaluateRequest), content)
+    if starts_processes(arguments.nproc):
+        return launch(arguments.argv, arguments.nproc)
+
+    with without_collection():
+        from framebridge_plugin.commands.evaluate import evaluate
+
+    evaluate(request, content)
     return 0
 
 
@@ -239,6 +260,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "data check": _data_check,
     "prepare ucf101": _prepare_ucf101,
     "sample": _sample,
+    "evaluate": _evaluate,
     "export": _export,
     "convert": _convert,
     "conformance": _conformance,

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import os
 import re
+import shutil
 import stat
 import tempfile
 import urllib.request
@@ -80,6 +81,35 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_through(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written in a folder beside its place, and moves it there when all of it is on the disk."""
+    from safetensors import SafetensorError
+
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)  # safetensors makes files that nobody else can read
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FrameBridgeError(
+            f"cannot write {path}: {error}; make room and run the same command again: what is written is kept"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what killed processes left behind of `write_through`."""
+    for partial in folder.rglob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def writing_problem(folder: Path) -> str | None:

@@ -54,7 +54,11 @@ FORBIDDEN = {
 
 ABOVE = ("training", "testing")
 """Layers that may import finetrainers."""
-CHAINS = (("settings", "bridge", "schedulers", "models", "backbones"), ("data", "training", "testing"), ("recipe",))
+CHAINS = (
+    ("settings", "bridge", "schedulers", "models", "backbones", "evaluation"),
+    ("data", "training", "testing"),
+    ("recipe",),
+)
 """Layers that one process imports, in this order: what a later one must do without, no earlier one may have either."""
 
 BLOCK = """

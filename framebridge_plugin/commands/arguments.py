@@ -52,6 +52,17 @@ Turn images into videos with a trained model; writes the mp4 and a contact sheet
 Most models take text, a Latte (UCF-101) classes. A neural prior alone gives its video in one call; the
 options of the sampler are not for it. The weights in a run's folder are the averaged ones (EMA) where it keeps any."""
 
+_EVALUATE_HELP = """\
+Make videos of the first frames of held-out clips, and measure them: fidelity to the image and to the true clip, and
+motion, beside the same of the true clips and of the image repeated. Writes evaluation.json (with the whole protocol,
+and each clip), evaluation.md (the table) and evaluation.png (worst, median and best clip). The clips are those of the
+run's own recipe, or of another, with overrides. Killed or interrupted, the same command goes on where it was.
+
+  finetrainers evaluate --model runs/ucf101 framebridge.data.split=test --count 256 --output ucf101
+  finetrainers evaluate --model runs/my framebridge.data.data_root=held_out --steps 25 --nproc 8 --output my
+
+What the measures mean is in docs/evaluation.md."""
+
 _EXPORT_HELP = """\
 Make the folder of a model or of a LoRA of any checkpoint of a run, whatever the number of processes that wrote it.
 Every byte is compared with the checkpoint's manifest on the way.
@@ -107,6 +118,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sample = _add_command(commands, "sample", "turn images into videos", _SAMPLE_HELP)
     if argv[:1] == ["sample"]:  # its settings take longer to import than all else
         _add_sample(sample)
+    evaluate = _add_command(commands, "evaluate", "measure the videos of a model", _EVALUATE_HELP)
+    if argv[:1] == ["evaluate"]:
+        _add_evaluate(evaluate)
     _add_export(_add_command(commands, "export", "make a model folder of a checkpoint", _EXPORT_HELP))
     _add_convert(_add_command(commands, "convert", "make a model folder of another format", _CONVERT_HELP))
     help_text = "check that a model's specification does what finetrainers relies on"
@@ -229,7 +243,7 @@ def _add_prepare_ucf101(commands: argparse._SubParsersAction) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="RUN_OR_FOLDER", help="a run's folder, a model's folder, or a hub id")
+    _add_model(parser)
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(
         "--image",
@@ -247,15 +261,18 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="in place of --image: rows of the run's data set; their captions or classes are the default conditions",
     )
-    conditions = parser.add_mutually_exclusive_group()
-    for option, metavar, kind, what in (
-        ("prompt", "TEXT", str, "for a model of text: one for all images, or one per image"),
-        ("class-name", "NAME", str, "for a model of classes: one for all images, or one per image"),
-        ("label", "N", int, "the classes' numbers, in place of --class-name"),
-    ):
-        dest = f"{option.replace('-', '_')}s"
-        conditions.add_argument(f"--{option}", dest=dest, nargs="+", type=kind, metavar=metavar, help=what)
+    _add_conditions(parser)
     add("--output", required=True, type=Path, metavar="OUT.mp4", help="several videos: OUT-0.mp4, OUT-1.mp4, ...")
+
+    from framebridge_plugin.settings.options import add_options
+    from framebridge_plugin.settings.sampling import SampleSection
+
+    add_options(parser, SampleSection, dashes=True)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="RUN_OR_FOLDER", help="a run's folder, a model's folder, or a hub id")
     add(
         "--transformer",
         metavar="FOLDER",
@@ -264,10 +281,28 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="FOLDER", help="where the model that a LoRA was trained on is now (default: where it was)")
     add("--allow-other-base", action="store_true", help="load a LoRA into another model than it was trained on")
 
-    from framebridge_plugin.settings.options import add_options
-    from framebridge_plugin.settings.sampling import SampleSection
 
-    add_options(parser, SampleSection, dashes=True)
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    conditions = parser.add_mutually_exclusive_group()
+    for option, metavar, kind, what in (
+        ("prompt", "TEXT", str, "for a model of text: one for all images, or one per image"),
+        ("class-name", "NAME", str, "for a model of classes: one for all images, or one per image"),
+        ("label", "N", int, "the classes' numbers, in place of --class-name"),
+    ):
+        dest = f"{option.replace('-', '_')}s"
+        conditions.add_argument(f"--{option}", dest=dest, nargs="+", type=kind, metavar=metavar, help=what)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_recipe(parser, required=False)
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where to")
+    _add_nproc(parser)
+
+    from framebridge_plugin.settings.options import add_options
+    from framebridge_plugin.settings.sampling import EvaluateSection
+
+    add_options(parser, EvaluateSection, dashes=True, without=("num_frames", "height", "width"))
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

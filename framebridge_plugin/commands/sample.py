@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from framebridge_plugin.media import contact_sheet, to_uint8, write_video
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 
 if TYPE_CHECKING:
+    from framebridge_plugin.commands.model_request import ModelRequest
     from framebridge_plugin.commands.sample_inputs import SampleInput
     from framebridge_plugin.commands.sample_request import SampleRequest
 
@@ -37,9 +38,77 @@ _CALL_OPTIONS = ("guidance_scale", "use_dynamic_cfg", "num_frames", "height", "w
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Opened(NamedTuple):
+    """A model that is ready to make videos as a request says.
+
+    Attributes:
+        pipeline: Its pipeline, on the device.
+        saved: What it was found to be.
+        call: Arguments of each call.
+        rows: Inputs of the network for one video: two with guidance.
+        most_inputs: The most inputs that fit into memory at once; None where that is not to be seen beforehand.
+        tiling: Whether frames are decoded by tiles.
+    """
+
+    pipeline: Any
+    saved: SavedModel
+    call: dict[str, Any]
+    rows: int
+    most_inputs: int | None
+    tiling: str
+
+    def make(
+        self, images: Sequence[Any], conditions: Sequence[Any], seeds: Sequence[int], batch_size: int
+    ) -> Iterator[np.ndarray]:
+        """Makes a video of each image, with a seed of its own, in calls of the network of `batch_size` inputs; yields
+        them decoded one by one, uint8 [F, H, W, 3].
+        """
+        pipeline = self.pipeline
+        found = pipeline(
+            [*images],
+            [*conditions],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            batch_size=batch_size,
+            output_type="latent",
+            **self.call,
+        ).frames
+        for latents in found.split(1):
+            pixels = pipeline.decode_latents(latents, self.tiling)
+            yield to_uint8(pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0])
+        pipeline.maybe_free_model_hooks()
+
+
 def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     """Samples videos and writes them, with a contact sheet of all; returns the videos' files."""
-    device = find_device(request.device)
+    opened = open_for(request)
+    pipeline, rows, most = opened.pipeline, opened.rows, opened.most_inputs
+    paths, videos, labels = request.video_paths(), list[np.ndarray](), []
+    images = [inputs[number // request.num_videos].image for number in range(len(paths))]
+    batch_size = request.batch_size or (rows if most is None else max(1, min(most // rows, len(paths)) * rows))
+    if request.batch_size is None and batch_size > rows:
+        say(f"{batch_size // rows} videos at once, as fit into memory; the same bits again: --batch-size {batch_size}")
+    while len(videos) < len(paths):
+        first, end = len(videos), min(len(videos) + max(1, batch_size // rows), len(paths))
+        conditions = [inputs[number // request.num_videos].condition for number in range(first, end)]
+        these = f"Video {end}" if end == first + 1 else f"Videos {first + 1} to {end}"
+        pipeline.set_progress_bar_config(desc=f"{these} of {len(paths)}")
+        seeds = [request.seed + number for number in range(first, end)]
+        made = opened.make(images[first:end], conditions, seeds, batch_size)
+        for number, condition, video in zip(range(first, end), conditions, made, strict=True):
+            videos.append(video)
+            write_video(video, paths[number], fps=request.fps or pipeline.config.fps)
+            labels.append(f"{paths[number].name}: seed {request.seed + number}, {condition}")
+            say(f"video: {paths[number]}")
+        if pipeline.last_batch_size < min(batch_size, rows * len(conditions)):  # where memory ended
+            batch_size = pipeline.last_batch_size
+    contact_sheet(videos, request.contact_sheet_path(), labels=labels, images=images)
+    say(f"contact sheet: {request.contact_sheet_path()}")
+    return paths
+
+
+def open_for(request: ModelRequest, own_device: torch.device | None = None) -> Opened:
+    """Opens the model of a request, which says how, and puts it on its device; `own_device` if it names none."""
+    device = own_device if own_device is not None and request.device is None else find_device(request.device)
     if request.offload != "none" and device.type == "cpu":
         raise UsageError(f"--offload {request.offload}: is for a GPU, on a CPU all is in main memory; leave it out")
     if request.compile:
@@ -59,47 +128,12 @@ def sample(request: SampleRequest, inputs: Sequence[SampleInput]) -> list[Path]:
     if request.compile:
         compile_blocks(getattr(pipeline, saved.facts.network))
     place(pipeline, device, request.offload)
-
-    paths, videos, labels = request.video_paths(), list[np.ndarray](), []
-    images = [inputs[number // request.num_videos].image for number in range(len(paths))]
-    rows = _rows_of_a_video(pipeline, saved, request)
-    batch_size = request.batch_size or (rows if most is None else max(1, min(most // rows, len(paths)) * rows))
-    if request.batch_size is None and batch_size > rows:
-        say(f"{batch_size // rows} videos at once, as fit into memory; the same bits again: --batch-size {batch_size}")
-    while len(videos) < len(paths):
-        first, end = len(videos), min(len(videos) + max(1, batch_size // rows), len(paths))
-        conditions = [inputs[number // request.num_videos].condition for number in range(first, end)]
-        these = f"Video {end}" if end == first + 1 else f"Videos {first + 1} to {end}"
-        pipeline.set_progress_bar_config(desc=f"{these} of {len(paths)}")
-        found = pipeline(
-            images[first:end],
-            conditions,
-            generator=[torch.Generator().manual_seed(request.seed + number) for number in range(first, end)],
-            batch_size=batch_size,
-            output_type="latent",
-            **call,
-        ).frames
-        if pipeline.last_batch_size < min(batch_size, rows * len(conditions)):  # where memory ended
-            batch_size = pipeline.last_batch_size
-        for number, condition, latents in zip(range(first, end), conditions, found.split(1), strict=True):
-            pixels = pipeline.decode_latents(latents, request.tiling)
-            videos.append(to_uint8(pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0]))
-            write_video(videos[number], paths[number], fps=request.fps or pipeline.config.fps)
-            labels.append(f"{paths[number].name}: seed {request.seed + number}, {condition}")
-            say(f"video: {paths[number]}")
-        pipeline.maybe_free_model_hooks()
-    contact_sheet(videos, request.contact_sheet_path(), labels=labels, images=images)
-    say(f"contact sheet: {request.contact_sheet_path()}")
-    return paths
-
-
-def _rows_of_a_video(pipeline: Any, saved: SavedModel, request: SampleRequest) -> int:
-    """Inputs of the network for one video: two with guidance."""
     has_steps = "scheduler" in saved.facts.parts
-    return 2 if has_steps and call_defaults(pipeline, request.steps, None, request.guidance_scale)[1] > 1.0 else 1
+    guided = has_steps and call_defaults(pipeline, request.steps, None, request.guidance_scale)[1] > 1.0
+    return Opened(pipeline, saved, call, 2 if guided else 1, most, request.tiling)
 
 
-def _prepare_call(pipeline: Any, saved: SavedModel, request: SampleRequest) -> dict[str, Any]:
+def _prepare_call(pipeline: Any, saved: SavedModel, request: ModelRequest) -> dict[str, Any]:
     """Sets the scheduler as the request says; returns the arguments of a call."""
     facts = saved.facts
     if "scheduler" not in facts.parts:

@@ -16,7 +16,7 @@ from framebridge_plugin.errors import UsageError, first_line, say
 from framebridge_plugin.settings.choices import Offload
 
 if TYPE_CHECKING:
-    from framebridge_plugin.commands.sample_request import SampleRequest
+    from framebridge_plugin.commands.model_request import ModelRequest
 
 _SHARE = 0.9
 """Of the free memory that a batch is chosen for: convolutions and the allocator take some for themselves."""
@@ -26,7 +26,7 @@ _MAIN = torch.device("cpu")
 _OFFLOADS: tuple[Offload, ...] = ("none", "model", "group", "sequential")
 
 
-def inputs_that_fit(saved: SavedModel, request: SampleRequest, device: torch.device, dtype: torch.dtype) -> int | None:
+def inputs_that_fit(saved: SavedModel, request: ModelRequest, device: torch.device, dtype: torch.dtype) -> int | None:
     """The most inputs of a call of the network; None where that is not to be seen beforehand.
 
     Where not even one fits it is refused, or with a `batch_size` in the request only said.
@@ -43,7 +43,7 @@ def inputs_that_fit(saved: SavedModel, request: SampleRequest, device: torch.dev
         return None
 
 
-def _is_seen(saved: SavedModel, request: SampleRequest, dtype: torch.dtype) -> bool:
+def _is_seen(saved: SavedModel, request: ModelRequest, dtype: torch.dtype) -> bool:
     """Whether what small videos take is to be seen beforehand."""
     with contextlib.suppress(Exception):
         small = sampling_memory(saved, (9, 64, 64), dtype)
@@ -51,9 +51,7 @@ def _is_seen(saved: SavedModel, request: SampleRequest, dtype: torch.dtype) -> b
     return False
 
 
-def _inputs_that_fit(
-    saved: SavedModel, request: SampleRequest, device: torch.device, dtype: torch.dtype
-) -> int | None:
+def _inputs_that_fit(saved: SavedModel, request: ModelRequest, device: torch.device, dtype: torch.dtype) -> int | None:
     clip = request.num_frames, request.height, request.width
     memory = sampling_memory(saved, clip, dtype)
     if memory is None:
@@ -74,7 +72,7 @@ def _inputs_that_fit(
     return memory.inputs_in((_SHARE_OF_MAIN if device == _MAIN else _SHARE) * free, request.offload)
 
 
-def _remedy(saved: SavedModel, request: SampleRequest, device: torch.device, dtype: torch.dtype, free: int) -> str:
+def _remedy(saved: SavedModel, request: ModelRequest, device: torch.device, dtype: torch.dtype, free: int) -> str:
     """What changes least of what makes it fit."""
     least = None
     for options, needed in _changes(saved, request, device, dtype):
@@ -87,7 +85,7 @@ def _remedy(saved: SavedModel, request: SampleRequest, device: torch.device, dty
 
 
 def _changes(
-    saved: SavedModel, request: SampleRequest, device: torch.device, dtype: torch.dtype
+    saved: SavedModel, request: ModelRequest, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, int]]:
     """Other options, and the bytes that it takes with them."""
     clip = request.num_frames, request.height, request.width

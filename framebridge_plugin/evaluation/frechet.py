@@ -18,7 +18,13 @@ class Statistics:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> Self:
-        """The statistics of features [N, D]; the covariance is divided by N - 1.
+        """The statistics of features; the covariance is divided by N - 1.
+
+        Args:
+            features: One row for each video, [N, D].
+
+        Returns:
+            The statistics, in float64.
 
         Raises:
             ValueError: There are fewer than two, or one is not finite.

@@ -6,6 +6,7 @@ Videos are float tensors [B, F, 3, H, W] in [0, 1]; what is said of one video co
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,21 @@ def psnr(videos: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of images [B, 3, H, W], by a Gaussian window of 11 pixels (Wang et al., 2004).
+    """Structural similarity, by a Gaussian window of 11 pixels (Wang et al., 2004).
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        others: What they are compared with, of the same shape.
+
+    Returns:
+        One value for each image, 1 of equal ones.
 
     Raises:
         ValueError: An image is smaller than the window.
     """
     if min(images.shape[-2:]) < _SSIM_WINDOW:
         raise ValueError(f"images of {images.shape[-1]}x{images.shape[-2]} are smaller than SSIM's {_SSIM_WINDOW}")
-    place = torch.arange(_SSIM_WINDOW, dtype=torch.float64) - _SSIM_WINDOW // 2
+    place = torch.arange(_SSIM_WINDOW, dtype=torch.float64, device=images.device) - _SSIM_WINDOW // 2
     line = (-place.square() / (2 * _SSIM_SIGMA**2)).exp()
     window = (line[:, None] * line / line.sum() ** 2)[None, None]
 
@@ -116,9 +124,8 @@ def global_shifts(videos: torch.Tensor) -> torch.Tensor:
     """
     grey = videos.double().mean(2)
     height, width = grey.shape[-2:]
-    window = torch.hann_window(height, False, dtype=torch.float64)[:, None] * torch.hann_window(
-        width, False, dtype=torch.float64
-    )
+    kind: Any = {"dtype": torch.float64, "device": videos.device}
+    window = torch.hann_window(height, False, **kind)[:, None] * torch.hann_window(width, False, **kind)
     # Without its mean, or the window itself, which does not move, is what is found.
     spectrum = torch.fft.rfft2((grey - grey.mean((-2, -1), keepdim=True)) * window)
     cross = spectrum[:, 1:] * spectrum[:, :-1].conj()
@@ -143,11 +150,21 @@ def global_shifts(videos: torch.Tensor) -> torch.Tensor:
     return torch.stack(found, -1)
 
 
-def shift_correlation(videos: torch.Tensor, others: torch.Tensor) -> float:
-    """Pearson's correlation of the `global_shifts` of videos and of the true clips, over all clips and frames.
+def shift_moments(videos: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Means of x, y, x^2, y^2 and x y over the `global_shifts` x of each video and y of its true clip, [B, 5].
 
-    Both directions count together.
+    Both directions and all pairs of frames count together.
+    """
+    x, y = (global_shifts(clips).flatten(1) for clips in (videos, others))
+    return torch.stack([values.mean(1) for values in (x, y, x * x, y * y, x * y)], 1)
+
+
+def shift_correlation(moments: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation of the shifts of videos and true clips, out of the mean of their `shift_moments` [..., 5].
+
     nan if the shifts of either do not differ by a hundredth of a pixel.
     """
-    shifts = torch.stack([global_shifts(clips).flatten() for clips in (videos, others)])
-    return float(shifts.corrcoef()[0, 1]) if shifts.std(1).min() > 0.01 else math.nan
+    x, y, xx, yy, xy = moments.unbind(-1)
+    variance_x, variance_y = xx - x * x, yy - y * y
+    found = (xy - x * y) / (variance_x * variance_y).clamp(min=1e-300).sqrt()
+    return torch.where((variance_x > 1e-4) & (variance_y > 1e-4), found, torch.full_like(found, math.nan))

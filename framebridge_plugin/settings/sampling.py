@@ -42,8 +42,8 @@ class SamplerSection(Section):
         yield from sampler_conflicts(self.sampler, self.order, self.eta, self.start)
 
 
-class SampleSection(SamplerSection):
-    """The options of `finetrainers sample`, besides the model, its inputs and its output."""
+class CallSection(SamplerSection):
+    """How videos are made: the options that `finetrainers sample` and `evaluate` share."""
 
     steps: Count | None = Field(
         default=None, description="sampling steps (default: the model's, else its backbone's: 50, Latte 1000)"
@@ -61,10 +61,6 @@ class SampleSection(SamplerSection):
     num_frames: Count | None = Field(default=None, description="default: the model's")
     height: Count | None = Field(default=None, description="pixels (default: the model's)")
     width: Count | None = Field(default=None, description="pixels (default: the model's)")
-    fps: FrameRate | None = Field(
-        default=None, description="frames per second (default: those of the model's training clips)"
-    )
-    num_videos: Count = Field(default=1, description="videos per image (default: 1)")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="default: fp32 on a CPU, bf16 on a GPU"
     )
@@ -94,6 +90,26 @@ class SampleSection(SamplerSection):
         yield from super().conflicts()
         if self.steps is not None and self.steps > most_steps(self.grid):
             yield "steps", f"the grid has {most_steps(self.grid)} at most, not {self.steps}; the grid lambda has more"
+
+
+class SampleSection(CallSection):
+    """The options of `finetrainers sample`, besides the model, its inputs and its output."""
+
+    fps: FrameRate | None = Field(
+        default=None, description="frames per second (default: those of the model's training clips)"
+    )
+    num_videos: Count = Field(default=1, description="videos per image (default: 1)")
+
+
+class EvaluateSection(CallSection):
+    """The options of `finetrainers evaluate`, besides the model, its clips and its output."""
+
+    count: Count | None = Field(default=None, description="clips (default: as many as there are, 64 at most)")
+    batch_size: Count = Field(
+        default=16,
+        description="inputs in a call of the network, two for a video with guidance; the videos of a call are a file "
+        "of the output (default: 16)",
+    )
 
 
 def most_steps(grid: str) -> float:

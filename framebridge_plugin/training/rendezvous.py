@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -55,3 +57,29 @@ def _of_this_start(store: Store, rank: int, count: int, timeout: timedelta) -> S
                 return PrefixStore(start, store)
         time.sleep(0.1)
     raise FrameBridgeError(f"process {rank}: the first process did not come within {timeout.total_seconds():.0f} s")
+
+
+@contextlib.contextmanager
+def met() -> Iterator[torch.device]:
+    """While it lasts, the processes that were started together have found each other; gives this one's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
+    if processes.process_count() > 1:
+        # Some wait for others that have more to do, for days if need be.
+        limit = timedelta(days=365)
+        torch.distributed.init_process_group("gloo", timeout=limit, **group_arguments(limit))
+    try:
+        yield device
+    finally:
+        if processes.process_count() > 1:
+            torch.distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Waits until all processes are here."""
+    if processes.process_count() > 1:
+        torch.distributed.barrier()

@@ -193,12 +193,18 @@ def pin_downloads(recipe: Recipe) -> None:
         pin({})
 
 
+def package_versions() -> dict[str, str]:
+    """The versions of what decides about a run's numbers."""
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in _VERSIONS_OF},
+    }
+
+
 def write_run_files(recipe: Recipe, output_dir: Path, name: str = "recipe.yaml") -> None:
     """Writes the recipe, by that name, the versions, and the description of the data sets."""
-    versions = {"python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in _VERSIONS_OF}
     write_whole(output_dir / name, recipe.to_yaml())
-    write_whole(output_dir / "versions.json", json.dumps(versions, indent=2) + "\n")
+    write_whole(output_dir / "versions.json", json.dumps(package_versions(), indent=2) + "\n")
     write_whole(output_dir / "dataset_config.json", json.dumps(recipe.dataset_config(), indent=2) + "\n")
 
 

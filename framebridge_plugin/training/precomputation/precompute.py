@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from framebridge_plugin.data.bad_files import BadFile, bad_file_policy, files_to
 from framebridge_plugin.data.folders import ClipRows, common_clip_shape, index_datasets
 from framebridge_plugin.data.stream import Sample
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
+from framebridge_plugin.files import remove_partial_files
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
 from framebridge_plugin.progress import Progress
@@ -43,10 +42,9 @@ from framebridge_plugin.training.precomputation.store import (
     compressed,
     read_manifest,
     read_skipped,
-    remove_partial_files,
     write_shard,
 )
-from framebridge_plugin.training.rendezvous import group_arguments
+from framebridge_plugin.training.rendezvous import met, wait_for_all
 from framebridge_plugin.training.run import build_specification, write_run_files
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> Non
     wanted = wanted or Wanted()
     register()
     lock = FolderLock(store) if is_first() else contextlib.nullcontext()
-    with lock, _met() as device:
+    with lock, met() as device:
         job = first_alone(lambda: _prepare(recipe, store, wanted, device))
         missing: tuple[list[Shard], list[Shard]] = ([], [])
         if is_first():
@@ -98,7 +96,7 @@ def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> Non
         if missing[1]:
             with explained_reading_errors():
                 job.write_clips(missing[1])
-        _wait()
+        wait_for_all()
         if is_first():
             _report(store, job.manifest, sum(map(len, missing)))
 
@@ -240,7 +238,7 @@ class _Job:
             rank=rank(),
             world_size=process_count(),
             resumed=True,  # what was in quarantine when the store was begun is left out of all of it
-            barrier=_wait,
+            barrier=wait_for_all,
         )
         stream = ClipStream(
             self.datasets,
@@ -295,29 +293,3 @@ def _on_cpu(values: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
                 "this model without precomputation"
             )
     return {name: value.detach().cpu() for name, value in values.items()}
-
-
-def _wait() -> None:
-    """Waits until all processes are here."""
-    if process_count() > 1:
-        torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def _met() -> Iterator[torch.device]:
-    """While it lasts, the processes that were started together have found each other; gives this one's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        device = torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
-    if process_count() > 1:
-        # Some wait for others that have more to do, for days if need be.
-        limit = timedelta(days=365)
-        torch.distributed.init_process_group("gloo", timeout=limit, **group_arguments(limit))
-    try:
-        yield device
-    finally:
-        if process_count() > 1:
-            torch.distributed.destroy_process_group()

@@ -19,10 +19,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from safetensors.torch import save_file
 from framebridge_plugin.backbones.fingerprint import first_difference
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.errors import FrameBridgeError, UsageError, in_one_line
+from framebridge_plugin.files import write_through
 from framebridge_plugin.recipe.schema import recipe_settings
 from framebridge_plugin.training.precomputation.fingerprint import as_read_by, part_of
 
@@ -118,7 +118,7 @@ class Manifest:
         def write(path: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n")
 
-        _write_whole(store / MANIFEST_FILE, write)
+        write_through(store / MANIFEST_FILE, write)
 
 
 def read_manifest(store: Path) -> Manifest | None:
@@ -197,7 +197,7 @@ def write_shard(
     if captions:
         tensors[_CAPTION] = torch.tensor(captions)
     metadata = {_SKIPPED: json.dumps({str(row): list(files) for row, files in (skipped or {}).items() if files})}
-    _write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+    write_through(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def read_skipped(path: Path) -> list[BadFile]:
@@ -213,33 +213,6 @@ def read_skipped(path: Path) -> list[BadFile]:
 def _damaged(path: Path, error: BaseException) -> StoreError:
     reason = in_one_line(error)
     return StoreError(f"{path} is damaged ({reason}); remove it and {_REMEDY}: it writes only what is missing")
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Has a file written in a folder beside its place, and moves it there when all of it is on the disk."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)  # safetensors makes files that nobody else can read
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FrameBridgeError(
-            f"cannot write {path}: {error}; make room and {_REMEDY}: what is written is kept"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_partial_files(store: Path) -> None:
-    """Removes what killed processes left behind."""
-    for folder in store.rglob(".*.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class LatentStore:

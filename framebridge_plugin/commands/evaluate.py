@@ -1,0 +1,181 @@
+"""`finetrainers evaluate`: videos of held-out clips' first frames, and how good they are.
+
+Every process takes its share of the calls of the model that are missing; what each clip becomes depends on its number
+and on the size of a call alone. What is measured goes onto the disk with the videos.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.folders import LORA_FILE, find_part
+from framebridge_plugin.backbones.hub import local_folder
+from framebridge_plugin.backbones.manifest import file_facts
+from framebridge_plugin.backbones.opening import find_folder, find_model
+from framebridge_plugin.backbones.sampling_loop import call_defaults
+from framebridge_plugin.commands.evaluate_request import EvaluateRequest
+from framebridge_plugin.commands.sample import Opened, open_for
+from framebridge_plugin.data.bad_files import describe
+from framebridge_plugin.data.folders import index_datasets
+from framebridge_plugin.errors import FrameBridgeError, UsageError, print_lines, say
+from framebridge_plugin.evaluation.clips import Clip, TrueClips
+from framebridge_plugin.evaluation.measuring import measure
+from framebridge_plugin.evaluation.parts import Part, Parts
+from framebridge_plugin.evaluation.report import write_report
+from framebridge_plugin.files import remove_partial_files
+from framebridge_plugin.folder_lock import FolderLock
+from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
+from framebridge_plugin.progress import Progress
+from framebridge_plugin.training.precomputation.fingerprint import data_fingerprint
+from framebridge_plugin.training.rendezvous import met, wait_for_all
+from framebridge_plugin.training.run import package_versions
+
+
+def evaluate(request: EvaluateRequest, content: Mapping[str, Any]) -> None:
+    """Makes the videos that are not there yet, in this process and the others that were started beside it, and writes
+    the report; `content` is that of the dataset file.
+    """
+    with FolderLock(request.output) if is_first() else contextlib.nullcontext(), met() as device:
+        job = first_alone(lambda: _prepare(request, content, device))
+        # Every process uses the list that the first one made.
+        missing = of_all_ranks(job.parts.missing())[0]
+        job.make(missing[rank() :: process_count()], bool(content["bad_files"].get("policy") == "raise"))
+        wait_for_all()
+        if is_first():
+            paths = write_report(job.parts, job.protocol, job.clips)
+            print_lines(paths[1].read_text(encoding="utf-8"))
+            say(f"evaluation: {', '.join(map(str, paths))}")
+
+
+def _prepare(request: EvaluateRequest, content: Mapping[str, Any], device: torch.device) -> _Job:
+    """Everything before the first video is made."""
+    datasets = index_datasets(content, "the recipe's data")
+    clips = TrueClips(datasets, request.seed, request.count)
+    classes = None if request.saved is None else request.saved.known_classes
+    if classes is not None:
+        captions = (caption for index, _ in datasets for caption in index.distinct_captions())
+        if problem := next(filter(None, map(classes.problem, captions)), None):
+            raise UsageError(f"the clips: {problem}")
+    opened = open_for(request, device)
+    parts = Parts(request.output, len(clips), max(1, request.batch_size // opened.rows))
+    protocol = {}
+    if is_first():
+        entries = zip(content["datasets"], datasets, strict=True)
+        data = [
+            {name: entry[name] for name in ("split", "fold") if name in entry} | data_fingerprint(*found)
+            for entry, found in entries
+        ]
+        protocol = _protocol(request, opened, {"count": len(clips), "clips": data})
+        parts.check_protocol(protocol)
+        remove_partial_files(request.output)
+    return _Job(request, opened, clips, parts, protocol)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """This process's part of the work."""
+
+    request: EvaluateRequest
+    opened: Opened
+    clips: TrueClips
+    parts: Parts
+    protocol: dict[str, Any]
+
+    def make(self, parts: list[int], raises: bool) -> None:
+        """Makes the videos of some parts; of a clip that cannot be read there is none, or an error."""
+        share = f" (process 1 of {process_count()})" if process_count() > 1 else ""
+        total = sum(len(self.parts.numbers(part)) for part in parts)
+        pipeline = self.opened.pipeline
+        with Progress(total, f"Videos{share}", unit="video", disable=not (is_first() and parts)) as progress:
+            for part in parts:
+                numbers = self.parts.numbers(part)
+                found = [self.clips.read(number) for number in numbers]
+                clips = [clip for clip in found if isinstance(clip, Clip)]
+                bad_files = [clip for clip in found if not isinstance(clip, Clip)]
+                for bad_file in bad_files:
+                    if bad_file["kind"] == "wrong_container":
+                        raise UsageError(f"cannot read the clip {bad_file['path']}: {bad_file['reason']}")
+                    if raises:
+                        raise FrameBridgeError(f"cannot read the clip {describe(bad_file)}")
+                    say(f"left out: {describe(bad_file)}")
+                desc = f"Videos {numbers[0] + 1} to {numbers[-1] + 1} of {self.parts.count}"
+                pipeline.set_progress_bar_config(desc=desc, disable=not is_first())
+                self._make_part(part, clips, bad_files)
+                progress.update(len(numbers))
+
+    def _make_part(self, part: int, clips: list[Clip], bad_files: list[Any]) -> None:
+        videos, columns = torch.empty(0, dtype=torch.uint8), {}
+        if clips:
+            made = self.opened.make(
+                [clip.frames[0].permute(1, 2, 0).numpy() for clip in clips],
+                [clip.condition for clip in clips],
+                [self.request.seed + clip.number for clip in clips],
+                self.request.batch_size,
+            )
+            videos = torch.stack([torch.from_numpy(video).permute(0, 3, 1, 2) for video in made])
+            device = self.opened.pipeline._execution_device
+            truth = torch.stack([clip.frames for clip in clips]).to(device)
+            columns = measure(videos.to(device), truth[:, 0], truth)
+        numbers, conditions = [clip.number for clip in clips], [clip.condition for clip in clips]
+        self.parts.write(part, videos, Part(numbers, conditions, columns, bad_files))
+
+
+def _protocol(request: EvaluateRequest, opened: Opened, clips: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the numbers depend on, with which those of two evaluations can be compared."""
+    pipeline, saved = opened.pipeline, opened.saved
+    sampling: dict[str, Any] = {"one_call": True}
+    if "scheduler" in saved.facts.parts:
+        steps, scale = call_defaults(pipeline, request.steps, None, request.guidance_scale)
+        scheduler = pipeline.scheduler
+        settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        sampling = {"steps": steps, "guidance_scale": scale, "use_dynamic_cfg": request.use_dynamic_cfg}
+        sampling |= {"scheduler": type(scheduler).__name__, **settings}
+    return {
+        "model": type(pipeline).__name__,
+        "weights": _weights(request, saved),
+        "resolution": [request.height, request.width],
+        "frames": request.num_frames,
+        "crop": "shorter side resized, centre cropped",
+        **clips,
+        "seed": request.seed,
+        "seeds": "clip i: seed + i",
+        "sampling": sampling,
+        "dtype": str(getattr(pipeline, saved.facts.network).dtype).removeprefix("torch."),
+        "tiling": request.tiling,
+        "compile": request.compile,
+        "batch_size": request.batch_size,
+        "device": pipeline._execution_device.type,
+        "versions": package_versions(),
+    }
+
+
+def _weights(request: EvaluateRequest, saved: Any) -> dict[str, Any]:
+    """The SHA-256 of each file of weights that is in use."""
+    replaced: dict[str, Any] = {} if request.transformer is None else {"transformer": None}
+    found = find_model(
+        saved if saved.lora is None else find_folder(request.model),
+        None,
+        replaced,
+        base_model=request.base,
+        allow_other_base=request.allow_other_base,
+    )
+    folders = {part: found.folder(part) for part in found.parts if part not in ("scheduler", "tokenizer")}
+    if request.transformer is not None:
+        network = found.facts.network
+        folders[network] = find_part(local_folder(request.transformer), network)
+    weights = {
+        f"{part}/{name}": digest
+        for part, folder in folders.items()
+        if folder is not None
+        for name, digest in component_fingerprint(folder, whole=True).items()
+        if name.endswith(".safetensors")
+    }
+    if found.lora is not None:
+        weights[LORA_FILE] = file_facts(found.lora / LORA_FILE).sha256
+    return weights

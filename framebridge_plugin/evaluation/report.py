@@ -1,0 +1,121 @@
+"""What an evaluation found: one JSON with all of it, a table, and a picture of the worst, the median and the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from framebridge_plugin.errors import FrameBridgeError, escaped
+from framebridge_plugin.evaluation.clips import Clip, TrueClips
+from framebridge_plugin.evaluation.measuring import OF_TRUTH, summarise
+from framebridge_plugin.evaluation.parts import Part, Parts
+from framebridge_plugin.files import write_whole, writing
+from framebridge_plugin.media import contact_sheet
+
+ROWS = {
+    "error": "squared error to the true clip, pixels in [-1, 1], without frame 0",
+    "psnr": "PSNR to the true clip, dB",
+    "first_psnr": "PSNR of frame 0 to the image, dB",
+    "first_ssim": "SSIM of frame 0 to the image",
+    "shift_correlation": "correlation of the picture's shifts with the true ones",
+    "motion": "motion: mean change of a pixel from frame to frame, of 1",
+    "motion_ratio": "motion, of the true clips' as 1",
+    "spectrum_distance": "distance of the motion's spectrum from the true one, 0 to 1",
+    "order": "order of the frames: 0 shuffled, near 1 smooth",
+    "block_residual": "share of the change that no moving blocks explain",
+}
+"""The lines of the table, and what they are called there."""
+
+
+def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips) -> list[Path]:
+    """Writes `evaluation.json`, `.md` and `.png` into the folder of an evaluation.
+
+    Args:
+        parts: Its videos, all of them.
+        protocol: What they were made by.
+        clips: What they are compared with.
+
+    Returns:
+        The files.
+
+    Raises:
+        FrameBridgeError: No clip could be read, or a file is damaged or cannot be written.
+    """
+    found = parts.all()
+    if not found.numbers:
+        first = next(iter(found.bad_files), {"reason": "there are none"})
+        raise FrameBridgeError(f"none of the {parts.count} clips can be read: {first['reason']}")
+    summary = summarise(found.columns)
+    content = {
+        "protocol": dict(protocol),
+        "evaluated": len(found.numbers),
+        "left_out": found.bad_files,
+        "measures": summary,
+        "clips": list(_of_clips(found, protocol, clips)),
+    }
+    paths = [parts.folder / f"evaluation.{suffix}" for suffix in ("json", "md", "png")]
+    with writing(parts.folder):
+        write_whole(paths[0], json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(paths[1], "\n".join(_table(summary, protocol, found)) + "\n")
+        _picture(parts, found, clips, paths[2])
+    return paths
+
+
+def _of_clips(found: Part, protocol: Mapping[str, Any], clips: TrueClips) -> Iterator[dict[str, Any]]:
+    single = {name: values.tolist() for name, values in found.columns.items() if values.ndim == 1}
+    for row, (number, condition) in enumerate(zip(found.numbers, found.conditions, strict=True)):
+        said = {"number": number, "source": clips.source(number), "condition": condition}
+        yield said | {"seed": protocol["seed"] + number} | {name: values[row] for name, values in single.items()}
+
+
+def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part) -> Iterator[str]:
+    sampling, (height, width) = protocol["sampling"], protocol["resolution"]
+    how = "one call of the network" if "steps" not in sampling else f"{sampling['steps']} steps"
+    if "guidance_scale" in sampling:
+        how += f", guidance {sampling['guidance_scale']:g}, {sampling.get('sampler') or sampling['scheduler']}"
+    splits = {f", split {clips['split']}, fold {clips['fold']}" for clips in protocol["clips"] if "split" in clips}
+    yield f"# {len(found.numbers)} videos of {protocol['frames']} frames of {width}x{height}"
+    yield ""
+    yield f"{protocol['model']}: {how}; seeds {protocol['seed']} + clip's number{''.join(sorted(splits))}."
+    if found.bad_files:
+        yield f"{len(found.bad_files)} of {protocol['count']} clips cannot be read and are left out."
+    yield "Means, with standard errors over clips. All settings and all clips are in evaluation.json."
+    yield ""
+    yield "| | samples | true clips | image repeated |"
+    yield "|---|---|---|---|"
+    for name, title in ROWS.items():
+        if name in summary:
+            others = (_figure(summary.get(f"{prefix}{name}")) for prefix in ("", OF_TRUTH, "repeated."))
+            yield f"| {title} | {' | '.join(others)} |"
+
+
+def _figure(figure: Mapping[str, float | None] | None) -> str:
+    if figure is None:
+        return ""
+    mean, error = figure["mean"], figure["standard_error"]
+    if mean is None:
+        return "none"
+    size = abs(error or mean)
+    digits = 3 if not size else max(0, (1 if error else 2) - math.floor(math.log10(size)))
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _picture(parts: Parts, found: Part, clips: TrueClips, path: Path) -> None:
+    """Of the clips with the largest, the median and the smallest error: the true one above the sampled one."""
+    values = found.columns["psnr" if "psnr" in found.columns else "first_psnr"]
+    order = values.argsort(stable=True).tolist()
+    chosen = {name: order[place] for name, place in (("worst", 0), ("median", len(order) // 2), ("best", -1))}
+    videos, labels = [], []
+    for name, row in chosen.items():
+        number = found.numbers[row]
+        clip = clips.read(number)
+        said = escaped(f"{name} of {len(order)}: clip {number}, {found.conditions[row]}, {values[row]:.1f} dB")
+        if isinstance(clip, Clip):
+            videos.append(clip.frames.permute(0, 2, 3, 1))
+            labels.append(f"{said}; true, and sampled")
+        videos.append(parts.video(number).permute(0, 2, 3, 1))
+        labels.append("" if isinstance(clip, Clip) else said)
+    contact_sheet(videos, path, labels=labels)
