@@ -29,7 +29,9 @@ quickstart: $(STAMP)
 		--output runs/quickstart/sample.mp4 --guidance-scale 1
 	$(BIN)/python examples/quickstart/check.py --model-before examples/quickstart/model --run runs/quickstart \
 		--heldout quickstart-data/heldout --sample runs/quickstart/sample.mp4 --image $(IMAGE)
+	$(BIN)/finetrainers report --run runs/quickstart
 	@echo "Look at, in runs/quickstart/:"
+	@echo "  report.html                               curves and samples of the run, in a browser"
 	@echo "  loss.png                                  the loss of the run"
 	@echo "  validation/final-00.mp4, final-00.png     a sample of the run's own validation, and its contact sheet"
 	@echo "  sample.mp4, sample.png                    the sample of a scene that nothing was trained on"

@@ -182,6 +182,14 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from framebridge_plugin.commands.report import write_report
+
+    output = arguments.output or arguments.from_run / "report.html"
+    print_lines(write_report([arguments.from_run, *arguments.compare], output))
+    return 0
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.format == TWO_FILE_LORA:
         return _convert_two_file_lora(arguments)
@@ -262,6 +270,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "export": _export,
+    "report": _report,
     "convert": _convert,
     "conformance": _conformance,
     "recipes": _recipes,

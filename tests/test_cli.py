@@ -39,7 +39,7 @@ def recipe(tmp_path):
     "arguments",
     [
         *(["--help"], ["train", "--help"], ["sample", "--help"], ["convert", "--help"], ["--version"]),
-        *(["data", "check", "--help"], ["prepare", "ucf101", "--help"]),
+        *(["data", "check", "--help"], ["prepare", "ucf101", "--help"], ["report", "--help"]),
     ],
 )
 def test_help_imports_nothing_heavy(arguments):

@@ -27,6 +27,8 @@ def test_the_wheel_holds_package_recipes_and_command(tmp_path):
         archive.extractall(site)
     recipes = {path.name for path in (REPOSITORY / "recipes").glob("*.yaml")}
     assert {path.name for path in (site / "framebridge_plugin/recipes").glob("*.yaml")} == recipes
+    page = ("report.html", "report.css", "report.js")
+    assert all((site / "framebridge_plugin/commands" / name).is_file() for name in page)
     entry_points = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     assert "finetrainers = framebridge_plugin.__main__:main" in entry_points
     listed = subprocess.run(

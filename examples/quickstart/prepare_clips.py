@@ -171,13 +171,13 @@ def write_images(output: Path) -> None:
         rows = list(csv.DictReader(file))
     with open(output / "validation.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("caption", "image_path", "num_inference_steps", "guidance_scale"))
+        writer.writerow(("caption", "image_path", "video_path", "num_inference_steps", "guidance_scale"))
         for row in rows:
             stem = row["file_name"].removesuffix(".mp4")
-            image = output / "images" / f"{stem}.png"
-            read_frames(output / "heldout" / row["file_name"], 0, 1)[0][0].save(image)
+            image, clip = output / "images" / f"{stem}.png", output / "heldout" / row["file_name"]
+            read_frames(clip, 0, 1)[0][0].save(image)
             if stem in VALIDATION:
-                writer.writerow((row["caption"], image, 25, 1.0))
+                writer.writerow((row["caption"], image, clip, 25, 1.0))
 
 
 def main() -> None:

@@ -70,6 +70,13 @@ Every byte is compared with the checkpoint's manifest on the way.
   finetrainers export --run runs/my --to models/my
   finetrainers export --run runs/my --step 4000 --raw --to models/my-4000"""
 
+_REPORT_HELP = """\
+Write one HTML file about a run: curves, samples over time beside input and truth, evaluation, recipe, versions, bad
+files. It holds all that it shows and fetches nothing. A run that is still going on, or was killed, has one, too.
+
+  finetrainers report --run runs/my
+  finetrainers report --run runs/bridge --compare runs/baseline --output comparison.html"""
+
 _CONVERT_HELP = """\
 Make a model folder of a checkpoint of the FrameBridge authors (UCF-101: bridge, neural prior, or bridge on a neural
 prior; the file says which). Says which keys were missing or left over; a file that lacks keys is refused.
@@ -122,6 +129,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv[:1] == ["evaluate"]:
         _add_evaluate(evaluate)
     _add_export(_add_command(commands, "export", "make a model folder of a checkpoint", _EXPORT_HELP))
+    _add_report(_add_command(commands, "report", "write a page about a run, or about several", _REPORT_HELP))
     _add_convert(_add_command(commands, "convert", "make a model folder of another format", _CONVERT_HELP))
     help_text = "check that a model's specification does what finetrainers relies on"
     _add_conformance(_add_command(commands, "conformance", help_text, _CONFORMANCE_HELP))
@@ -321,6 +329,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--ema", dest="average", action="store_true", default=None, help=what)
     weights.add_argument("--raw", dest="average", action="store_false", default=None, help="the weights as trained")
     add("--to", required=True, type=Path, metavar="FOLDER", help="the folder to make")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", required=True, dest="from_run", type=Path, metavar="R", help="a run's folder")
+    add("--compare", nargs="+", type=Path, default=[], metavar="R2", help="runs to show beside it")
+    add("--output", type=Path, metavar="FILE.html", help="the page (default: report.html in the run's folder)")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from framebridge_plugin.commands.report_runs import read_run
+from framebridge_plugin.commands.report_videos import collect_rows
 from framebridge_plugin.commands.sample import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
 from tests.training.run_results import LORA, assert_same_weights, losses, succeeded
@@ -31,7 +33,8 @@ def write_inputs(folder: Path) -> Path:
     for kind in KINDS:
         make_tiny_latte(folder / kind, kind)
     Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "red.png")
-    rows = ["caption,image_path,num_inference_steps", f"down,{folder / 'red.png'},2"]
+    clip = folder / f"clips/{CLASS_NAMES[0]}/0.mp4"
+    rows = ["caption,image_path,video_path,num_inference_steps", f"down,{folder / 'red.png'},{clip},2"]
     (folder / "validation.csv").write_text("\n".join(rows) + "\n")
     return folder
 
@@ -85,6 +88,17 @@ def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path,
     pipeline = open_pipeline(str(tmp_path / "whole"))
     result = pipeline(image=Image.open(inputs / "red.png"), class_label="down", num_inference_steps=1)
     assert [frame.size for frame in result.frames[0]] == [(64, 64)] * 4
+    if (kind, training_type) == ("bridge", "full"):
+        report = read_run(tmp_path / "parts", "parts")
+        assert report.summary["state"] == "done"
+        assert report.summary["begun"].endswith(", started 2 times")
+        assert list(report.series["loss"]) == [1, 2, 3, 4]
+        rows, notes = collect_rows([read_run(tmp_path / "whole", "whole"), report])
+        assert [[item.label for item in row.samples["whole"]] for row in rows] == [
+            ["update 3", "at the end, update 4"]
+        ]
+        assert [[item.label for item in row.given] for row in rows] == [["input", "truth"]]
+        assert notes == ["parts: no validation has written a video"]
 
 
 def test_a_resume_on_another_neural_prior_is_refused(train, inputs, tmp_path):

@@ -1,0 +1,219 @@
+"""What a run has left in its folder, read for a report: of a run that is done, stopped, killed or still going on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from framebridge_plugin.data.bad_files import read_bad_files
+from framebridge_plugin.data.tables import read_json
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.files import leads_out, open_regular, read_regular
+from framebridge_plugin.folder_lock import FREE_AFTER_S
+from framebridge_plugin.recipe.yaml_text import read_yaml
+from framebridge_plugin.training.abandoned import METRICS_FILE
+
+_RECIPES = ("recipe-resumed.yaml", "recipe.yaml")
+_EVALUATIONS = ("evaluation.json", "*/evaluation.json", "evaluations/*/evaluation.json")
+_LARGEST_RECIPE = 2**20
+_RECENT = 100  # logged updates, of which the summary's loss is the mean
+_WENT_BACK = re.compile(r"\d+-after-step-(\d+)")
+_STARTED = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+
+
+@dataclass
+class RunRecord:
+    """All of a run but its videos."""
+
+    folder: Path
+    name: str
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Of each metric, its value at each step that has one."""
+    restarts: set[int] = field(default_factory=set)
+    """Steps to which the run went back."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the numbers has to know, a line each."""
+    recipe: dict[str, str] = field(default_factory=dict)
+    """The resolved recipe of the last start, by dotted path."""
+    versions: dict[str, str] = field(default_factory=dict)
+    bad_files: list[dict[str, Any]] = field(default_factory=list)
+    measures: dict[str, str] = field(default_factory=dict)
+    """What `finetrainers evaluate` found, of evaluations that lie in the run's folder."""
+    protocol: dict[str, str] = field(default_factory=dict)
+    """How it went about it."""
+    summary: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The last update in the metrics."""
+        return max((step for values in self.series.values() for step in values), default=0)
+
+    def file(self, name: str | Path) -> Path | None:
+        """A file in the folder; None if it is not there, or a link that leads out."""
+        path = self.folder / name
+        return path if path.is_file() and not leads_out(path, self.folder) else None
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """Reads a run's folder; `UsageError` if it is none."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: {'it is no folder' if folder.exists() else 'no such folder'}")
+    run = RunRecord(folder, name)
+    if not any(map(run.file, (METRICS_FILE, *_RECIPES))):
+        raise UsageError(f"{folder}: is no run's folder: neither {METRICS_FILE} nor {_RECIPES[-1]} is in it")
+    if (path := run.file(METRICS_FILE)) is not None:
+        _read_metrics(run, path)
+    _read_recipe(run)
+    run.versions = flat(_read_json(run, "versions.json"))
+    _read_evaluations(run)
+    if (path := run.file("bad_files.jsonl")) is not None:
+        run.bad_files = read_bad_files(path)
+    run.summary = dict(_summary(run))
+    return run
+
+
+def _read_metrics(run: RunRecord, path: Path) -> None:
+    """Of steps that were made twice the later lines count, and what came after the earlier ones does not."""
+    last, broken, is_whole, texts = -1, 0, True, dict[str, list[int]]()
+    with open_regular(path) as file:
+        for line in file:
+            is_whole = line.endswith(b"\n")
+            try:
+                entry = json.loads(line)
+                step = entry.pop("step")
+                if type(step) is not int or step < 0:
+                    raise ValueError
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+                broken += is_whole
+                continue
+            if step < last or any(step in run.series.get(key, ()) for key in entry):
+                run.restarts.add(max(step - 1, 0))
+                for values in run.series.values():
+                    for later in [known for known in values if known >= step]:
+                        del values[later]
+            last = step
+            for key, value in entry.items():
+                if isinstance(value, int | float):
+                    run.series.setdefault(key, {})[step] = float(value)
+                elif isinstance(value, str):
+                    texts.setdefault(f"{key}: {value}", []).append(step)
+    run.series = {key: values for key, values in run.series.items() if values}
+    run.notes += [f"{text} (at update {', '.join(map(str, steps))})" for text, steps in texts.items()]
+    if not is_whole:
+        run.notes.append(f"the last line of {METRICS_FILE} was cut short, as by a kill, and is left out")
+    if broken:
+        run.notes.append(f"{METRICS_FILE}: lines that name no step are left out, {broken} of them")
+    went_back = (_WENT_BACK.match(path.name) for path in run.folder.glob("abandoned/*"))
+    run.restarts.update(int(match[1]) for match in went_back if match)
+    if run.restarts:
+        run.notes.append(f"the run went back to update {', '.join(map(str, sorted(run.restarts)))}, and on from there")
+
+
+def _read_recipe(run: RunRecord) -> None:
+    paths = [path for path in map(run.file, _RECIPES) if path is not None]
+    recipes = []
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            recipes.append(flat(read_yaml(read_regular(path, _LARGEST_RECIPE).decode()).data))
+        except (FrameBridgeError, OSError, ValueError) as error:
+            run.notes.append(f"{path.name} cannot be read: {error}")
+    if not paths:
+        run.notes.append(f"there is no {_RECIPES[-1]}: it was another program that trained this")
+    run.recipe, *earlier = recipes or [{}]
+    for recipe in earlier:
+        for key in {**recipe, **run.recipe}:
+            before, since = (each.get(key, "not there") for each in (recipe, run.recipe))
+            if before != since:
+                run.notes.append(f"a later start had another recipe: {key} was {before}, then {since}")
+
+
+def _read_evaluations(run: RunRecord) -> None:
+    paths = sorted(path.relative_to(run.folder) for pattern in _EVALUATIONS for path in run.folder.glob(pattern))
+    for path in paths:
+        content = _read_json(run, path)
+        where = "" if len(paths) == 1 else f"{path.parent}: "
+        if not isinstance(content, dict) or not isinstance(content.get("measures"), dict):
+            run.notes.append(f"{path} is left out: it holds no measures")
+            continue
+        for name, figure in content["measures"].items():
+            values = list(figure.values()) if isinstance(figure, dict) else [figure]
+            known = [f"{value:.4g}" for value in values if isinstance(value, int | float)]
+            if known and not isinstance(values[0], list):
+                run.measures[where + name] = " ± ".join(known)
+        said = {key: value for key, value in content.items() if key not in ("measures", "clips")}
+        run.protocol |= {where + name: text for name, text in flat(said).items()}
+
+
+def _read_json(run: RunRecord, name: str | Path) -> Any:
+    if (path := run.file(name)) is not None:
+        try:
+            return read_json(path)
+        except FrameBridgeError as error:
+            run.notes.append(str(error))
+    return {}
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, str]:
+    """The values of nested dicts as text, by dotted path; whatever is no dict is one value."""
+    if isinstance(content, dict):
+        return {path: text for key, value in content.items() for path, text in flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)}
+
+
+def _summary(run: RunRecord) -> Iterator[tuple[str, str]]:
+    planned = run.recipe.get("optimization.train_steps", "?")
+    yield "state", _state(run, planned)
+    yield "updates", f"{run.step:,} of {int(planned):,}" if planned.isdecimal() else f"{run.step:,}"
+    if run.recipe:
+        model, kind = run.recipe.get("model.model_name", "?"), run.recipe.get("training.training_type", "?")
+        objective, target = (run.recipe.get(f"framebridge.{key}", "?") for key in ("objective", "target"))
+        yield "trained", f"{model}, {kind}: {objective}, target {target}"
+    if loss := list(run.series.get("loss", {}).values())[-_RECENT:]:
+        yield f"loss, mean of the last {len(loss)}", f"{fmean(loss):.4g}"
+    for key, values in run.series.items():
+        if key.startswith("heldout/") and "_band_" not in key:
+            best = min(values, key=lambda step: values[step])
+            yield (
+                key.replace("heldout/", "held-out ").replace("_", " "),
+                f"{values[max(values)]:.4g}, lowest {values[best]:.4g} at {best:,}",
+            )
+    if speed := run.series.get("samples_per_second"):
+        yield "clips a second, median", f"{median(speed.values()):.3g}"
+    if seen := run.series.get("samples_seen"):
+        yield "clips seen", f"{max(seen.values()):,.0f}"
+    yield "bad files", str(len(run.bad_files))
+    begun = (_STARTED.match(path.name) for path in run.folder.glob("tensorboard/*"))
+    if starts := sorted(int(match[1]) for match in begun if match):
+        first = datetime.fromtimestamp(starts[0], UTC)
+        yield "begun", f"{first:%Y-%m-%d %H:%M} UTC" + (f", started {len(starts)} times" if len(starts) > 1 else "")
+
+
+def _state(run: RunRecord, planned: str) -> str:
+    with contextlib.suppress(OSError):
+        if time.time() - (run.folder / ".lock").stat().st_mtime < FREE_AFTER_S:
+            return "running"
+    seen, most = run.series.get("samples_seen", {0: 0.0}), run.recipe.get("training.max_data_samples", "")
+    if (planned.isdecimal() and run.step >= int(planned)) or (most.isdecimal() and int(most) <= max(seen.values())):
+        return "done"
+    if crashes := sorted(path.name for path in run.folder.glob("crash-rank*.txt")):
+        return f"incomplete; {crashes[0]} says how it failed once"
+    return "incomplete" if planned.isdecimal() else "of unknown length"
+
+
+def thinned(values: dict[int, float], most: int = 2000) -> tuple[list[int], list[float | None], int]:
+    """Steps and values for a plot, of `most` points at most: of more, means of blocks, whose length is the third."""
+    steps = sorted(values)
+    length = math.ceil(len(steps) / most)
+    blocks = [steps[first : first + length] for first in range(0, len(steps), length)]
+    means = [fmean(values[step] for step in block) for block in blocks]
+    plotted = [float(f"{mean:.5g}") if math.isfinite(mean) else None for mean in means]
+    return [block[-1] for block in blocks], plotted, length
