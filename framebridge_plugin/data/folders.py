@@ -18,8 +18,8 @@ from framebridge_plugin.data.layouts import find_clips, local_data_root
 from framebridge_plugin.data.tables import read_json
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
-from framebridge_plugin.errors import UsageError, escaped, get_logger
-from framebridge_plugin.settings.data import DatasetSource, dataset_entries
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, get_logger
+from framebridge_plugin.settings.data import DatasetSource, HeldoutSource, dataset_entries
 
 logger = get_logger(__name__)
 
@@ -149,6 +149,34 @@ def index_datasets(content: Any, where: str) -> list[tuple[ClipIndex, ClipSettin
         clips = ClipSettings(**entry.model_dump(include=set(ClipSettings.model_fields)))
         loaded.append((_index(entry, Path.cwd()), clips))
     return loaded
+
+
+def index_heldout(
+    content: Any, datasets: Sequence[tuple[ClipIndex, ClipSettings]]
+) -> tuple[ClipIndex, ClipSettings, int] | None:
+    """Index the clips that are not trained on, which a dataset file names under "heldout", if it does.
+
+    Args:
+        content: The content of the file: there, the keys of `index_dataset`, and if wanted `clips`, how many.
+        datasets: What is trained on.
+
+    Returns:
+        The rows, the clip settings of the first data set, and how many clips are wanted; None without the key.
+
+    Raises:
+        UsageError: A key or value is wrong.
+        FrameBridgeError: Clips are missing, or trained on.
+    """
+    if "heldout" not in content:
+        return None
+    source = HeldoutSource(**content["heldout"])
+    index = _index(source, Path.cwd())
+    heldout = {path for paths, _ in index.batches() for path in paths}
+    for rows, _ in datasets:
+        if trained_on := [path for paths, _ in rows.batches() for path in paths if path in heldout]:
+            what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
+            raise FrameBridgeError(f"validation.heldout: {what}; name others, or train on one half of a split")
+    return index, datasets[0][1], source.clips
 
 
 def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from framebridge_plugin.files import is_web_address, local_path, why_no_file, wr
 from framebridge_plugin.media import read_image
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import Recipe
-from framebridge_plugin.settings.data import BadFilesSection, DataSection, SourceSection, dataset_entries
+from framebridge_plugin.settings.data import BadFilesSection, SourceSection, dataset_entries
 from framebridge_plugin.settings.sampling import most_steps
 
 _SIZES = ("num_frames", "height", "width")
@@ -43,7 +43,7 @@ def data_problems(recipe: Recipe, rule: ClipRule) -> Iterator[Problem]:
     if data is not None:
         for name, message in data.conflicts():
             yield Problem(f"framebridge.data.{name}".rstrip("."), message)
-        yield from _file_problems(data)
+        yield from _file_problems("framebridge.data", data)
         for name, message in rule.problems(data.num_frames, data.height, data.width):
             yield Problem(f"framebridge.data.{name}", message)
     if dataset_config is not None:
@@ -84,8 +84,7 @@ def _dataset_json_problems(dataset_config: str, rule: ClipRule, bad_files: BadFi
             yield Problem(where, f"{name} in {list(shape)}: {message}")
 
 
-def _file_problems(data: DataSection) -> Iterator[Problem]:
-    section = "framebridge.data"
+def _file_problems(section: str, data: SourceSection) -> Iterator[Problem]:
     for name in sorted({*data.source} - {"csv"}):
         if name == "data_root" and local_path(data.data_root or "") is None:
             continue  # on the hub: found, or not, when the data is read
@@ -132,6 +131,22 @@ def _text_problems(where: str, source: SourceSection) -> Iterator[Problem]:
 
 _CHECKED_BLOCKS = 16
 """Of each table, a quarter of a million rows, which takes a second; the others are read when the index is built."""
+
+
+def heldout_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Check where the held-out clips come from."""
+    where, heldout, source = "validation.heldout", recipe.validation.heldout, recipe.heldout_source
+    if heldout is None:
+        return
+    problems = [Problem(f"{where}.{name}".rstrip("."), message) for name, message in heldout.conflicts()]
+    if source is None and not problems:
+        what = "names no clips, and the data is no half of a fold, whose other half could be taken"
+        problems.append(Problem(where, f"{what}: give data_root, class_root or csv, or set framebridge.data.split"))
+    elif source is heldout and not problems:
+        problems += _file_problems(where, heldout)
+    yield from problems
+    if source is not None and not problems and (source is heldout or Path(str(source.class_root)).is_dir()):
+        yield from _text_problems(where, source)
 
 
 def validation_problems(

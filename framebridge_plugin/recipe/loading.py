@@ -319,7 +319,7 @@ def _hint(path: str) -> str:
     same_name = [key for key in known if key.rpartition(".")[2] == name.lower()]  # in the wrong section
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
     meant = [*same_name, *filter(None, [synonym_of(name)])]
-    for keys, cutoff in ((siblings, 0.6), ({key.rpartition(".")[2]: key for key in known}, 0.75)):
+    for keys, cutoff in ((siblings, 0.6), ({key.rpartition(".")[2]: key for key in reversed(known)}, 0.75)):
         meant += [keys[match] for match in difflib.get_close_matches(name, keys, n=1, cutoff=cutoff)]
     return f"the nearest is {meant[0]}" if meant else f"{parent or 'a recipe'} has {', '.join(siblings)}"
 

@@ -84,6 +84,8 @@ def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, str]]:
     named += [(f"framebridge.{name}", ours[name]) for name in ("start_from", "neural_prior")]
     data = "dataset.dataset_config" if recipe.framebridge.data is None else "framebridge.data.data_root"
     named += [(data, entry.get("data_root")) for entry in _datasets(recipe)]
+    if recipe.validation.heldout is not None:
+        named.append(("validation.heldout.data_root", recipe.validation.heldout.data_root))
     for where, name in named:
         if isinstance(name, str) and local_path(name) is None:
             yield where, name

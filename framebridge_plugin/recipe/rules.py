@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from framebridge_plugin.files import foreign_entry, writing_problem
-from framebridge_plugin.recipe.data_rules import content_problems, data_problems, validation_problems
+from framebridge_plugin.recipe.data_rules import content_problems, data_problems, heldout_problems, validation_problems
 from framebridge_plugin.recipe.model_rules import RecipeModel
 from framebridge_plugin.recipe.problem import Problem
 from framebridge_plugin.recipe.schema import FrameBridgeSection, Recipe
@@ -49,6 +49,7 @@ def _quick_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from model.problems()
     yield from start_problems(recipe, model.folders)
     yield from data_problems(recipe, model.clip_rule)
+    yield from heldout_problems(recipe)
     yield from validation_problems(recipe, model.sample_rule, model.caption_problem)
     if (folder := recipe.framebridge.caption_cache_dir) is not None and (problem := writing_problem(Path(folder))):
         yield Problem("framebridge.caption_cache_dir", problem, on_disk=True)

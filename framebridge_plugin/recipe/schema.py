@@ -21,7 +21,7 @@ from framebridge_plugin.files import local_path
 from framebridge_plugin.settings import finetrainers as host
 from framebridge_plugin.settings.base import Section
 from framebridge_plugin.settings.bridge import DEFAULT_LATTE_SIZE, BeginningSection, ObjectiveSection, TrainerSection
-from framebridge_plugin.settings.data import BadFilesSection, ClipSection, DataSection
+from framebridge_plugin.settings.data import BadFilesSection, ClipSection, DataSection, SourceSection
 
 
 class ModelSection(host.ModelSection):
@@ -121,9 +121,10 @@ class Recipe(Section):
         """The content of finetrainers' dataset JSON, with `framebridge.bad_files` in it.
 
         Returns:
-            `{"datasets": [entry, ...], "bad_files": {...}}`. For `framebridge.data` that is one entry with absolute
-            paths, whose clip's shape is the only one of `video_resolution_buckets`, [num_frames, height, width];
-            else it is what the file `dataset.dataset_config` holds.
+            `{"datasets": [entry, ...], "bad_files": {...}}`, and "heldout" where there are such clips. For
+            `framebridge.data` that is one entry with absolute paths, whose clip's shape is the only one of
+            `video_resolution_buckets`, [num_frames, height, width]; else it is what the file
+            `dataset.dataset_config` holds.
 
         Raises:
             ValueError: If the recipe names no data, or that file is no JSON object, or has a key twice.
@@ -131,25 +132,31 @@ class Recipe(Section):
         bad_files = self.framebridge.bad_files.model_dump(exclude_none=True)
         if "quarantine_file" in bad_files:
             bad_files["quarantine_file"] = str(Path(bad_files["quarantine_file"]).absolute())
-        data = self.framebridge.data
+        data, heldout = self.framebridge.data, {}
+        if self.validation.heldout is not None and self.heldout_source is not None:
+            heldout["heldout"] = {"clips": self.validation.heldout.clips, **_source_entry(self.heldout_source)}
         if data is None:
             if self.dataset.dataset_config is None:
                 raise ValueError("the recipe names no data: give framebridge.data, or dataset.dataset_config")
             content = read_json(Path(self.dataset.dataset_config))
             if not isinstance(content, dict):
                 raise UsageError(f"{self.dataset.dataset_config} should hold a JSON object")
-            return {"bad_files": bad_files} | content
-        entry: dict[str, Any] = {"dataset_type": "video"}
-        paths = {name: getattr(data, name) for name in ("data_root", "class_root", "splits_dir", "csv", "video_root")}
-        entry |= {key: _absolute(path) for key, path in paths.items() if path is not None}
-        if data.class_root is not None and data.split != "all":
-            entry |= {"split": data.split, "fold": data.fold}
-        if data.refresh_index:
-            entry["refresh_index"] = True
+            return {"bad_files": bad_files} | content | heldout
+        entry = {"dataset_type": "video", **_source_entry(data)}
         entry["video_resolution_buckets"] = [[data.num_frames, data.height, data.width]]
-        clip = ClipSection.model_fields.keys() - {"num_frames", "height", "width"} | {"id_token"}
+        clip = ClipSection.model_fields.keys() - {"num_frames", "height", "width"}
         entry |= data.model_dump(include=clip, exclude_none=True)
-        return {"datasets": [entry], "bad_files": bad_files}
+        return {"datasets": [entry], "bad_files": bad_files, **heldout}
+
+    @property
+    def heldout_source(self) -> SourceSection | None:
+        """Where the held-out clips are: what `validation.heldout` names, else the other half of the data's fold."""
+        heldout, data = self.validation.heldout, self.framebridge.data
+        if heldout is None or heldout.source:
+            return heldout
+        if data is None or data.class_root is None or data.split == "all":
+            return None
+        return data.model_copy(update={"split": "test" if data.split == "train" else "train"})
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back."""
@@ -181,6 +188,18 @@ def recipe_settings(section: type[Section] = Recipe, prefix: str = "") -> Iterat
             yield prefix + name, section, name
         else:
             yield from recipe_settings(inner, f"{prefix}{name}.")
+
+
+def _source_entry(source: SourceSection) -> dict[str, Any]:
+    paths = {name: getattr(source, name) for name in ("data_root", "class_root", "splits_dir", "csv", "video_root")}
+    entry: dict[str, Any] = {key: _absolute(path) for key, path in paths.items() if path is not None}
+    if source.class_root is not None and source.split != "all":
+        entry |= {"split": source.split, "fold": source.fold}
+    if source.refresh_index:
+        entry["refresh_index"] = True
+    if source.id_token is not None:
+        entry["id_token"] = source.id_token
+    return entry
 
 
 def _absolute(source: str) -> str:

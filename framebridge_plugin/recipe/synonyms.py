@@ -72,6 +72,7 @@ SYNONYMS = {
         "validation_prompt validation_prompts validation_images validation_file validation_prompt_file "
         "eval_prompts sample_prompts validation_image"
     ),
+    "validation.heldout": "eval_dataset val_dataset validation_data validation_data_dir eval_data val_data",
     "validation.validation_steps": (
         "eval_steps validation_step_interval eval_every val_every validation_every validation_epochs "
         "sample_every eval_every_n_steps"

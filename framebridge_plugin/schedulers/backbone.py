@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from framebridge_plugin.bridge.alignment import (
@@ -15,7 +16,15 @@ from framebridge_plugin.bridge.alignment import (
     NoAlignment,
     VariancePreservingAlignment,
 )
-from framebridge_plugin.bridge.schedule import BridgeSchedule, Index, as_float64, broadcast, on_device, widen
+from framebridge_plugin.bridge.schedule import (
+    BridgeCoefficients,
+    BridgeSchedule,
+    Index,
+    as_float64,
+    broadcast,
+    on_device,
+    widen,
+)
 from framebridge_plugin.errors import FrameBridgeError
 from framebridge_plugin.settings.choices import AlignmentName, is_flow_matching
 
@@ -105,6 +114,37 @@ def flow_index(backbone: Any, sigmas: torch.Tensor) -> torch.Tensor:
     count = backbone.config.num_train_timesteps
     u = sigmas.double() / (shift - (shift - 1) * sigmas.double())
     return (count * u - 1).clamp(0, count - 1)
+
+
+def backbone_at_ratio(backbone: Any, ratio: torch.Tensor) -> tuple[str, BridgeCoefficients, torch.Tensor]:
+    """Find a backbone's own process at given ratios of signal to noise, as a bridge whose prior has no weight.
+
+    Args:
+        backbone: The backbone's own diffusers scheduler, of a kind whose own loss `backbone_loss_terms` knows.
+        ratio: Ratios above 0, [B].
+
+    Returns:
+        (target, coefficients, network's time): the target by its name in `bridge.targets`; float64 coefficients [B];
+        the time float32 [B]. That of a variance-preserving backbone is linear in the ratio between integer steps, as
+        in SNR-aligned fine-tuning, and held at its first and last step.
+
+    Raises:
+        FrameBridgeError: The scheduler is of another kind.
+    """
+    kind, ratio = backbone_kind(backbone), as_float64(ratio)
+    if kind == "flow_matching":
+        c = 1 / (1 + ratio)
+        target, a, time = "flow", 1 - c, backbone.config.num_train_timesteps * c
+    elif kind == "variance_preserving":
+        target = {"epsilon": "noise"}.get(backbone.config["prediction_type"], "v")
+        a, c = ratio / (1 + ratio**2) ** 0.5, 1 / (1 + ratio**2) ** 0.5
+        alphas = backbone.alphas_cumprod.to("cpu", torch.float64)
+        known = (alphas / (1 - alphas)).sqrt().flip(0)
+        steps = np.interp(ratio.cpu(), known, np.arange(len(known))[::-1])
+        time = torch.from_numpy(steps)
+    else:
+        raise FrameBridgeError(f"the process of a {type(backbone).__name__} is of no known kind")
+    return target, BridgeCoefficients(a=a, b=torch.zeros_like(a), c=c, sigma=c), time.to(torch.float32)
 
 
 def _static_shift(backbone: Any) -> float:

@@ -119,6 +119,33 @@ class ClipSection(Section):
             yield "window_frames", f"should be at least num_frames, {self.num_frames}, not {self.window_frames}"
 
 
+class HeldoutSection(SourceSection):
+    """Clips that are not trained on, cut as those of the data, whose loss is measured at every validation.
+
+    Where no source is named, they are the other half of the data's official fold.
+    """
+
+    clips: Count = Field(
+        default=16,
+        description="how many, evenly spread over them; each costs 20 calls of the network without gradients (a "
+        "neural prior: 1), and main memory for its latents",
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        if self.source:
+            yield from super().conflicts()
+            return
+        for name, field in SourceSection.model_fields.items():
+            if getattr(self, name) != field.default:
+                yield name, "has no effect without data_root, class_root or csv beside it: remove it"
+
+    @classmethod
+    def resume_kind(cls, name: str) -> str:
+        """They change nothing of the training."""
+        return ANEW
+
+
 class DataSection(ClipSection, SourceSection):
     """One data set, and the shape of its clips; paths are relative to the working directory."""
 
@@ -172,6 +199,14 @@ class DatasetSource(CheckedSettings, SourceSection):
     remove_common_llm_caption_prefixes: bool = Field(
         default=False, description='cut phrases such as "The video shows" from the start of captions'
     )
+
+
+class HeldoutSource(DatasetSource):
+    """What `load_heldout` takes: under "heldout" in finetrainers' dataset file."""
+
+    called = "heldout"
+
+    clips: Count = HeldoutSection.model_fields["clips"].default
 
 
 class DatasetEntry(DatasetSource, ClipSection):

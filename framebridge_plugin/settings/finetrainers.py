@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from framebridge_plugin.settings.base import PathText, Section
 from framebridge_plugin.settings.choices import ANEW, REFUSED, BelowOne, Count, NonNegative
+from framebridge_plugin.settings.data import HeldoutSection
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Positive = Annotated[float, Field(gt=0)]
@@ -308,14 +309,15 @@ class CheckpointsSection(Section):
 
 
 class ValidationSection(Section):
-    """Sampling during training."""
+    """Sampling, and the loss on held-out clips, during training."""
 
     on_resume = ANEW, {}
 
     validation_dataset_file: PathText | None = Field(
         default=None,
-        description=".csv, .json, .parquet or .arrow with columns caption and image_path; none: no validation",
+        description=".csv, .json, .parquet or .arrow with columns caption and image_path; none: no videos",
     )
+    heldout: HeldoutSection | None = Field(default=None, description="clips for the held-out loss; none: no such loss")
     validation_steps: Count = Field(default=500, description="updates between validations")
     enable_model_cpu_offload: bool = Field(
         default=False, description="one process with an accelerator only: less memory, slower"

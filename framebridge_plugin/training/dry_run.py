@@ -23,7 +23,7 @@ from framebridge_plugin.training.resume_settings import run_settings
 from framebridge_plugin.training.run import build_specification, pin_downloads, refuse_start
 from framebridge_plugin.training.run_identity import check_run
 from framebridge_plugin.training.starting import start_layers
-from framebridge_plugin.training.validation import check_samples
+from framebridge_plugin.training.validation import check_heldout, check_samples
 
 
 def check_start(recipe: Recipe, allowed: Collection[str] = (), processes: int = 1) -> None:
@@ -71,6 +71,8 @@ def _check(recipe: Recipe, allowed: Collection[str], processes: int) -> None:
         return
     with _if_here("the validation samples"):
         check_samples(args, specification, datasets)
+    with _if_here("the held-out clips"):
+        check_heldout(content, specification, datasets)
     with _if_here("the stored latents, and what a resume may not change"):
         if args.precomputed is not None:
             LatentStore(args.precomputed, run_fingerprint(args, specification, datasets))

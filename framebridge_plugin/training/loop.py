@@ -46,7 +46,11 @@ class TrainingLoop:
             args.train_steps, "Training", initial=progress.step, unit="update", disable=not backend.is_main_process
         )
         with explained_reading_errors(), progress_bar:
-            while progress.step < args.train_steps and progress.samples_seen < args.max_data_samples:
+            while (
+                trainer.stopping.number is None
+                and progress.step < args.train_steps
+                and progress.samples_seen < args.max_data_samples
+            ):
                 step, started = progress.step + 1, time.monotonic()
                 learning_rate = float(trainer.optimizer.param_groups[0]["lr"])
                 try:
@@ -78,8 +82,6 @@ class TrainingLoop:
                 if args.validation_steps > 0 and step % args.validation_steps == 0 and step < args.train_steps:
                     trainer.validate(step, self._metrics)
                     trainer.stopping.agreed()
-                if trainer.stopping.number is not None:
-                    break
         signals.end_workers()
         if saved_step == progress.step:
             return step_folder(trainer.checkpointer.root, progress.step)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from framebridge_plugin.backbones.adapter import Network
+from framebridge_plugin.bridge.targets import predict_z_0, sample_bridge
 from framebridge_plugin.schedulers import FrameBridgeScheduler
-from framebridge_plugin.schedulers.backbone import backbone_kind, backbone_loss_terms, flow_index
+from framebridge_plugin.schedulers.backbone import backbone_at_ratio, backbone_kind, backbone_loss_terms, flow_index
 from framebridge_plugin.settings.bridge import ObjectiveSettings
 
 
@@ -85,6 +86,26 @@ def diffusion_prediction(
     """The same for the diffusion baseline, whose loss is the backbone's own: see `backbone_loss_terms`."""
     noisy, time, target = backbone_loss_terms(backbone, z_0, noise, index)
     return network(noisy, time), target
+
+
+def video_prediction(
+    network: Network, scheduler: Any, z_0: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, ratio: torch.Tensor
+) -> torch.Tensor:
+    """The network's prediction of z_0, of its shape, where the weights of z_0 and noise have given ratios, [B].
+
+    The arguments are those of `bridge_prediction`, with the scheduler of a bridge or of the diffusion baseline, which
+    sees nothing of the prior.
+    """
+    if isinstance(scheduler, FrameBridgeScheduler):
+        index = scheduler.schedule.index_of_ratio(ratio)
+        target, k = scheduler.config.target, scheduler.schedule.coefficients(index)
+        z_t = sample_bridge(z_0, prior, noise, k)
+        output = network(*scheduler.align(z_t, prior, index))
+    else:
+        target, k, time = backbone_at_ratio(scheduler, ratio)
+        z_t = sample_bridge(z_0, prior, noise, k)
+        output = network(z_t, time.to(z_t.device))
+    return predict_z_0(target, output, z_t, prior, k)
 
 
 def finetrainers_terms(

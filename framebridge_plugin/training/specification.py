@@ -18,7 +18,7 @@ from finetrainers.models.modeling_utils import ModelSpecification
 from peft import LoraConfig
 from PIL import Image
 
-from framebridge_plugin.backbones.adapter import BackboneAdapter
+from framebridge_plugin.backbones.adapter import BackboneAdapter, Network
 from framebridge_plugin.backbones.facts import find_backbone
 from framebridge_plugin.backbones.loading import ModelSource, cannot_load
 from framebridge_plugin.data import UCF101_CLASSES, ClipIndex, ClipSettings
@@ -34,6 +34,7 @@ from framebridge_plugin.training.objective import (
     build_scheduler,
     diffusion_prediction,
     finetrainers_terms,
+    video_prediction,
 )
 from framebridge_plugin.training.quantization import QuantizedParts
 from framebridge_plugin.training.saved_bridge import SavedBridge
@@ -278,16 +279,38 @@ class BridgeSpecification(SavedBridge, ModelSpecification):
         `index` [B] are indices of the bridge, or timesteps of the baseline, in [0, N - 1]; the noise is drawn from one
         generator, or each sample's from its own; both results are [B, T, C, h, w] in float32.
         """
-        z_0 = latents["latents"].float()
-        prior = self.adapter.prior(conditions, latents)
-        call = self.adapter.call_settings(self.clip_rate)
-        network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior, **call)
+        network, z_0, prior = self._bound(transformer, conditions, latents)
         if self.adapter.predicts_video:
             return network(prior, index), z_0
         noise = randn_tensor(tuple(z_0.shape), generator=generator, device=z_0.device, dtype=z_0.dtype)
         if isinstance(scheduler, FrameBridgeScheduler):
             return bridge_prediction(network, scheduler, z_0, prior, noise, index)
         return diffusion_prediction(network, scheduler, z_0, noise, index)
+
+    def predicted_video(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        conditions: Mapping[str, Any],
+        latents: Mapping[str, torch.Tensor],
+        ratio: torch.Tensor,
+        generator: list[torch.Generator],
+    ) -> torch.Tensor:
+        """What the network takes for the video's latents, float32 [B, T, C, h, w], at ratios of signal to noise [B].
+
+        The other arguments are those of `loss_terms`.
+        """
+        network, z_0, prior = self._bound(transformer, conditions, latents)
+        noise = randn_tensor(tuple(z_0.shape), generator=generator, device=z_0.device, dtype=z_0.dtype)
+        return video_prediction(network, scheduler, z_0, prior, noise, ratio)
+
+    def _bound(
+        self, transformer: Any, conditions: Mapping[str, Any], latents: Mapping[str, torch.Tensor]
+    ) -> tuple[Network, torch.Tensor, torch.Tensor]:
+        """The network for a collated batch, the video's latents, and the prior's."""
+        prior, call = self.adapter.prior(conditions, latents), self.adapter.call_settings(self.clip_rate)
+        network = self.adapter.bind(transformer, conditions, latents["image_latents"].float(), prior, **call)
+        return network, latents["latents"].float(), prior
 
     def forward(
         self,

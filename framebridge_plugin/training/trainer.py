@@ -22,8 +22,9 @@ from peft import get_peft_model_state_dict
 from framebridge_plugin import signals
 from framebridge_plugin.backbones.copying import link_tree, written_whole
 from framebridge_plugin.backbones.placing import compile_blocks
-from framebridge_plugin.data import load_dataset_config
+from framebridge_plugin.data import load_bad_file_policy, load_dataset_config
 from framebridge_plugin.data.folders import common_clip_shape
+from framebridge_plugin.data.tables import read_json
 from framebridge_plugin.errors import FinishedRunError, UsageError, say
 from framebridge_plugin.processes import first_alone
 from framebridge_plugin.training.batches import TrainingBatches
@@ -32,6 +33,7 @@ from framebridge_plugin.training.checkpoints import Checkpointer, TrainingState
 from framebridge_plugin.training.ema import WeightAverage
 from framebridge_plugin.training.finetrainers.preparation import autocast_calls, prepared_as_said
 from framebridge_plugin.training.heartbeats import heartbeats_of
+from framebridge_plugin.training.heldout import HeldoutClips
 from framebridge_plugin.training.hub import make_repository, upload
 from framebridge_plugin.training.loop import TrainingLoop
 from framebridge_plugin.training.metrics import MetricsLogger
@@ -45,7 +47,7 @@ from framebridge_plugin.training.run_identity import check_run, note_changes, wr
 from framebridge_plugin.training.specification import BridgeSpecification
 from framebridge_plugin.training.stopping import Stopping
 from framebridge_plugin.training.trackers import OptionalTracker
-from framebridge_plugin.training.validation import check_samples, validate
+from framebridge_plugin.training.validation import check_heldout, check_samples, validate
 
 
 class FrameBridgeTrainer(SFTTrainer):
@@ -93,6 +95,7 @@ class FrameBridgeTrainer(SFTTrainer):
         self.average: WeightAverage | None = None
         self._store: LatentStore | None = None
         self._validation_samples: list[dict[str, Any]] = []
+        self.heldout: HeldoutClips | None = None
         self._validated = True
         self._embedded: dict[str, Any] = {}
         super().__init__(args, model_specification)
@@ -160,6 +163,8 @@ class FrameBridgeTrainer(SFTTrainer):
 
     def _prepare_dataset(self) -> None:
         self._validation_samples = check_samples(self.args, self.model_specification, self._datasets)
+        content = read_json(Path(self.args.dataset_config))
+        self._heldout_rows = check_heldout(content, self.model_specification, self._datasets)
 
     def _prepare_checkpointing(self) -> None:
         ours = self.args.framebridge_trainer
@@ -236,6 +241,13 @@ class FrameBridgeTrainer(SFTTrainer):
         ):
             batches = self._batches()
             self.model_specification.clip_rate = batches.clip_rate
+            if self.heldout is not None:
+                with self.beats.at_leisure("encoding held-out clips"):
+                    self.heldout.encode(self)
+                weights = "in training" if self.average is None else "average"
+                metrics.log_text(self.progress.step, "heldout/clips", self.heldout.describe(weights))
+                if self.progress.step == 0:
+                    self.validate(0, metrics, samples=[])
             checkpoint = TrainingLoop(self, batches, metrics).run()
             if not self.stopping.agreed():
                 self._publish(checkpoint)
@@ -278,12 +290,14 @@ class FrameBridgeTrainer(SFTTrainer):
             return None
         if not self._embedded:
             models = {name: getattr(self, name) for name in ("tokenizer", "text_encoder") if getattr(self, name)}
+            models = models or dict(self.model_specification.condition_models or {})
             self._embed_prompts(Embedder(self.model_specification, self.text_device, models))
         return self._embedded
 
     def _embed_prompts(self, embed: Embedder) -> None:
-        prompts = {str(sample["prompt"]) for sample in self._validation_samples}
-        self._embedded = {prompt: embed(prompt) for prompt in sorted(prompts | {""})}
+        prompts = {"", *(str(sample["prompt"]) for sample in self._validation_samples)}
+        prompts |= self.heldout.captions if self.heldout is not None else set()
+        self._embedded = {prompt: embed(prompt) for prompt in sorted(prompts)}
 
     def _move_components_to_device(self, components: Any = None, device: Any = None) -> None:
         # The text encoder may have a device of its own.
@@ -294,6 +308,9 @@ class FrameBridgeTrainer(SFTTrainer):
             super()._move_components_to_device([self.text_encoder], device or self.text_device)
 
     def _batches(self) -> TrainingBatches:
+        if self._heldout_rows is not None:
+            policy, share = load_bad_file_policy(self.args.dataset_config), (self.data_rank, self.data_world_size)
+            self.heldout = HeldoutClips(*self._heldout_rows, policy, *share)
         self._embed_captions()
         # _prepare_data hands this to the specification, which draws from the seeds of the samples instead.
         self.state.generator = torch.Generator(self.state.parallel_backend.device).manual_seed(self.args.seed)
@@ -337,11 +354,21 @@ class FrameBridgeTrainer(SFTTrainer):
 
     # Validation
 
-    def validate(self, step: int, metrics: MetricsLogger, *, final: bool = False) -> bool:
-        """Samples the validation set; whether that went well, the same on every rank."""
-        samples = self._validation_samples
+    def validate(
+        self,
+        step: int,
+        metrics: MetricsLogger,
+        *,
+        samples: list[dict[str, Any]] | None = None,
+        final: bool = False,
+    ) -> bool:
+        """Measures the held-out loss and samples the validation set, or other `samples`.
+
+        Returned is whether that went well, the same on every rank.
+        """
+        samples = self._validation_samples if samples is None else samples
         with self.beats.at_leisure("validating"):
-            return not samples or validate(self, samples, step, metrics, final=final)
+            return not (samples or self.heldout) or validate(self, samples, step, metrics, final=final)
 
     # Who reads which data
 

@@ -15,7 +15,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from framebridge_plugin import signals
+from framebridge_plugin.data import ClipIndex, ClipSettings
 from framebridge_plugin.data.decoding.exact import read_first_picture
+from framebridge_plugin.data.folders import index_heldout
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.files import local_copy
@@ -42,7 +44,9 @@ class ValidationVideo(NamedTuple):
 def validate(
     trainer: FrameBridgeTrainer, samples: list[dict[str, Any]], step: int, metrics: MetricsLogger, *, final: bool
 ) -> bool:
-    """Samples the validation set with the weights in training, or their average; every rank takes part.
+    """Measures the held-out loss and samples the validation set, with the weights in training, or their average.
+
+    Every rank takes part.
 
     An error is no end of the run: it is logged with its traceback, and noted in the metrics. Returned is whether there
     was none, the same on every rank.
@@ -53,16 +57,22 @@ def validate(
     transformer.eval()
     weights = average.in_place_of_weights() if average is not None else contextlib.nullcontext()
     written: list[ValidationVideo] = []
-    problem = None
+    problem, numbers = None, None
     with weights, torch.no_grad(), trainer.attention_provider_ctx(training=False):
         try:  # within: finetrainers does not undo the context after an exception
-            written = _sample(trainer, samples, "final" if final else f"step{step:06d}")
+            if trainer.heldout is not None:
+                numbers = trainer.heldout.measure(trainer)
+            if samples:
+                written = _sample(trainer, samples, "final" if final else f"step{step:06d}")
         except Exception:
             problem = traceback.format_exc()
     if trainer.args.enable_model_cpu_offload:
         trainer._move_components_to_device()
     transformer.train()
 
+    if numbers is not None:
+        metrics.log(step, numbers)
+        trainer.state.parallel_backend.log(numbers, step=step)
     shares = of_all_ranks((written, problem))
     problems = [problem for _, problem in shares if problem is not None]
     if trainer.state.parallel_backend.is_main_process and not problems:
@@ -120,7 +130,7 @@ def _record(
     trainer: FrameBridgeTrainer, written: list[ValidationVideo], step: int, metrics: MetricsLogger, final: bool
 ) -> None:
     metrics.log_validation(step, written)
-    if trainer.args.report_to == "wandb":
+    if trainer.args.report_to == "wandb" and written:
         videos = [wandb.Video(str(item.video), caption=item.caption) for item in written]
         trainer.state.parallel_backend.log({"final" if final else "validation": videos}, step=step)
 
@@ -237,3 +247,11 @@ def check_samples(args: Any, specification: Any, datasets: Any) -> list[dict[str
             )
     specification.check_validation_samples(samples)
     return samples
+
+
+def check_heldout(content: Any, specification: Any, datasets: Any) -> tuple[ClipIndex, ClipSettings, int] | None:
+    """`index_heldout`, which refuses classes that the model does not know as well."""
+    found = index_heldout(content, datasets)
+    if found is not None:
+        specification.adapter.check_captions(found[0].distinct_captions(), "validation.heldout")
+    return found

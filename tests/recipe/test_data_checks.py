@@ -16,7 +16,7 @@ from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.recipe import load_recipe, resolve_recipe
 from tests.cogvideox_files import write_webvid
-from tests.recipe.helpers import problems_of
+from tests.recipe.helpers import problems_of, write_class_folders
 
 
 def test_webvid_layout(minimal, tmp_path):
@@ -75,6 +75,31 @@ def test_folds_of_ucf101(minimal, tmp_path):
     ):
         (problem,) = problems_of(minimal, *overrides)
         assert message in problem
+
+
+def test_heldout_clips(minimal, tmp_path):
+    """They are named like the data, or are the other half of its fold."""
+    root, lists = write_class_folders(tmp_path / "UCF-101", ["YoYo"]), tmp_path / "lists"
+    lists.mkdir()
+    for half in ("train", "test"):
+        (lists / f"{half}list02.txt").write_text("YoYo/v_g01_c01.avi\n")
+    ours = ["framebridge.data.data_root=null", f"framebridge.data.class_root={root}"]
+    fold = ["framebridge.data.split=train", "framebridge.data.fold=2", f"framebridge.data.splits_dir={lists}"]
+    assert "heldout" not in load_recipe(minimal, ours).dataset_config()
+    found = load_recipe(minimal, [*ours, *fold, "validation.heldout.clips=8"]).dataset_config()["heldout"]
+    half = {"class_root": str(root), "split": "test", "fold": 2, "splits_dir": str(lists)}
+    assert found == {"clips": 8, **half}
+    other = f"validation.heldout.class_root={root}"
+    assert load_recipe(minimal, [*ours, other]).dataset_config()["heldout"] == {"clips": 16, "class_root": str(root)}
+    (lists / "testlist02.txt").unlink()
+    for overrides, message in (
+        (["validation.heldout.clips=8"], "validation.heldout: names no clips, and the data is no half of a fold"),
+        (["validation.heldout.split=test"], "heldout.split: has no effect without data_root, class_root or csv"),
+        ([*ours, other, "validation.heldout.fold=2"], "validation.heldout.fold: has no effect with split all"),
+        ([f"validation.heldout.data_root={tmp_path}/no"], "validation.heldout.data_root: no such folder"),
+        ([*ours, *fold, "validation.heldout={}"], f"validation.heldout: no such file: {lists}/testlist02.txt"),
+    ):
+        assert message in problems_of(minimal, *overrides)[0]
 
 
 def test_data_on_the_hub(minimal):

@@ -33,7 +33,12 @@ def metrics(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in metrics(run)]
+    return [entry["loss"] for entry in metrics(run) if "loss" in entry]
+
+
+def heldout(run: Path) -> dict[int, dict[str, float]]:
+    """What was measured on held-out clips, by update."""
+    return {entry.pop("step"): entry for entry in metrics(run) if "heldout/loss" in entry}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from framebridge_plugin.commands.report_runs import read_run
 from framebridge_plugin.commands.report_videos import collect_rows
 from framebridge_plugin.commands.sample import open_pipeline
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
-from tests.training.run_results import LORA, assert_same_weights, losses, succeeded
+from tests.training.run_results import LORA, assert_same_weights, heldout, losses, succeeded
 from tests.training.test_told import sample_as_told
 
 KINDS = ("bridge", "neural_prior", "bridge_neural_prior")
@@ -30,6 +30,8 @@ def write_inputs(folder: Path) -> Path:
         (folder / "clips" / name).mkdir(parents=True)
         for number in range(2):
             write_video(folder / f"clips/{name}/{number}.mp4", moving_square(2 * label + number, 8, 64, 64))
+        (folder / "heldout" / name).mkdir(parents=True)
+        write_video(folder / f"heldout/{name}/0.mp4", moving_square(7 + label, 8, 64, 64))
     for kind in KINDS:
         make_tiny_latte(folder / kind, kind)
     Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "red.png")
@@ -73,13 +75,19 @@ def options(inputs: Path, kind: str) -> tuple[str, ...]:
 def test_trains_validates_saves_and_resumes_bit_for_bit(train, inputs, tmp_path, kind, training_type):
     chosen = (*options(inputs, kind), *(LORA if training_type == "lora" else ()))
     validating = (f"validation.validation_dataset_file={inputs / 'validation.csv'}", "validation.validation_steps=3")
-    result = train(*chosen, *validating, output="whole")
+    measuring = (f"validation.heldout.class_root={inputs / 'heldout'}", "validation.heldout.clips=2")
+    result = train(*chosen, *validating, *measuring, output="whole")
     assert succeeded(result)
     sample_as_told(result.stderr)
     assert succeeded(train(*chosen, "optimization.train_steps=2", output="parts"))
-    assert succeeded(train(*chosen, "checkpoints.resume_from_checkpoint=latest", output="parts"))
+    assert succeeded(train(*chosen, *measuring, "checkpoints.resume_from_checkpoint=latest", output="parts"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4
+    measured = heldout(tmp_path / "whole")
+    assert list(measured) == [0, 3, 4]
+    assert len(measured[0]) == (3 if kind == "neural_prior" else 23)
+    assert heldout(tmp_path / "parts") == {4: measured[4]}
+    assert measured[4]["heldout/x0_error"] != measured[3]["heldout/x0_error"]
 
     name = "lora" if training_type == "lora" else "model"
     assert_same_weights(tmp_path / "whole" / name, tmp_path / "parts" / name)

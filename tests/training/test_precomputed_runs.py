@@ -20,7 +20,7 @@ from framebridge_plugin.training.precomputation.store import LatentStore, Manife
 from framebridge_plugin.training.precomputation.stream import StoredCaptions, StoredStream
 from framebridge_plugin.training.specification import BridgeSpecification
 from tests.tiny_models import CLASS_NAMES, make_clips, make_tiny_latte, moving_square, write_video
-from tests.training.run_results import CONSTANT_RATE, assert_same_weights, losses, metrics, succeeded
+from tests.training.run_results import CONSTANT_RATE, assert_same_weights, heldout, losses, metrics, succeeded
 
 SMALL = ("framebridge.data.height=32", "framebridge.data.width=32")
 FOLDERS = {"latents": "clips", "captions": "captions"}
@@ -204,11 +204,20 @@ def test_latte_bridge_and_neural_prior_share_a_store(
         assert_same_weights(tmp_path / f"{kind}-stored/model", tmp_path / f"{kind}-live/model")
 
 
-def test_validation_loads_what_the_run_itself_does_not_need(train, precompute, validation_file, tmp_path):
+def test_validation_loads_what_the_run_itself_does_not_need(train, precompute, validation_file, tmp_path, caplog):
     assert succeeded(precompute(*SMALL))
-    options = (f"validation.validation_dataset_file={validation_file}", "optimization.train_steps=1", *SMALL)
+    clips = make_clips(tmp_path / "heldout", count=2, frames=9, size=32, captions=("held out",))
+    (clips / "0.mp4").write_text("no video")
+    (clips / "metadata.csv").write_text("file_name,caption\n0.mp4,first\n1.mp4,held out\n")
+    measuring = (f"validation.heldout.data_root={clips}", "validation.heldout.clips=1")
+    shown = f"validation.validation_dataset_file={validation_file}"
+    options = (shown, *measuring, "optimization.train_steps=1", *SMALL)
+    assert succeeded(train(*options, output="live"))
+    caplog.clear()
     assert succeeded(train(f"framebridge.precomputed={tmp_path / 'store'}", *options))
     assert (tmp_path / "run/validation/final-00.mp4").is_file()
+    assert heldout(tmp_path / "run") == heldout(tmp_path / "live")
+    assert caplog.text.count("heldout/0.mp4: not a video file") == 1
 
 
 SEED, ROWS, VARIANTS = 3, 7, 2

@@ -23,12 +23,14 @@ from framebridge_plugin.backbones.cogvideox.adapter import load_bridge_transform
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.media import read_image, to_uint8
 from framebridge_plugin.randomness import derive_seed
+from tests.tiny_models import make_clips
 from tests.training.conftest import command_environment
 from tests.training.run_results import (
     CONSTANT_RATE,
     LORA,
     assert_same_weights,
     first_sampled_frame,
+    heldout,
     losses,
     metrics,
     succeeded,
@@ -99,7 +101,9 @@ def test_validation_changes_nothing_and_writes_videos(train, dropout_model, vali
     model = f"model.pretrained_model_name_or_path={dropout_model}"
     assert succeeded(train(model, output="without"))
     options = (f"validation.validation_dataset_file={validation_file}", "validation.validation_steps=1")
-    assert succeeded(train(model, *options, output="with"))
+    clips = make_clips(tmp_path / "heldout", count=1, frames=9, size=32)
+    assert succeeded(train(model, *options, f"validation.heldout.data_root={clips}", output="with"))
+    assert list(heldout(tmp_path / "with")) == [0, 1, 2, 3, 4]
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert_same_weights(tmp_path / "with/model", tmp_path / "without/model")
     videos = {path.name for path in (tmp_path / "with/validation").glob("*.mp4")}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.training import FrameBridgeTrainer
 from framebridge_plugin.training.precomputation.store import Manifest
-from tests.tiny_models import CAPTIONS
+from tests.tiny_models import CAPTIONS, make_clips
 from tests.training import test_latte_runs as latte
 from tests.training import two_processes
 from tests.training.averaged_run import OPTIONS
@@ -25,6 +25,7 @@ from tests.training.run_results import (
     LORA,
     assert_same_weights,
     expected_update,
+    heldout,
     losses,
     metrics,
     succeeded,
@@ -47,6 +48,12 @@ QUANTIZED = (
     *(*LORA, *CONSTANT_RATE, "optimization.train_steps=2", "training.gradient_checkpointing=true"),
     *("precision.transformer_quantization=int8", "precision.text_encoder_quantization=fp8"),
 )
+
+
+def heldout_clips(folder: Path) -> tuple[str, ...]:
+    """Options for the loss on three clips, which two processes do not share evenly."""
+    clips = make_clips(folder / "heldout", count=3, frames=12, size=SIZE, captions=("held out", *CAPTIONS))
+    return (f"validation.heldout.data_root={clips}",)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
         train(recipe, f"rounded-parts-{split}", *options, "checkpoints.resume_from_checkpoint=latest")
 
     for name, options in FOUR_CLIPS.items():
-        options = (*options, f"framebridge.caption_cache_dir={folder / 'captions'}")
+        options = (*options, f"framebridge.caption_cache_dir={folder / 'captions'}", *heldout_clips(folder))
         train(recipe, name, *CONSTANT_RATE, *options, "parallelism.dp_degree=2", "optimization.train_steps=3")
 
     Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
@@ -103,7 +110,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clips_fol
 
     (folder / "latte").mkdir()
     inputs = latte.write_inputs(folder / "latte")
-    options = (*latte.options(inputs, "bridge_neural_prior"), "training.batch_size=1", "optimization.train_steps=2")
+    measuring = f"validation.heldout.class_root={inputs / 'heldout'}"
+    options = (
+        *latte.options(inputs, "bridge_neural_prior"),
+        measuring,
+        "training.batch_size=1",
+        "optimization.train_steps=2",
+    )
     for split in SPLITS:
         split_so = ("parallelism.parallel_backend=ptd", f"parallelism.{split}=2")
         train(latte.write_recipe(inputs, inputs), f"latte-{split}", *options, *split_so)
@@ -142,20 +155,25 @@ def test_an_update_is_the_mean_over_the_ranks_which_do_not_share_noise(runs, mod
 
 def test_the_same_clips_of_an_update_are_the_same_update_however_they_are_shared(runs, train, tmp_path):
     """The same clips with the same draws; sums are taken in another order."""
-    whole = (*CONSTANT_RATE, "training.batch_size=4", "optimization.train_steps=3")
+    whole = (*CONSTANT_RATE, "training.batch_size=4", "optimization.train_steps=3", *heldout_clips(tmp_path))
     assert succeeded(train(*whole))
     halves = ("training.batch_size=2", "training.gradient_accumulation_steps=2")
     assert succeeded(train(*whole, *halves, output="halves"))
     expected = losses(tmp_path / "run")
     found = {name: losses(runs / name) for name in FOUR_CLIPS} | {"halves": losses(tmp_path / "halves")}
+    measured = {name: heldout(runs / name) for name in FOUR_CLIPS} | {"halves": heldout(tmp_path / "halves")}
     # The processes shared the captions that they embedded.
-    assert len(list(runs.glob("captions/*/*.safetensors"))) == len({*CAPTIONS, ""})
+    assert len(list(runs.glob("captions/*/*.safetensors"))) == len({*CAPTIONS, "", "held out"})
     # A run of two processes goes on with one, which makes its last update anew.
     resume = f"checkpoints.output_dir={runs / '2 processes'}", "checkpoints.resume_from_checkpoint=2"
     assert succeeded(train(*whole, *resume))
     found["resumed"] = losses(runs / "2 processes")
+    measured["resumed"] = heldout(runs / "2 processes")
     for name, values in found.items():
         assert values == pytest.approx(expected, rel=1e-5), name
+        assert list(measured[name]) == [0, 3]
+        for step, numbers in heldout(tmp_path / "run").items():
+            assert measured[name][step] == pytest.approx(numbers, rel=1e-5), name
     other = train(*whole, *halves[:1], *resume)
     assert other.returncode == 1
     assert "it was trained with clips per update 4;" in other.stderr
@@ -227,6 +245,10 @@ def test_they_share_the_work_on_a_bridge_whose_neural_prior_is_whole_on_each(run
     replicated, sharded = losses(runs / "latte-dp_degree"), losses(runs / "latte-dp_shards")
     assert len(sharded) == 2
     assert sharded == pytest.approx(replicated, rel=1e-4)
+    measured = heldout(runs / "latte-dp_shards")
+    assert list(measured) == [0, 2]
+    for step, numbers in heldout(runs / "latte-dp_degree").items():
+        assert measured[step] == pytest.approx(numbers, rel=1e-4)
 
     file = "diffusion_pytorch_model.safetensors"
     base = load_file(runs / "latte/bridge_neural_prior/transformer" / file)

@@ -124,7 +124,8 @@ def fill_arguments(args: Any, recipe: Recipe, dataset_config: str, processes: in
     from finetrainers.args import _DTYPE_MAP
 
     is_lora = recipe.training.training_type == "lora"
-    sections = recipe.model_dump(exclude={"framebridge"} if is_lora else {"framebridge", "lora"})
+    left_out: Any = {"framebridge": True, "validation": {"heldout"}, **({} if is_lora else {"lora": True})}
+    sections = recipe.model_dump(exclude=left_out)
     values = {name: value for section in sections.values() for name, value in section.items()}
     values |= {name: _DTYPE_MAP[value] for name, value in values.items() if name.endswith("_dtype")}
     values["compile_scopes"] = values["compile_scopes"] or ["regional"] * len(values["compile_modules"])
