@@ -16,7 +16,7 @@ function make(name, attributes = {}, ...children) {
 const short = (value) => {
   if (value === null || value === undefined) return "not finite";
   const size = Math.abs(value);
-  if (size >= 1e4 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
+  if (size >= 1e6 || (size > 0 && size < 1e-4)) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
   return String(+value.toPrecision(4));
 };
 

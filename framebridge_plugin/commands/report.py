@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from framebridge_plugin import __version__
 from framebridge_plugin.commands.report_runs import RunRecord, read_run, thinned
-from framebridge_plugin.commands.report_videos import collect_rows
+from framebridge_plugin.commands.report_videos import collect_rows, collect_sheets
 from framebridge_plugin.errors import UsageError, escaped
 from framebridge_plugin.files import write_whole, writing
 
@@ -53,14 +53,14 @@ def write_report(folders: Sequence[Path], output: Path) -> str:
         names = list(map(str, folders))
     runs = [read_run(folder, escaped(name)) for folder, name in zip(folders, names, strict=True)]
     rows, notes = collect_rows(runs)
-    page = render(runs, rows=rows, notes=notes)
+    page = _render(runs, rows=rows, notes=notes, sheets=[sheet for run in runs for sheet in collect_sheets(run)])
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, page)
     return "\n".join([f"report: {output} ({len(page) / 1e6:.1f} MB)", *map(escaped, notes)])
 
 
-def render(runs: Sequence[RunRecord], **content: Any) -> str:
+def _render(runs: Sequence[RunRecord], **content: Any) -> str:
     """The page, of which only its own style and script are obeyed by a browser, and data: URLs alone are opened."""
     style, script = _part("report.css"), _part("report.js")
     environment = Environment(autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True)

@@ -46,10 +46,10 @@ class RunRecord:
     """The resolved recipe of the last start, by dotted path."""
     versions: dict[str, str] = field(default_factory=dict)
     bad_files: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Path] = field(default_factory=list)
+    """The files of `finetrainers evaluate` in the run's folder."""
     measures: dict[str, str] = field(default_factory=dict)
-    """What `finetrainers evaluate` found, of evaluations that lie in the run's folder."""
     protocol: dict[str, str] = field(default_factory=dict)
-    """How it went about it."""
     summary: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -139,18 +139,26 @@ def _read_recipe(run: RunRecord) -> None:
 def _read_evaluations(run: RunRecord) -> None:
     paths = sorted(path.relative_to(run.folder) for pattern in _EVALUATIONS for path in run.folder.glob(pattern))
     for path in paths:
+        from framebridge_plugin.evaluation.measuring import OF_TRUTH
+        from framebridge_plugin.evaluation.report import ROWS, figure_text
+
+        where = f"{path.parent}: " if len(paths) > 1 else ""
         content = _read_json(run, path)
-        where = "" if len(paths) == 1 else f"{path.parent}: "
-        if not isinstance(content, dict) or not isinstance(content.get("measures"), dict):
-            run.notes.append(f"{path} is left out: it holds no measures")
-            continue
-        for name, figure in content["measures"].items():
-            values = list(figure.values()) if isinstance(figure, dict) else [figure]
-            known = [f"{value:.4g}" for value in values if isinstance(value, int | float)]
-            if known and not isinstance(values[0], list):
-                run.measures[where + name] = " ± ".join(known)
-        said = {key: value for key, value in content.items() if key not in ("measures", "clips")}
-        run.protocol |= {where + name: text for name, text in flat(said).items()}
+        try:
+            measures, protocol = content["measures"], {"evaluated": content["evaluated"], **content["protocol"]}
+            for name, title in ROWS.items():
+                for prefix, whose in (
+                    ("", ""),
+                    (OF_TRUTH, "; of the true clips"),
+                    ("repeated.", "; of the image repeated"),
+                ):
+                    if prefix + name in measures:
+                        run.measures[f"{where}{title}{whose}"] = figure_text(measures[prefix + name])
+        except (KeyError, TypeError, ValueError):
+            run.notes.append(f"{path} is no file of `finetrainers evaluate`, and left out")
+        else:
+            run.evaluations.append(path)
+            run.protocol |= {where + name: text for name, text in flat(protocol).items()}
 
 
 def _read_json(run: RunRecord, name: str | Path) -> Any:

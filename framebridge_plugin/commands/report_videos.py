@@ -24,6 +24,7 @@ MOST_BYTES = 36_000_000
 
 _NAME = re.compile(r"(?:step(\d+)|final)-(\d+)\.mp4")
 _LARGEST_PICTURE = 512  # pixels a side, of inputs
+_LARGEST_SHEET = 4 << 20
 
 
 @dataclass
@@ -80,6 +81,16 @@ def collect_rows(runs: Sequence[RunRecord], most_bytes: int = MOST_BYTES) -> tup
             others = f" and {count - 1} more" if count > 1 else ""
             notes.append(f"{run.name}: not shown of what the run was given: {inputs.problems[0]}{others}")
     return [rows[key] for key in sorted(rows)], notes
+
+
+def collect_sheets(run: RunRecord) -> list[Shown]:
+    """The pictures of the evaluations in the run's folder."""
+    sheets = []
+    for name in run.evaluations:
+        path = run.file(name.with_suffix(".png"))
+        if path is not None and path.stat().st_size <= _LARGEST_SHEET:
+            sheets.append(Shown(f"{run.name}, {name.parent}", _data_url("image/png", path.read_bytes())))
+    return sheets
 
 
 def _find_samples(run: RunRecord, notes: list[str]) -> dict[tuple[float, int], Path]:

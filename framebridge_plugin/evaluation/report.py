@@ -88,11 +88,12 @@ def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part)
     yield "|---|---|---|---|"
     for name, title in ROWS.items():
         if name in summary:
-            others = (_figure(summary.get(f"{prefix}{name}")) for prefix in ("", OF_TRUTH, "repeated."))
+            others = (figure_text(summary.get(f"{prefix}{name}")) for prefix in ("", OF_TRUTH, "repeated."))
             yield f"| {title} | {' | '.join(others)} |"
 
 
-def _figure(figure: Mapping[str, float | None] | None) -> str:
+def figure_text(figure: Mapping[str, float | None] | None) -> str:
+    """A figure of a summary with its standard error; nothing for none."""
     if figure is None:
         return ""
     mean, error = figure["mean"], figure["standard_error"]

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -118,10 +119,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     again = [json.dumps({"step": step, "loss": 9.0}) + "\n" for step in (4, 5)]
     (twin / "metrics.jsonl").write_text("".join([*lines, "no JSON\n", *again])[:-9])
     (twin / "bad_files.jsonl").write_text(json.dumps({"path": "/<b>.mp4", "kind": "empty", "reason": "it is empty"}))
-    measures = {"psnr": {"mean": 20.5, "standard_error": 0.25}, "spectrum": {"mean": [1.0, 2.0]}}
-    (twin / "evaluation").mkdir()
-    evaluation = {"protocol": {"steps": 25}, "measures": measures, "clips": [{"number": 0}]}
-    (twin / "evaluation/evaluation.json").write_text(json.dumps(evaluation))
+    measures = {
+        "psnr": {"mean": 20.5, "standard_error": 0.25},
+        "repeated.psnr": {"mean": 21.0, "standard_error": None},
+    }
+    evaluation = {"protocol": {"sampling": {"steps": 25}}, "evaluated": 8, "measures": measures, "clips": []}
+    for run, content in (("twin", evaluation), ("bridge", {"psnr": 1.0})):
+        (folder / f"runs/{run}/evaluation").mkdir()
+        (folder / f"runs/{run}/evaluation/evaluation.json").write_text(json.dumps(content))
+        shutil.copy(folder / "first.png", folder / f"runs/{run}/evaluation/evaluation.png")
     return folder
 
 
@@ -140,10 +146,14 @@ def test_two_runs_side_by_side(both):
     assert page.row("held-out loss") == ["0.9167, lowest 0.9167 at 6", "2.75, lowest 2.75 at 2"]
     assert page.row("framebridge.objective") == ["bridge", "diffusion"]
     names = [first for first, *_ in page.rows]
-    assert names.index("framebridge.objective") < names.index("psnr")
+    assert names.index("framebridge.objective") < names.index("PSNR to the true clip, dB")
     assert names.count("optimization.lr") == 1  # they share it: it stands among all settings alone
-    assert page.row("psnr") == ["-", "20.5 ± 0.25"]
-    assert page.row("protocol.steps") == ["-", "25"]
+    assert page.row("PSNR to the true clip, dB") == ["-", "20.50 ± 0.25"]
+    assert page.row("PSNR to the true clip, dB; of the image repeated") == ["-", "21.0"]
+    assert page.row("sampling.steps") == ["-", "25"]
+    assert any(
+        note.endswith("evaluation.json is no file of `finetrainers evaluate`, and left out") for note in page.notes
+    )
     assert page.row("/<b>.mp4") == ["empty", "it is empty"]
     assert page.row("torch")[0] == page.row("torch")[1]
 
