@@ -308,8 +308,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_nproc(parser)
 
     from framebridge_plugin.settings.options import add_options
-    from framebridge_plugin.settings.sampling import EvaluateSection
+    from framebridge_plugin.settings.sampling import NETWORKS, EvaluateSection
 
+    what = f"what trained networks find, too (all but vmaf: framebridge-plugin[evaluate]): {', '.join(NETWORKS)}"
+    parser.add_argument("--also", nargs="+", default=[], choices=NETWORKS, metavar="NAME", help=what)
     add_options(parser, EvaluateSection, dashes=True, without=("num_frames", "height", "width"))
 
 

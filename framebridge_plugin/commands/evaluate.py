@@ -19,6 +19,7 @@ from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.manifest import file_facts
 from framebridge_plugin.backbones.opening import find_folder, find_model
 from framebridge_plugin.backbones.sampling_loop import call_defaults
+from framebridge_plugin.commands.evaluate_networks import load_networks, look
 from framebridge_plugin.commands.evaluate_request import EvaluateRequest
 from framebridge_plugin.commands.sample import Opened, open_for
 from framebridge_plugin.data.bad_files import describe
@@ -26,8 +27,9 @@ from framebridge_plugin.data.folders import index_datasets
 from framebridge_plugin.errors import FrameBridgeError, UsageError, print_lines, say
 from framebridge_plugin.evaluation.clips import Clip, TrueClips
 from framebridge_plugin.evaluation.measuring import measure
+from framebridge_plugin.evaluation.networks import load_fvd
 from framebridge_plugin.evaluation.parts import Part, Parts
-from framebridge_plugin.evaluation.report import write_report
+from framebridge_plugin.evaluation.report import Looked, write_report
 from framebridge_plugin.files import remove_partial_files
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
@@ -44,11 +46,14 @@ def evaluate(request: EvaluateRequest, content: Mapping[str, Any]) -> None:
     with FolderLock(request.output) if is_first() else contextlib.nullcontext(), met() as device:
         job = first_alone(lambda: _prepare(request, content, device))
         # Every process uses the list that the first one made.
-        missing = of_all_ranks(job.parts.missing())[0]
+        missing, protocol = of_all_ranks((job.parts.missing(), job.protocol))[0]
         job.make(missing[rank() :: process_count()], bool(content["bad_files"].get("policy") == "raise"))
         wait_for_all()
+        looked = Looked({}, {}, {})
+        for network in first_alone(lambda: load_networks(request, job.leave_model())):
+            look(network, job.parts, job.clips, protocol, looked)
         if is_first():
-            paths = write_report(job.parts, job.protocol, job.clips)
+            paths = write_report(job.parts, protocol, job.clips, looked)
             print_lines(paths[1].read_text(encoding="utf-8"))
             say(f"evaluation: {', '.join(map(str, paths))}")
 
@@ -63,6 +68,8 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any], device: torch
         if problem := next(filter(None, map(classes.problem, captions)), None):
             raise UsageError(f"the clips: {problem}")
     opened = open_for(request, device)
+    if request.fvd_features is not None:  # that nothing is made before it is refused
+        load_fvd(request.fvd_features, request.fvd_sha256, request.fvd_frames, torch.device("cpu"))
     parts = Parts(request.output, len(clips), max(1, request.batch_size // opened.rows))
     protocol = {}
     if is_first():
@@ -108,6 +115,13 @@ class _Job:
                 pipeline.set_progress_bar_config(desc=desc, disable=not is_first())
                 self._make_part(part, clips, bad_files)
                 progress.update(len(numbers))
+
+    def leave_model(self) -> torch.device:
+        """Frees the device's memory of the model, which nothing needs any more; returns the device."""
+        device = self.opened.pipeline._execution_device
+        self.opened.pipeline.remove_all_hooks()
+        self.opened.pipeline.to("cpu")
+        return device
 
     def _make_part(self, part: int, clips: list[Clip], bad_files: list[Any]) -> None:
         videos, columns = torch.empty(0, dtype=torch.uint8), {}

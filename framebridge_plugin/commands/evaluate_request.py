@@ -8,6 +8,7 @@ from typing import Any
 from framebridge_plugin.backbones.folders import place_problem
 from framebridge_plugin.commands.model_request import ModelRequest, file_of_run
 from framebridge_plugin.errors import UsageError, say
+from framebridge_plugin.evaluation.requirements import detector_problem, network_problem
 from framebridge_plugin.files import local_path, writing_problem
 from framebridge_plugin.recipe import load_recipe
 from framebridge_plugin.settings.data import dataset_entries
@@ -22,6 +23,9 @@ class EvaluateRequest(EvaluateSection, ModelRequest):
     Its `output` is a folder; frames, height and width are those of the clips.
     """
 
+    also: tuple[str, ...] = ()
+    """Trained networks, of `NETWORKS`, that look at the videos, too."""
+
     @property
     def conditions_come_with_images(self) -> bool:
         """Those of clips do."""
@@ -29,7 +33,10 @@ class EvaluateRequest(EvaluateSection, ModelRequest):
 
     def _file_problems(self) -> list[str]:
         problem = writing_problem(self.output)
-        return [f"--output {self.output}: {problem}"] if problem else []
+        problems = [f"--output {self.output}: {problem}"] if problem else []
+        if self.fvd_features is not None and (path := local_path(self.fvd_features)) is not None:
+            problems += filter(None, [detector_problem(path, self.fvd_sha256)])
+        return [*problems, *filter(None, map(network_problem, self.also))]
 
     @classmethod
     def _option(cls, name: str) -> str:

@@ -10,11 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and covariance [D, D] of features, of `count` videos."""
+    """Of features of D dimensions their mean [D], and a factor R [K, D] of their covariance R^T R."""
 
     mean: torch.Tensor
-    covariance: torch.Tensor
-    count: int
+    factor: torch.Tensor
 
     @classmethod
     def of(cls, features: torch.Tensor) -> Self:
@@ -34,21 +33,17 @@ class Statistics:
         if not features.isfinite().all():
             raise ValueError("a feature is not finite")
         values = features.double()
-        return cls(values.mean(0), values.T.cov().reshape(values.shape[1], values.shape[1]), len(values))
+        centred = (values - values.mean(0)) / (len(values) - 1) ** 0.5
+        is_tall = centred.shape[0] > centred.shape[1]
+        return cls(values.mean(0), torch.linalg.qr(centred, mode="r").R if is_tall else centred)
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
     """Squared distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), 0 or more.
 
-    The trace of the root is found from symmetric matrices, whose eigenvalues are real also where a covariance has no
-    inverse: there are often fewer videos than features.
+    The trace of the root is the sum of the singular values of R1 R2^T: no covariance is multiplied with another or
+    inverted, so that nothing is lost where there are fewer videos than features.
     """
-    root = _square_root(first.covariance)
-    between = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp(min=0).sqrt().sum()
-    spread = first.covariance.trace() + second.covariance.trace() - 2 * between
+    between = torch.linalg.svdvals(first.factor @ second.factor.T).sum()
+    spread = first.factor.square().sum() + second.factor.square().sum() - 2 * between
     return max(0.0, float((first.mean - second.mean).square().sum() + spread))
-
-
-def _square_root(covariance: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from framebridge_plugin.evaluation import measures
+from framebridge_plugin.evaluation.frechet import Statistics, frechet_distance
 
 Columns = dict[str, torch.Tensor]
 """Values by name, one row for each video, float64: [B], or [B, K] of what has several."""
@@ -17,6 +18,7 @@ OF_TRUTH = "true."
 """What begins the names of columns that say of the true clips what others say of the videos."""
 
 _SMALLEST_FOR_SSIM = 11
+_GROUPS = 10
 
 
 def measure(videos: torch.Tensor, images: torch.Tensor, truth: torch.Tensor | None) -> Columns:
@@ -79,6 +81,22 @@ def summarise(columns: Columns) -> dict[str, dict[str, Any]]:
         summary["spectrum_distance"] = jackknife(_distance, {"made": spectrum[0], "true": spectrum[1]})
         summary["shift_correlation"] = jackknife(measures.shift_correlation, {"moments": columns["shift_moments"]})
     return summary
+
+
+def frechet(features: torch.Tensor, others: torch.Tensor) -> dict[str, float | None]:
+    """The Frechet distance of features [N, D] from others, with an error by leaving out a tenth of both at a time."""
+    count = min(len(features), len(others))
+    if count < 2:
+        return {"mean": None, "standard_error": None}
+    value = frechet_distance(Statistics.of(features), Statistics.of(others))
+    if count < 2 * _GROUPS:
+        return {"mean": value, "standard_error": None}
+    without = []
+    for group in range(_GROUPS):
+        kept = (table[torch.arange(len(table)) % _GROUPS != group] for table in (features, others))
+        without.append(frechet_distance(*map(Statistics.of, kept)))
+    spread = torch.tensor(without, dtype=torch.float64).var(correction=0) * (_GROUPS - 1)
+    return {"mean": value, "standard_error": float(spread.sqrt())}
 
 
 def _of_values(values: torch.Tensor) -> dict[str, float | None]:

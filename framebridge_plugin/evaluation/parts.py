@@ -34,8 +34,8 @@ class Part(NamedTuple):
     bad_files: list[BadFile]
 
 
-class Parts:
-    """The files of an evaluation of so many clips, `size` of them a file."""
+class PartFiles:
+    """Files in a folder, one for `size` of `count` clips each; a file holds a row for each clip that can be read."""
 
     def __init__(self, folder: Path, count: int, size: int) -> None:
         self.folder, self.count, self.size = folder, count, size
@@ -49,15 +49,50 @@ class Parts:
 
     def path(self, part: int) -> Path:
         """The file of a part."""
-        return self.folder / "parts" / f"{part:06}.safetensors"
+        return self.folder / f"{part:06}.safetensors"
 
     def missing(self) -> list[int]:
         """The parts that are not there yet."""
         return [part for part in range(len(self)) if not self.path(part).is_file()]
 
+    def write_columns(self, part: int, columns: Columns) -> None:
+        """Writes values, a row for each clip."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: values.contiguous() for name, values in columns.items()}
+        write_through(self.path(part), lambda path: save_file(tensors, path))
+
+    def columns(self) -> Columns:
+        """The values of all parts, in the order of the clips."""
+        found = []
+        for part in range(len(self)):
+            with self._open(part) as file:
+                found.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return _joined_columns(found)
+
+    def _open(self, part: int) -> Any:
+        try:
+            return safe_open(self.path(part), "pt")
+        except (OSError, SafetensorError) as error:
+            raise FrameBridgeError(
+                f"{self.path(part)} is damaged ({in_one_line(error)}); remove it and run the same command again"
+            ) from error
+
+
+class Parts(PartFiles):
+    """The videos of an evaluation, and what was measured of them."""
+
+    def __init__(self, output: Path, count: int, size: int) -> None:
+        super().__init__(output / "parts", count, size)
+        self.output = output
+
+    def like(self, folder: Path) -> PartFiles:
+        """Files of the same clips in another folder."""
+        return PartFiles(folder, self.count, self.size)
+
     def check_protocol(self, protocol: Mapping[str, Any]) -> None:
         """Writes the protocol of a new folder; refuses one that holds the videos of another."""
-        path = self.folder / PROTOCOL_FILE
+        path = self.output / PROTOCOL_FILE
         protocol = json.loads(json.dumps(protocol))
         if path.is_file():
             try:
@@ -67,12 +102,12 @@ class Parts:
                 raise FrameBridgeError(f"{path} is damaged ({in_one_line(error)}); name another folder") from error
             if difference is not None:
                 raise UsageError(
-                    f"{self.folder} holds another evaluation: {difference}; set that back, or name another folder"
+                    f"{self.output} holds another evaluation: {difference}; set that back, or name another folder"
                 )
-        elif self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise UsageError(f"{self.folder} holds something else; name another folder")
+        elif self.output.is_dir() and any(not entry.name.startswith(".") for entry in self.output.iterdir()):
+            raise UsageError(f"{self.output} holds something else; name another folder")
         with writing(path):
-            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(protocol, indent=2) + "\n")
 
     def write(self, part: int, videos: torch.Tensor, content: Part) -> None:
@@ -104,22 +139,18 @@ class Parts:
         """What all parts together hold, in the order of their numbers."""
         return joined([self.read(part) for part in range(len(self))])
 
-    def _open(self, part: int) -> Any:
-        try:
-            return safe_open(self.path(part), "pt")
-        except (OSError, SafetensorError) as error:
-            raise FrameBridgeError(
-                f"{self.path(part)} is damaged ({in_one_line(error)}); remove it and run the same command again"
-            ) from error
-
 
 def joined(parts: Sequence[Part]) -> Part:
     """Parts as one."""
-    full = [part for part in parts if part.numbers]
 
     def of_all(name: str) -> Iterator[Any]:
         return (value for part in parts for value in getattr(part, name))
 
-    names = full[0].columns if full else ()
-    columns = {name: torch.cat([part.columns[name] for part in full]) for name in names}
+    columns = _joined_columns([part.columns for part in parts])
     return Part([*of_all("numbers")], [*of_all("conditions")], columns, [*of_all("bad_files")])
+
+
+def _joined_columns(parts: Sequence[Columns]) -> Columns:
+    """Columns below each other; a part without a clip has none."""
+    full = [columns for columns in parts if columns]
+    return {name: torch.cat([columns[name] for columns in full]) for name in (full[0] if full else ())}

@@ -6,14 +6,29 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from framebridge_plugin.errors import FrameBridgeError, escaped
 from framebridge_plugin.evaluation.clips import Clip, TrueClips
-from framebridge_plugin.evaluation.measuring import OF_TRUTH, summarise
+from framebridge_plugin.evaluation.measuring import OF_TRUTH, Columns, summarise
 from framebridge_plugin.evaluation.parts import Part, Parts
 from framebridge_plugin.files import write_whole, writing
 from framebridge_plugin.media import contact_sheet
+
+
+class Looked(NamedTuple):
+    """What trained networks found of all videos.
+
+    Attributes:
+        facts: What decides about the values of each, by name.
+        columns: Values of each video.
+        figures: Figures of all together, as `summarise` has them.
+    """
+
+    facts: dict[str, Any]
+    columns: Columns
+    figures: dict[str, dict[str, Any]]
+
 
 ROWS = {
     "error": "squared error to the true clip, pixels in [-1, 1], without frame 0",
@@ -26,17 +41,23 @@ ROWS = {
     "spectrum_distance": "distance of the motion's spectrum from the true one, 0 to 1",
     "order": "order of the frames: 0 shuffled, near 1 smooth",
     "block_residual": "share of the change that no moving blocks explain",
+    "stlpips": "ST-LPIPS (AlexNet) to the true clip",
+    "vmaf": "VMAF to the true clip, 0 to 100",
+    "fvd": "FVD",
+    "transnetv2": "Frechet distance, TransNetV2: fc1, mean and deviation over frames",
+    "efficientnet_lite0": "Frechet distance, EfficientNet-Lite0: mean over frames, blind to motion",
 }
 """The lines of the table, and what they are called there."""
 
 
-def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips) -> list[Path]:
+def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips, looked: Looked) -> list[Path]:
     """Writes `evaluation.json`, `.md` and `.png` into the folder of an evaluation.
 
     Args:
         parts: Its videos, all of them.
         protocol: What they were made by.
         clips: What they are compared with.
+        looked: What trained networks found of them.
 
     Returns:
         The files.
@@ -48,16 +69,18 @@ def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips) ->
     if not found.numbers:
         first = next(iter(found.bad_files), {"reason": "there are none"})
         raise FrameBridgeError(f"none of the {parts.count} clips can be read: {first['reason']}")
-    summary = summarise(found.columns)
+    found = found._replace(columns=found.columns | looked.columns)
+    summary = summarise(found.columns) | looked.figures
     content = {
         "protocol": dict(protocol),
+        "networks": looked.facts,
         "evaluated": len(found.numbers),
         "left_out": found.bad_files,
         "measures": summary,
         "clips": list(_of_clips(found, protocol, clips)),
     }
-    paths = [parts.folder / f"evaluation.{suffix}" for suffix in ("json", "md", "png")]
-    with writing(parts.folder):
+    paths = [parts.output / f"evaluation.{suffix}" for suffix in ("json", "md", "png")]
+    with writing(parts.output):
         write_whole(paths[0], json.dumps(content, indent=1, allow_nan=False) + "\n")
         write_whole(paths[1], "\n".join(_table(summary, protocol, found)) + "\n")
         _picture(parts, found, clips, paths[2])

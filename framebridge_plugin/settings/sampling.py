@@ -101,6 +101,10 @@ class SampleSection(CallSection):
     num_videos: Count = Field(default=1, description="videos per image (default: 1)")
 
 
+NETWORKS = ("stlpips", "vmaf", "transnetv2", "efficientnet_lite0")
+"""Trained networks that `finetrainers evaluate --also` names; all but vmaf are in the extra `evaluate`."""
+
+
 class EvaluateSection(CallSection):
     """The options of `finetrainers evaluate`, besides the model, its clips and its output."""
 
@@ -110,6 +114,20 @@ class EvaluateSection(CallSection):
         description="inputs in a call of the network, two for a video with guidance; the videos of a call are a file "
         "of the output (default: 16)",
     )
+    fvd_features: str | None = Field(
+        default=None, description="the I3D of FVD: a torchscript file, or the hub's repository of one"
+    )
+    fvd_sha256: str | None = Field(
+        default=None, description="the SHA-256 of that file, which is refused if it differs"
+    )
+    fvd_frames: Count | None = Field(default=None, description="the first frames that FVD looks at (default: all)")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields each setting that does not go with the others, and what is wrong with it."""
+        yield from super().conflicts()
+        for name in ("fvd_sha256", "fvd_frames"):
+            if getattr(self, name) is not None and self.fvd_features is None:
+                yield name, "has an effect with --fvd-features only: give both"
 
 
 def most_steps(grid: str) -> float:

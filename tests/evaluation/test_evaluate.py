@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from framebridge_plugin.cli import main
+from tests.evaluation.test_networks import write_detector
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import LAUNCH_VARIABLES
 
@@ -146,6 +147,26 @@ def test_clips_that_cannot_be_read_are_left_out_and_said(run_folder, tmp_path, c
     assert "cannot read the clip" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_fvd_and_what_is_known_of_the_true_clips(run_folder, tmp_path):
+    """Networks may come to an evaluation later; what they find of true clips serves the next model, too."""
+    detector, cache = tmp_path / "i3d.pt", Path(os.environ["HF_DATASETS_CACHE"], "framebridge-features")
+    options = ("--steps=2", f"--fvd-features={detector}", f"--fvd-sha256={write_detector(detector)}")
+    first = evaluate(run_folder, tmp_path / "first", *options[:1])
+    videos = contents(tmp_path / "first/parts")
+    found = evaluate(run_folder, tmp_path / "first", *options, "--also", "vmaf")
+    assert contents(tmp_path / "first/parts") == videos
+    assert first["measures"].items() <= found["measures"].items()
+    assert found["networks"]["fvd"] == {"sha256": options[2].partition("=")[2], "frames": None}
+    assert found["measures"]["fvd"]["mean"] > found["measures"]["repeated.fvd"]["mean"] > 0
+    assert found["measures"]["vmaf"]["mean"] == pytest.approx(sum(clip["vmaf"] for clip in found["clips"]) / CLIPS)
+    known = contents(cache)
+    assert len(known) == 1
+    other = evaluate(run_folder, tmp_path / "second", *options, model="diffusion")
+    assert contents(cache) == known
+    assert other["measures"]["repeated.fvd"] == found["measures"]["repeated.fvd"]
+    assert other["measures"]["fvd"] != found["measures"]["fvd"]
+
+
 @pytest.mark.parametrize("model", ["prior", "diffusion"])
 def test_models_of_other_kinds(run_folder, tmp_path, model):
     steps = () if model == "prior" else ("--steps=2",)
@@ -164,6 +185,8 @@ def test_models_of_other_kinds(run_folder, tmp_path, model):
         (("framebridge.data.num_frames=1",), "framebridge.data.num_frames: videos of one frame do not move"),
         (("framebridge.data.class_root=nowhere",), "framebridge.data.class_root: no such folder: nowhere"),
         (("--order=2",), "--order: "),
+        (("--fvd-features=nowhere.pt",), "--fvd-features nowhere.pt: no such file"),
+        (("--fvd-frames=4",), "--fvd-frames: has an effect with --fvd-features only"),
         (("--recipe=nowhere",), "no such file, nor a shipped recipe"),
         (("--model=nowhere",), "--model no such folder: nowhere"),
         (("--output=clips",), "clips holds something else; name another folder"),

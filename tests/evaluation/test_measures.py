@@ -95,7 +95,8 @@ def test_motion_spectrum():
 
 
 def gaussian(mean: list[float], covariance: list[list[float]]) -> Statistics:
-    return Statistics(torch.tensor(mean).double(), torch.tensor(covariance).double(), 100)
+    values, vectors = torch.linalg.eigh(torch.tensor(covariance).double())
+    return Statistics(torch.tensor(mean).double(), values.clamp(min=0).sqrt()[:, None] * vectors.T)
 
 
 def test_frechet_distance_of_gaussians():
@@ -105,7 +106,7 @@ def test_frechet_distance_of_gaussians():
     assert frechet_distance(one, other) == pytest.approx(25 + 1 + 1)
     # The same two, turned together.
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()
-    turned = [Statistics(turn @ s.mean, turn @ s.covariance @ turn.T, s.count) for s in (one, other)]
+    turned = [Statistics(turn @ some.mean, some.factor @ turn.T) for some in (one, other)]
     assert frechet_distance(*turned) == pytest.approx(27)
     # A covariance without an inverse.
     flat = gaussian([0, 0], [[1, 1], [1, 1]])
@@ -118,6 +119,11 @@ def test_statistics_of_fewer_videos_than_features():
     assert frechet_distance(found, found) == pytest.approx(0, abs=1e-9)
     shifted = Statistics.of(features + 2)
     assert frechet_distance(found, shifted) == pytest.approx(32 * 4)
+    many = torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    scaled = 3 * many + 1
+    assert frechet_distance(Statistics.of(many), Statistics.of(scaled)) == pytest.approx(
+        (2 * many + 1).double().mean(0).square().sum().item() + 4 * many.double().var(0).sum().item(), rel=1e-5
+    )
     for wrong, message in ((features[:1], "two videos or more"), (features / 0, "not finite")):
         with pytest.raises(ValueError, match=message):
             Statistics.of(wrong)
