@@ -76,7 +76,7 @@ class HeldoutClips:
         world_size: int = 1,
     ) -> None:
         self.count = min(wanted, len(index))
-        self._is_told = False
+        self._cut = settings.fingerprint()
         self._clips: list[_Clip] = []
         problem = None
         try:
@@ -192,7 +192,7 @@ class HeldoutClips:
         """What the numbers are of; every rank has to call it."""
         shares = of_all_ranks([(clip.number, clip.name, clip.caption) for clip in self._clips])
         clips = sorted({clip for share in shares for clip in share})
-        return f"{self.count} clips of digest {short_digest(clips)}, weights: {weights}"
+        return f"{self.count} clips of digest {short_digest([clips, self._cut])}, weights: {weights}"
 
 
 def summary(found: Mapping[tuple[int, int], Sequence[float]], bands: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from tests.tiny_models import LATENT_CHANNELS, make_clips
 from tests.tiny_wan import make_tiny_wan
 from tests.training.bridge_runs import run_trainer
 from tests.training.conftest import LAUNCH_VARIABLES
+from tests.training.run_results import heldout
 
 register()
 
@@ -42,6 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_wan(folder / "unipc", unipc=True)
     make_tiny_ltx(folder / "ltx")
     clips = make_clips(folder / "clips", count=4, frames=9, size=SIZE)
+    make_clips(folder / "heldout", count=1, frames=9, size=SIZE)
     dataset = {"data_root": str(clips), "dataset_type": "video", "video_resolution_buckets": [[5, SIZE, SIZE]]}
     (folder / "data.json").write_text(json.dumps({"datasets": [dataset]}))
     Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(folder / "red.png")
@@ -67,7 +69,11 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: An
             "optimization": {"train_steps": 2, "lr": 1e-2, "lr_scheduler": "constant", "lr_warmup_steps": 0},
             "precision": dict.fromkeys(PRECISION, "fp32"),
             "checkpoints": {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 2},
-            "validation": {"validation_dataset_file": str(inputs / "validation.csv"), "validation_steps": 1},
+            "validation": {
+                "validation_dataset_file": str(inputs / "validation.csv"),
+                "validation_steps": 1,
+                "heldout": {"data_root": str(inputs / "heldout")},
+            },
         }
         if training_type == "lora":
             recipe["lora"] = {"rank": 4, "lora_alpha": 8}
@@ -126,12 +132,14 @@ def test_a_full_baseline_by_recipe_opens_and_samples(run, inputs, tmp_path):
     assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     assert pipeline.scheduler.config.shift == 3.0
     assert pipeline.transformer.patch_embedding.weight[:, LATENT_CHANNELS:].any()
+    assert [len(numbers) for numbers in heldout(folder).values()] == [23, 23, 23]
     sample(run, inputs, folder, tmp_path / "video.mp4")
 
 
 def test_an_ltx_by_recipe_is_told_the_rate_of_its_clips(run, inputs, tmp_path):
     folder, shape = tmp_path / "run", ("framebridge.data.num_frames=9", "validation.validation_dataset_file=null")
     run("train", f"--recipe={tmp_path / 'recipe.yaml'}", *shape, model="ltx")
+    assert [len(numbers) for numbers in heldout(folder).values()] == [23, 23, 23]
     assert FrameBridgeLTXPipeline.from_pretrained(folder).config.fps == 12  # the files'
     sample(run, inputs, folder, tmp_path / "video.mp4")
 

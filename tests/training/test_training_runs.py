@@ -133,6 +133,7 @@ def test_the_final_validation_uses_the_trained_weights(train, model_folder, vali
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
 def test_precomputation_gives_the_same_run(train, tmp_path, kind, monkeypatch):
+    kind = (*kind, f"validation.heldout.data_root={make_clips(tmp_path / 'heldout', count=1, frames=9, size=32)}")
     assert succeeded(train(*kind, output="direct"))
     options = ("dataset.enable_precomputation=true", "dataset.precomputation_items=3")
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
@@ -143,6 +144,7 @@ def test_precomputation_gives_the_same_run(train, tmp_path, kind, monkeypatch):
     block = [f"Encoding {what}: {share}" for what in ("captions", "clips") for share in done]
     assert lines == block * 3
     assert losses(tmp_path / "precomputed") == losses(tmp_path / "direct")
+    assert heldout(tmp_path / "precomputed") == heldout(tmp_path / "direct")
 
 
 def test_a_run_that_precomputes_once_resumes_where_it_stopped(train, tmp_path):
