@@ -32,8 +32,8 @@ _CHARTS = {
     "lr": "Learning rate",
     "samples_per_second": "Speed, clips a second",
     "grad_norm": "Norm of the gradient before clipping",
-    "heldout/loss_band": "Held-out loss in bands of time",
-    "heldout/x0_error_band": "Held-out error of the predicted video in bands of noise",
+    "heldout/loss_band": "Held-out loss in bands of time: 0 next to the video",
+    "heldout/x0_error_band": "Held-out error of the predicted video in bands of noise: 0 with the least",
 }
 """Titles, in the order of the page; other metrics come after them under their own names."""
 

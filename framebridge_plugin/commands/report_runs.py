@@ -38,6 +38,8 @@ class RunRecord:
     name: str
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     """Of each metric, its value at each step that has one."""
+    heldout: str = ""
+    """What its held-out losses are of."""
     restarts: set[int] = field(default_factory=set)
     """Steps to which the run went back."""
     notes: list[str] = field(default_factory=list)
@@ -95,7 +97,7 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
             except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
                 broken += is_whole
                 continue
-            if step < last or any(step in run.series.get(key, ()) for key in entry):
+            if step < last:
                 run.restarts.add(max(step - 1, 0))
                 for values in run.series.values():
                     for later in [known for known in values if known >= step]:
@@ -104,6 +106,8 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
             for key, value in entry.items():
                 if isinstance(value, int | float):
                     run.series.setdefault(key, {})[step] = float(value)
+                elif key == "heldout/clips":
+                    run.heldout = str(value)
                 elif isinstance(value, str):
                     texts.setdefault(f"{key}: {value}", []).append(step)
     run.series = {key: values for key, values in run.series.items() if values}
@@ -194,6 +198,8 @@ def _summary(run: RunRecord) -> Iterator[tuple[str, str]]:
                 key.replace("heldout/", "held-out ").replace("_", " "),
                 f"{values[max(values)]:.4g}, lowest {values[best]:.4g} at {best:,}",
             )
+    if run.heldout:
+        yield "held-out clips", run.heldout
     if speed := run.series.get("samples_per_second"):
         yield "clips a second, median", f"{median(speed.values()):.3g}"
     if seen := run.series.get("samples_seen"):

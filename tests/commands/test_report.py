@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from framebridge_plugin import register
 from framebridge_plugin.cli import main
 from framebridge_plugin.commands.report import write_report
 from framebridge_plugin.commands.report_runs import read_run, thinned
@@ -74,6 +75,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, `bridge` and `twin`, as trainings leave them: the first is done, the second was killed."""
+    register()
+    from framebridge_plugin.training.heldout import summary
+
     folder = tmp_path_factory.mktemp("report")
     write_model_folder(folder / "model")
     write_clips(folder / "clips")
@@ -103,12 +107,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shown = recipe.validation.model_copy(update={"validation_dataset_file": str(folder / "validation.json")})
         write_run_files(recipe.model_copy(update={"validation": shown}), run)
         with MetricsLogger(run, enabled=True) as metrics:
+            metrics.log_text(0, "heldout/clips", f"1 clips of digest {name}, weights: raw")
             for step in range(1, 7):
                 numbers = {"loss": 1 / step, "lr": 1e-3, "samples_per_second": 4.0, "samples_seen": 2.0 * step}
                 metrics.log(step, numbers)
                 if step % 2 == 0:
-                    bands = {f"heldout/loss_band_{band}": (band + 1) / step for band in range(10)}
-                    metrics.log(step, {"heldout/loss": 5.5 / step} | bands)
+                    errors = {(0, band): ((band + 1) / step, 0.5 / step, 1.0) for band in range(10)}
+                    metrics.log(step, summary(errors, 10))
         for number, label in ((0, "step000002"), (1, "step000002"), (0, "step000004"), (0, "final"), (1, "final")):
             path = run / f"validation/{label}-{number:02d}.mp4"
             if name == "bridge" or label != "final":
@@ -144,6 +149,7 @@ def test_two_runs_side_by_side(both):
     assert page.row("state") == ["done", "incomplete"]
     assert page.row("updates") == ["6 of 6", "4 of 6"]
     assert page.row("held-out loss") == ["0.9167, lowest 0.9167 at 6", "2.75, lowest 2.75 at 2"]
+    assert page.row("held-out clips")[1] == "1 clips of digest twin, weights: raw"
     assert page.row("framebridge.objective") == ["bridge", "diffusion"]
     names = [first for first, *_ in page.rows]
     assert names.index("framebridge.objective") < names.index("PSNR to the true clip, dB")
@@ -158,8 +164,9 @@ def test_two_runs_side_by_side(both):
     assert page.row("torch")[0] == page.row("torch")[1]
 
     assert [chart["title"] for chart in page.data["charts"]][:2] == ["Loss", "Held-out loss"]
-    (bands,) = (chart for chart in page.data["charts"] if len(chart["panels"]) > 1)
-    assert [panel["label"] for panel in bands["panels"]] == [f"band {band}" for band in range(10)]
+    assert not [chart["title"] for chart in page.data["charts"] if "/" in chart["title"]]
+    for bands in page.data["charts"][-2:]:
+        assert [panel["label"] for panel in bands["panels"]] == [f"band {band}" for band in range(10)]
     bridge, twin = page.data["runs"]
     assert bridge["series"]["loss"]["values"] == [1.0, 0.5, 0.33333, 0.25, 0.2, 0.16667]
     assert twin["series"]["loss"] == {"steps": [1, 2, 3, 4], "values": [1.0, 0.5, 0.33333, 9.0], "block": 1}
@@ -258,15 +265,15 @@ def test_a_browser_draws_it_plays_it_and_fetches_nothing(both, tmp_path):
             assert page.run("return document.documentElement.scrollWidth") <= width
         page.run("document.getElementById('play').click()")
         page.wait_for(f"return {videos}.every((video) => video.paused)")
-        assert page.run("return document.querySelectorAll('#charts svg').length") == 4 + 10
+        assert page.run("return document.querySelectorAll('#charts svg').length") == 6 + 20
         label = page.run("return document.querySelector('#charts svg').getAttribute('aria-label')")
         assert label == "Loss: bridge, 6 points, from 1 to 0.1667; twin, 4 points, from 1 to 9"
         page.run("document.querySelector('#charts svg').onkeydown(new KeyboardEvent('keydown', {key: 'ArrowLeft'}))")
         assert "twin at 4: 9, mean" in page.run("return document.querySelector('#charts output').textContent")
         paths = "return document.querySelectorAll('#charts svg path:not(.raw)').length"
-        assert page.run(paths) == 2 * 14
+        assert page.run(paths) == 2 * 26
         page.run("document.querySelector('#legend button').click()")
-        assert page.run(paths) == 14
+        assert page.run(paths) == 26
         assert page.messages() == []
         fetched = [address for address in page.requested() if not address.startswith("data:")]
         assert fetched == [both.as_uri()] * 2
