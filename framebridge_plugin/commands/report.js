@@ -87,7 +87,8 @@ function plot(box, { name, names, title, isExact, isSmall, isLog: asksForLog }) 
     }
     if (last > first) for (const tick of ticks(first, last, false, isSmall ? 3 : width / 110)) {
       if (!Number.isInteger(tick)) continue;
-      svg.append(make("text", { x: x(tick), y: height - 4, "text-anchor": "middle" }, tick.toLocaleString("en")));
+      const anchor = x(tick) > width - 30 ? "end" : "middle";
+      svg.append(make("text", { x: x(tick), y: height - 4, "text-anchor": anchor }, tick.toLocaleString("en")));
     }
     for (const line of lines) for (const step of line.run.restarts) {
       if (step < first || step > last) continue;

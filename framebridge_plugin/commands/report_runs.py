@@ -36,6 +36,8 @@ class RunRecord:
 
     folder: Path
     name: str
+    step: int = 0
+    """The last update in the metrics."""
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     """Of each metric, its value at each step that has one."""
     heldout: str = ""
@@ -53,11 +55,6 @@ class RunRecord:
     measures: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, str] = field(default_factory=dict)
     summary: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        """The last update in the metrics."""
-        return max((step for values in self.series.values() for step in values), default=0)
 
     def file(self, name: str | Path) -> Path | None:
         """A file in the folder; None if it is not there, or a link that leads out."""
@@ -85,7 +82,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 def _read_metrics(run: RunRecord, path: Path) -> None:
     """Of steps that were made twice the later lines count, and what came after the earlier ones does not."""
-    last, broken, is_whole, texts = -1, 0, True, dict[str, list[int]]()
+    broken, is_whole, texts = 0, True, dict[str, list[int]]()
     with open_regular(path) as file:
         for line in file:
             is_whole = line.endswith(b"\n")
@@ -97,12 +94,12 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
             except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
                 broken += is_whole
                 continue
-            if step < last:
+            if step < run.step:
                 run.restarts.add(max(step - 1, 0))
                 for values in run.series.values():
                     for later in [known for known in values if known >= step]:
                         del values[later]
-            last = step
+            run.step = step
             for key, value in entry.items():
                 if isinstance(value, int | float):
                     run.series.setdefault(key, {})[step] = float(value)

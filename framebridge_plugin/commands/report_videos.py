@@ -58,11 +58,11 @@ def collect_rows(runs: Sequence[RunRecord], most_bytes: int = MOST_BYTES) -> tup
             notes.append(f"{run.name}: no validation has written a video")
             continue
         kept = _choose(files, most_bytes // len(runs))
-        left_out = sorted({_label(step, run) for step, _ in files} - {_label(step, run) for step, _ in kept})
-        if left_out:
-            notes.append(f"{run.name}: left out, for a file below 50 MB: {', '.join(left_out)}")
+        why = f"{run.name}: left out, for a file below 50 MB"
+        if steps := sorted({step for step, _ in files} - {step for step, _ in kept}):
+            notes.append(f"{why}: samples of updates {', '.join(f'{step:.0f}' for step in steps)}")
         if dropped := len({number for _, number in files}) - len({number for _, number in kept}):
-            notes.append(f"{run.name}: left out, for a file below 50 MB: the last {dropped} rows of the validation")
+            notes.append(f"{why}: the last {dropped} rows of the validation")
         inputs = _Inputs(run)
         for step, number in sorted(kept):
             row = rows.get(key := (number, inputs.caption(number)))

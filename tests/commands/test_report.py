@@ -221,7 +221,7 @@ def test_videos_that_are_too_large_leave_first_and_last(folder):
     room = sum(sizes.values()) - 1
     rows, notes = collect_rows([run], room)
     assert [item.label for item in rows[0].samples["bridge"]] == ["update 2", "at the end, update 6"]
-    assert "bridge: left out, for a file below 50 MB: update 4" in notes
+    assert "bridge: left out, for a file below 50 MB: samples of updates 4" in notes
     rows, notes = collect_rows([run], sizes["final-00.mp4"])
     assert [[item.label for item in row.samples["bridge"]] for row in rows] == [["at the end, update 6"]]
     assert "bridge: left out, for a file below 50 MB: the last 1 rows of the validation" in notes
