@@ -18,7 +18,7 @@ from framebridge_plugin.data.layouts import find_clips, local_data_root
 from framebridge_plugin.data.tables import read_json
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
-from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, get_logger
+from framebridge_plugin.errors import UsageError, escaped, get_logger
 from framebridge_plugin.settings.data import DatasetSource, HeldoutSource, dataset_entries
 
 logger = get_logger(__name__)
@@ -164,8 +164,8 @@ def index_heldout(
         The rows, the clip settings of the first data set, and how many clips are wanted; None without the key.
 
     Raises:
-        UsageError: A key or value is wrong.
-        FrameBridgeError: Clips are missing, or trained on.
+        UsageError: A key or value is wrong, or clips are trained on.
+        FrameBridgeError: Clips are missing.
     """
     if "heldout" not in content:
         return None
@@ -175,7 +175,7 @@ def index_heldout(
     for rows, _ in datasets:
         if trained_on := [path for paths, _ in rows.batches() for path in paths if path in heldout]:
             what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
-            raise FrameBridgeError(f"validation.heldout: {what}; name others, or train on one half of a split")
+            raise UsageError(f"validation.heldout: {what}; name others, or train on one half of a split")
     return index, datasets[0][1], source.clips
 
 

@@ -178,5 +178,3 @@ def test_what_cannot_be_read_is_replaced_or_refused(clips_folder, tmp_path, capl
     for wanted, policy in ((2, BadFilePolicy(policy="raise")), (4, BadFilePolicy())):
         with pytest.raises(FrameBridgeError, match="validation.heldout: cannot read the clip .*the file is empty"):
             HeldoutClips(*rows[:2], wanted, policy)
-    with pytest.raises(FrameBridgeError, match="5 of its 5 clips are trained on, such as"):
-        index_heldout(content_of(clips_folder), trained_on)

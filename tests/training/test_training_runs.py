@@ -181,14 +181,15 @@ def test_processes_wait_for_each_other_as_long_as_either_limit_says(train, monke
         (("validation.enable_model_cpu_offload=true",), "error: enable_model_cpu_offload: there is no accelerator"),
         (("tracking.report_to=wandb",), "error: tracking.report_to: wandb has no login here"),
         (("hub.push_to_hub=true",), "error: hub.push_to_hub: "),
+        (("validation.heldout.data_root={clips}",), "error: validation.heldout: 5 of its 5 clips are trained on, "),
     ],
 )
-def test_a_dry_run_refuses_what_the_start_would(train, tmp_path, monkeypatch, overrides, message):
+def test_a_dry_run_refuses_what_the_start_would(train, clips_folder, tmp_path, monkeypatch, overrides, message):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     wandb.teardown()  # which keeps the mode of an earlier run of this process
-    result = train("--dry-run", *overrides)
+    result = train("--dry-run", *(override.format(clips=clips_folder) for override in overrides))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(message)
     assert yaml.safe_load(result.stdout)
