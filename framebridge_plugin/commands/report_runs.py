@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,19 +15,19 @@ from statistics import fmean, median
 from typing import Any
 
 from framebridge_plugin.data.bad_files import read_bad_files
-from framebridge_plugin.data.tables import read_json
+from framebridge_plugin.data.tables import read_json, read_text
 from framebridge_plugin.errors import FrameBridgeError, UsageError
-from framebridge_plugin.files import leads_out, open_regular, read_regular
+from framebridge_plugin.files import leads_out, open_regular
 from framebridge_plugin.folder_lock import FREE_AFTER_S
 from framebridge_plugin.recipe.yaml_text import read_yaml
 from framebridge_plugin.training.abandoned import METRICS_FILE
 
 _RECIPES = ("recipe-resumed.yaml", "recipe.yaml")
 _EVALUATIONS = ("evaluation.json", "*/evaluation.json", "evaluations/*/evaluation.json")
-_LARGEST_RECIPE = 2**20
 _RECENT = 100  # logged updates, of which the summary's loss is the mean
 _WENT_BACK = re.compile(r"\d+-after-step-(\d+)")
-_STARTED = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+_STARTED = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+_WHOSE = ("", "; of the true clips", "; of the image repeated")
 
 
 @dataclass
@@ -72,10 +72,9 @@ def read_run(folder: Path, name: str) -> RunRecord:
     if (path := run.file(METRICS_FILE)) is not None:
         _read_metrics(run, path)
     _read_recipe(run)
-    run.versions = flat(_read_json(run, "versions.json"))
+    run.versions = flat(_read(run, "versions.json", read_json) or {})
     _read_evaluations(run)
-    if (path := run.file("bad_files.jsonl")) is not None:
-        run.bad_files = read_bad_files(path)
+    run.bad_files = _read(run, "bad_files.jsonl", read_bad_files) or []
     run.summary = dict(_summary(run))
     return run
 
@@ -91,7 +90,8 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
                 step = entry.pop("step")
                 if type(step) is not int or step < 0:
                     raise ValueError
-            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+                numbers = {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError, OverflowError):
                 broken += is_whole
                 continue
             if step < run.step:
@@ -100,10 +100,10 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
                     for later in [known for known in values if known >= step]:
                         del values[later]
             run.step = step
+            for key, number in numbers.items():
+                run.series.setdefault(key, {})[step] = number
             for key, value in entry.items():
-                if isinstance(value, int | float):
-                    run.series.setdefault(key, {})[step] = float(value)
-                elif key == "heldout/clips":
+                if key == "heldout/clips":
                     run.heldout = str(value)
                 elif isinstance(value, str):
                     texts.setdefault(f"{key}: {value}", []).append(step)
@@ -121,12 +121,9 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
 
 def _read_recipe(run: RunRecord) -> None:
     paths = [path for path in map(run.file, _RECIPES) if path is not None]
-    recipes = []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            recipes.append(flat(read_yaml(read_regular(path, _LARGEST_RECIPE).decode()).data))
-        except (FrameBridgeError, OSError, ValueError) as error:
-            run.notes.append(f"{path.name} cannot be read: {error}")
+    latest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    contents = [_read(run, path.name, lambda path: read_yaml(read_text(path)).data) for path in latest_first]
+    recipes = [flat(content) for content in contents if isinstance(content, dict)]
     if not paths:
         run.notes.append(f"there is no {_RECIPES[-1]}: it was another program that trained this")
     run.recipe, *earlier = recipes or [{}]
@@ -144,15 +141,11 @@ def _read_evaluations(run: RunRecord) -> None:
         from framebridge_plugin.evaluation.report import ROWS, figure_text
 
         where = f"{path.parent}: " if len(paths) > 1 else ""
-        content = _read_json(run, path)
+        content = _read(run, path, read_json)
         try:
             measures, protocol = content["measures"], {"evaluated": content["evaluated"], **content["protocol"]}
             for name, title in ROWS.items():
-                for prefix, whose in (
-                    ("", ""),
-                    (OF_TRUTH, "; of the true clips"),
-                    ("repeated.", "; of the image repeated"),
-                ):
+                for prefix, whose in zip(("", OF_TRUTH, "repeated."), _WHOSE, strict=True):
                     if prefix + name in measures:
                         run.measures[f"{where}{title}{whose}"] = figure_text(measures[prefix + name])
         except (KeyError, TypeError, ValueError):
@@ -162,13 +155,14 @@ def _read_evaluations(run: RunRecord) -> None:
             run.protocol |= {where + name: text for name, text in flat(protocol).items()}
 
 
-def _read_json(run: RunRecord, name: str | Path) -> Any:
+def _read(run: RunRecord, name: str | Path, read: Callable[[Path], Any]) -> Any:
+    """What a file in the folder holds; None, with a note, if it cannot be read."""
     if (path := run.file(name)) is not None:
         try:
-            return read_json(path)
+            return read(path)
         except FrameBridgeError as error:
             run.notes.append(str(error))
-    return {}
+    return None
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, str]:
@@ -190,11 +184,8 @@ def _summary(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield f"loss, mean of the last {len(loss)}", f"{fmean(loss):.4g}"
     for key, values in run.series.items():
         if key.startswith("heldout/") and "_band_" not in key:
-            best = min(values, key=lambda step: values[step])
-            yield (
-                key.replace("heldout/", "held-out ").replace("_", " "),
-                f"{values[max(values)]:.4g}, lowest {values[best]:.4g} at {best:,}",
-            )
+            name, best = key.replace("heldout/", "held-out ").replace("_", " "), min(values, key=values.__getitem__)
+            yield name, f"{values[max(values)]:.4g}, lowest {values[best]:.4g} at {best:,}"
     if run.heldout:
         yield "held-out clips", run.heldout
     if speed := run.series.get("samples_per_second"):

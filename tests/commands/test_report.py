@@ -215,6 +215,29 @@ def test_a_run_that_has_just_begun(folder, tmp_path, capsys):
     assert Page(run / "report.html").row("state") == ["incomplete"]
 
 
+def test_files_that_are_no_good_are_left_out_and_said(folder, tmp_path):
+    run = tmp_path / "damaged"
+    run.mkdir()
+    lines = [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 10**400},
+        {"step": -1},
+        {"step": 3, "loss": float("nan")},
+        [],
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for name in ("recipe.yaml", "versions.json", "bad_files.jsonl", "evaluation.json"):
+        (run / name).write_bytes(b'{"a": "\xff')
+    (run / "validation").mkdir()
+    (run / "validation/final-00.mp4").write_bytes(b"no video")
+    write_report([run], run / "report.html")
+    page = Page(run / "report.html")
+    assert page.data["runs"][0]["series"]["loss"] == {"steps": [1, 3], "values": [1.0, None], "block": 1}
+    assert "metrics.jsonl: lines that name no step are left out, 3 of them" in page.notes
+    for name in ("recipe.yaml", "versions.json", "bad_files.jsonl", "evaluation.json", "final-00.mp4"):
+        assert any(f"damaged/{name}" in note or f"validation/{name}" in note for note in page.notes), name
+
+
 def test_videos_that_are_too_large_leave_first_and_last(folder):
     run = read_run(folder / "runs/bridge", "bridge")
     sizes = {path.name: path.stat().st_size for path in (run.folder / "validation").iterdir()}
