@@ -43,8 +43,8 @@ channels, one latent for each 4x4 pixels of each frame. The encoder is a linear 
 was trained for {steps} updates. {parameters:,} weights in half precision, {size:.1f} MB.
 
 On {count} clips of the {levels} held-out levels, all pixels together: {psnr:.2f} dB; what changes from frame to
-frame comes back to {motion:.1%} (of its squared size). The scaling factor, {scaling_factor}, is 1 / (standard deviation
-of the training clips' latents); channel by channel, scaled, the deviations are {deviations}.
+frame comes back to {motion:.1%} (of its squared size). The scaling factor, {scaling_factor}, is 1 / (standard
+deviation of the training clips' latents); channel by channel, scaled, the deviations are {deviations}.
 
 The clips show levels of Freedoom (BSD 3-clause, copyright the contributors to the Freedoom project).
 """

@@ -98,7 +98,8 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
     flushed, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(LatteBridgeSpecification, "prepare_conditions", count)
-    assert succeeded(precompute("--variants=2", "--shard-size=4"))
+    result = precompute("--variants=2", "--shard-size=4")
+    assert succeeded(result)
     assert sorted(embedded) == sorted(["", *CLASS_NAMES[:3]])
 
     store = tmp_path / "store"
@@ -113,6 +114,12 @@ def test_each_caption_is_embedded_once_and_everything_is_named(precompute, input
     assert skipped["reason"]
     assert yaml.safe_load((store / "recipe.yaml").read_text())["training"]["seed"] == 7
     assert json.loads((store / "versions.json").read_text())["torch"]
+    # How large the latents are, about their mean, and the factor that would make that 1.
+    stored = [load_file(path)["latents"] for path in sorted(store.glob("clips/*/*.safetensors"))]
+    deviation = torch.cat(stored).double().std(correction=0).item()
+    factor = json.loads((inputs / "model/vae/config.json").read_text())["scaling_factor"] / deviation
+    said = f"the latents of {2 * ROWS} clips: {deviation:.4f}; it is 1 with scaling_factor {factor:.4f} in"
+    assert said in result.stderr
     # Whole and on the disk before they have their names.
     places = {path.parents[1] / path.name for path in map(Path, flushed) if path.parent.suffix == ".partial"}
     assert places == {*files(store), store / "manifest.json"}

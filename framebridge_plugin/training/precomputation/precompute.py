@@ -40,6 +40,7 @@ from framebridge_plugin.training.precomputation.store import (
     Shard,
     check_fingerprint,
     compressed,
+    latent_deviation,
     read_manifest,
     read_skipped,
     write_shard,
@@ -99,6 +100,8 @@ def precompute(recipe: Recipe, store: Path, wanted: Wanted | None = None) -> Non
         wait_for_all()
         if is_first():
             _report(store, job.manifest, sum(map(len, missing)))
+            if missing[1]:
+                _say_scale(store, job.manifest, job.specification.adapter.vae_config)
 
 
 def _prepare(recipe: Recipe, store: Path, wanted: Wanted, device: torch.device) -> _Job:
@@ -170,6 +173,16 @@ def _report(store: Path, manifest: Manifest, written: int) -> None:
     held = ", ".join(parts[part] for part in PARTS if part in manifest.holds)
     there = len(shards) + len(list(manifest.caption_shards())) - written
     say(f"{store}: {held}; {written} files written, {there} were there")
+
+
+def _say_scale(store: Path, manifest: Manifest, vae_config: Mapping[str, Any]) -> None:
+    """Says how large the latents are, and the factor of the autoencoder that would make that 1."""
+    deviation, clips = latent_deviation(store, manifest)
+    wanted = ""
+    if "scaling_factor" in vae_config and deviation > 0:
+        factor = vae_config["scaling_factor"] / deviation
+        wanted = f"; it is 1 with scaling_factor {factor:.4f} in the autoencoder's config, for a new network"
+    say(f"standard deviation of the latents of {clips} clips: {deviation:.4f}{wanted}")
 
 
 class _Positions(Dataset[Sample]):

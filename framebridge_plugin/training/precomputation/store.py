@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zlib
 from collections import OrderedDict
@@ -43,6 +44,7 @@ PARTS = ("latents", "captions")
 CAPTION_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 _CAPTION, _CHECKSUM, _SKIPPED, _SCALE = "_caption", "_checksum", "skipped", "_scale."
 _OPEN_FILES = 16
+_MEASURED_FILES = 32
 _DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 _REMEDY = "run `finetrainers precompute` again"
 
@@ -208,6 +210,22 @@ def read_skipped(path: Path) -> list[BadFile]:
         return [bad_file for files in skipped.values() for bad_file in files]
     except _DAMAGE as error:
         raise _damaged(path, error) from error
+
+
+def latent_deviation(store: Path, manifest: Manifest) -> tuple[float, int]:
+    """The standard deviation of the latents about their mean, and of how many clips: those of evenly spread files."""
+    shards = list(manifest.clip_shards())
+    looked_at = shards[:: math.ceil(len(shards) / _MEASURED_FILES)]
+    values, total, squares = 0, 0.0, 0.0
+    for shard in looked_at:
+        try:
+            with safe_open(store / shard.name, "pt") as file:
+                latents = file.get_tensor("latents").double()
+        except _DAMAGE as error:
+            raise _damaged(store / shard.name, error) from error
+        values, total, squares = values + latents.numel(), total + latents.sum(), squares + latents.square().sum()
+    variance = squares / values - (total / values) ** 2
+    return math.sqrt(max(0.0, float(variance))), sum(shard.count for shard in looked_at)
 
 
 def _damaged(path: Path, error: BaseException) -> StoreError:
