@@ -30,7 +30,7 @@ def overrides_for_shipped(name, tmp_path) -> list[str]:
         ]
     if name in ("cogvideox_bridge_lora", "ltx_bridge_lora", "wan_bridge_lora"):
         return [f"framebridge.data.data_root={write_clips(tmp_path / 'clips')}"]
-    if name.startswith(("ucf101", "motion")):
+    if name.startswith(("ucf101", "motion", "doom")):
         return overrides_for_latte(name, tmp_path)
     table, videos = write_webvid(tmp_path / "webvid")
     return [f"framebridge.data.csv={table}", f"framebridge.data.video_root={videos}"]
@@ -41,9 +41,11 @@ def overrides_for_latte(name, tmp_path) -> list[str]:
     classes = write_class_folders(tmp_path / "classes", UCF101_CLASSES[:3])
     overrides = [f"framebridge.data.class_root={classes}", "validation.validation_dataset_file=null"]
     data = find_recipe_data(name)
-    if "motion" in name:
+    if not name.startswith("ucf101"):
         make_tiny_image_vae(compression=4).save_pretrained(tmp_path / "vae")
         overrides.append(f"model.vae_id={tmp_path / 'vae'}")
+    if "split" in data:  # these clips have no lists
+        overrides.append("framebridge.data.split=all")
     if name.endswith("bridge_neural_prior"):
         prior = make_tiny_latte(
             tmp_path / "prior",
@@ -66,6 +68,7 @@ def test_the_shipped_recipes():
         "cogvideox_bridge.yaml",
         "cogvideox_bridge_lora.yaml",
         "cogvideox_diffusion_baseline.yaml",
+        "doom_bridge.yaml",
         "ltx_bridge_lora.yaml",
         "motion_bridge.yaml",
         "motion_bridge_neural_prior.yaml",
