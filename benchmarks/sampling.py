@@ -1,8 +1,8 @@
 """Quality against calls of the network, 1 to 100, for every sampler, order, grid of times and start of the bridge.
 
     python benchmarks/sampling.py --output benchmarks/results/sampling_closed_form
-    python benchmarks/sampling.py --model runs/doom_bridge --data doom-data/clips --split test \\
-        --output benchmarks/results/sampling_doom
+    python benchmarks/sampling.py --model runs/doom_bridge --recipe recipes/doom_bridge.yaml --data doom-data/clips \\
+        --split test --output benchmarks/results/sampling_doom
 
 Without a model the data are mixtures of Gaussians, for which the best prediction is known, so that nothing is measured
 but the sampler: the distance to the true distribution (Wasserstein-1 along random directions, in standard deviations
@@ -14,6 +14,7 @@ that are as good as the reference's 50, and 25 as good as its 1000.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from reports import environment, environment_line, write_results
 
 from framebridge_plugin.bridge import BridgeSchedule
 from framebridge_plugin.commands.sample import open_pipeline
+from framebridge_plugin.recipe import resolve_recipe
 from framebridge_plugin.schedulers import FrameBridgeScheduler
+from framebridge_plugin.settings.data import ClipSection
 
 CALLS = (1, 2, 4, 8, 15, 25, 50, 100)
 QUICK_CALLS = (2, 8, 50)
@@ -164,16 +167,16 @@ def closed_form(calls: Sequence[int], count: int) -> dict[str, Any]:
 
 def trained(pipeline: Any, heldout: Any, calls: Sequence[int], ways: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What is measured of a trained model's samples, by way and number of calls."""
-    from heldout_clips import measure, sample, say_numbers
+    from heldout_clips import figure, measured, sample
 
     config, rows = pipeline.scheduler.config, dict[str, dict[str, Any]]()
     for way in ways:
         pipeline.scheduler = FrameBridgeScheduler.from_config(config, **{**PLAIN, **WAYS[way]})
         for number in counts_of(way, calls):
             call = times_of(way, number, pipeline.scheduler.schedule)
-            found = measure(sample(pipeline, heldout, guidance_scale=1.0, **call), heldout)
+            found = measured(sample(pipeline, heldout, guidance_scale=1.0, **call), heldout)
             rows.setdefault(way, {})[str(number)] = found
-            print(f"{way}, {number} calls: {say_numbers(found)}", flush=True)
+            print(f"{way}, {number} calls: error {figure(found['error'])}", flush=True)
     return rows
 
 
@@ -231,7 +234,8 @@ def _cell(cell: Any) -> str:
     if not isinstance(cell, dict):
         return f"{cell:.3f}"
     error, motion, residual = (cell[name] for name in ("error", "shift_correlation", "block_residual"))
-    return f"{error['mean']:.4f} +- {error['se']:.4f}; {motion['mean']:.2f}; {residual['mean']:.2f}"
+    spread = error["standard_error"]
+    return f"{error['mean']:.4f} +- {spread:.4f}; {motion['mean'] or math.nan:.2f}; {residual['mean']:.2f}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -268,16 +272,17 @@ def closed_form_parts(quick: bool) -> dict[str, Any]:
 
 def trained_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """The part of the report on a trained model."""
-    from heldout_clips import HeldOut, class_data, clip_size
+    from heldout_clips import HeldOut
 
     pipeline = open_pipeline(str(arguments.model))
     pipeline.set_progress_bar_config(disable=True)
-    data = class_data(arguments.data, arguments.split)
-    cut = {"frame_sampling": "linspace", "window_frames": arguments.window_frames} if arguments.window_frames else {}
-    heldout = HeldOut.read(data, clip_size(pipeline), arguments.clips, **cut)
+    recipe, _ = resolve_recipe(arguments.recipe)
+    clip = ClipSection.model_fields.keys()
+    data = {"class_root": str(arguments.data), **({"split": arguments.split} if arguments.split else {})}
+    heldout = HeldOut.read(data, recipe.framebridge.data.model_dump(include=clip), arguments.clips)
     rows = trained(pipeline, heldout, arguments.calls, arguments.ways)
     about = (
-        f"{len(heldout.classes)} held-out clips, no guidance. Squared error to the true clip in [-1, 1] after the "
+        f"{len(heldout.conditions)} held-out clips, no guidance. Squared error to the true clip in [-1, 1] after the "
         "first frame, with its standard error; shift correlation; block residual."
     )
     return {"about": about, "measure": "squared error to the true clip", "ways": rows}
@@ -291,13 +296,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="run or model of a Latte bridge; default: the closed form")
     parser.add_argument("--data", type=Path, help="folder of class folders with the held-out clips")
     parser.add_argument("--split", help="of the folder's lists, if it has any: test")
-    parser.add_argument("--window-frames", type=int, help="frames that a clip is spread over, as in training")
-    parser.add_argument("--clips", type=int, default=10, help="of each class (default: 10)")
+    parser.add_argument("--recipe", help="recipe that the model was trained by, for how clips are cut")
+    parser.add_argument("--clips", type=int, default=60, help="how many (default: 60)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, help="numbers of calls")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
     arguments = parser.parse_args(argv)
-    if (arguments.model is None) != (arguments.data is None):
-        parser.error("--model and --data go together")
+    if len({given is None for given in (arguments.model, arguments.data, arguments.recipe)}) > 1:
+        parser.error("--model, --data and --recipe go together")
     about = environment(torch.device("cpu"))
     parts = (
         closed_form_parts(arguments.quick)

@@ -140,8 +140,7 @@ def _prepare_ucf101(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.commands.sample_request import SampleRequest
 
-    given = _with_tuples(arguments)
-    request = SampleRequest(**{name: given[name] for name in given.keys() & SampleRequest.model_fields.keys()})
+    request = SampleRequest(**_given(arguments, SampleRequest))
 
     from framebridge_plugin.commands.sample_inputs import load_inputs
 
@@ -154,14 +153,17 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _with_tuples(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
+def _given(arguments: argparse.Namespace, request: Any) -> dict[str, Any]:
+    """What a command line says of a request."""
+    given = {name: value for name, value in vars(arguments).items() if name in request.model_fields}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.commands.evaluate_request import read_request
+    from framebridge_plugin.commands.evaluate_request import EvaluateRequest, load_clip_data, read_request
 
-    request, content = read_request(_with_tuples(arguments))
+    content = load_clip_data(arguments.model, arguments.recipe, arguments.overrides)
+    request = read_request(_given(arguments, EvaluateRequest), content)
     if starts_processes(arguments.nproc):
         return launch(arguments.argv, arguments.nproc)
 

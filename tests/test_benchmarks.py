@@ -140,3 +140,30 @@ def test_few_calls_are_compared_where_the_best_prediction_is_known(tmp_path, ben
         assert goal["value"] == min(way["8"] for name, way in ways.items() if not name.startswith("reference"))
     assert (tmp_path / "out.png").is_file()
     assert "| dbim, order 2, lambda |" in (tmp_path / "out.md").read_text()
+
+
+def test_the_bridge_is_nearer_to_true_clips_than_its_twin_and_tables_say_what_is_missing(
+    tmp_path, benchmark_modules, monkeypatch
+):
+    """The command's own statement, of two small runs; the real ones take hours."""
+    import bridge_vs_diffusion
+    from quick_comparison import BRIDGE, TWIN, quick_part, run_quickly
+
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert run_quickly(tmp_path) == 0
+    part = quick_part(tmp_path)
+    comparison = bridge_vs_diffusion.Comparison("quick", part, tmp_path / "runs", tmp_path)
+    assert [*comparison.plan()] == []
+    assert (tmp_path / "quick.png").is_file()
+    still = comparison.found[bridge_vs_diffusion.Job("image repeated", 0.0, part.seeds[0])]
+    assert still["headline"]["motion_ratio"]["mean"] == 0
+    # As it stands before the bridge's run.
+    (job,) = (job for job in comparison.found if job.arm == BRIDGE)
+    (tmp_path / f"quick-{job.name}.json").unlink()
+    before = bridge_vs_diffusion.Comparison("quick", part, tmp_path / "runs", tmp_path)
+    assert next(before.plan()) == job
+    bridge_vs_diffusion.report(before)
+    lines = (tmp_path / "quick.md").read_text().splitlines()
+    assert [line.startswith(f"| {BRIDGE} | missing |") for line in lines].count(True) == 2
+    assert not any(line.startswith(f"| {TWIN} | missing |") for line in lines)
