@@ -140,7 +140,8 @@ def _prepare_ucf101(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from framebridge_plugin.commands.sample_request import SampleRequest
 
-    request = SampleRequest(**_given(arguments, SampleRequest))
+    given = _with_tuples(arguments)
+    request = SampleRequest(**{name: given[name] for name in given.keys() & SampleRequest.model_fields.keys()})
 
     from framebridge_plugin.commands.sample_inputs import load_inputs
 
@@ -153,17 +154,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _given(arguments: argparse.Namespace, request: Any) -> dict[str, Any]:
-    """What a command line says of a request."""
-    given = {name: value for name, value in vars(arguments).items() if name in request.model_fields}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+def _with_tuples(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from framebridge_plugin.commands.evaluate_request import EvaluateRequest, load_clip_data, read_request
+    from framebridge_plugin.commands.evaluate_request import read_request
 
-    content = load_clip_data(arguments.model, arguments.recipe, arguments.overrides)
-    request = read_request(_given(arguments, EvaluateRequest), content)
+    request, content = read_request(_with_tuples(arguments))
     if starts_processes(arguments.nproc):
         return launch(arguments.argv, arguments.nproc)
 

@@ -98,12 +98,8 @@ class SamplingMemory:
             self._pipeline.text_encoder.register_forward_pre_hook(
                 lambda module, tokens, settings: (tokens[:1], {}), with_kwargs=True
             )
-            frames, height, width = self._pipeline._default_clip()
-            num_latents = (frames - 1) // self._pipeline.vae_scale_factor_temporal + 1
-        else:
-            frames = num_latents = config.num_frames
-            height, width = config.sample_height * scale, config.sample_width * scale
-        self.clip = frames, height, width
+        self.clip = frames, height, width = self._pipeline._default_clip()
+        num_latents = (frames - 1) // self._pipeline.vae_scale_factor_temporal + 1 if is_text else frames
         self._latents_TChw = (num_latents, config.out_channels, height // scale, width // scale)
 
     def needed(self, inputs: int, offload: Offload, tiled: bool) -> int:

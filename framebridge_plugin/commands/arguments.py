@@ -304,15 +304,21 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_recipe(parser, required=False)
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where to")
+    add = parser.add_argument
+    what = "in place of clips: pictures, videos whose first frame is taken, folders of them, and tables (.csv with "
+    add("--images", nargs="+", type=Path, metavar="PATH", help=f"{what}caption and image_path or video_path)")
+    _add_conditions(parser)
+    add("--output", required=True, type=Path, metavar="FOLDER", help="where to")
+    add("--vbench", type=Path, metavar="FOLDER", help="write the videos by VBench-I2V's names, too")
+    add("--preset", choices=("ucf101", "msrvtt"), help="how FVD is published on a corpus; says what it sets")
     _add_nproc(parser)
 
     from framebridge_plugin.settings.options import add_options
     from framebridge_plugin.settings.sampling import NETWORKS, EvaluateSection
 
     what = f"what trained networks find, too (all but vmaf: framebridge-plugin[evaluate]): {', '.join(NETWORKS)}"
-    parser.add_argument("--also", nargs="+", default=[], choices=NETWORKS, metavar="NAME", help=what)
-    add_options(parser, EvaluateSection, dashes=True, without=("num_frames", "height", "width"))
+    add("--also", nargs="+", default=[], choices=NETWORKS, metavar="NAME", help=what)
+    add_options(parser, EvaluateSection, dashes=True)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
-from framebridge_plugin.backbones.fingerprint import component_fingerprint
+from framebridge_plugin.backbones.fingerprint import component_fingerprint, short_digest
 from framebridge_plugin.backbones.folders import LORA_FILE, find_part
 from framebridge_plugin.backbones.hub import local_folder
 from framebridge_plugin.backbones.manifest import file_facts
 from framebridge_plugin.backbones.opening import find_folder, find_model
 from framebridge_plugin.backbones.sampling_loop import call_defaults
 from framebridge_plugin.commands.evaluate_networks import load_networks, look
-from framebridge_plugin.commands.evaluate_request import EvaluateRequest
+from framebridge_plugin.commands.evaluate_request import EvaluateRequest, ImagesRequest
 from framebridge_plugin.commands.sample import Opened, open_for
 from framebridge_plugin.data.bad_files import describe
 from framebridge_plugin.data.folders import index_datasets
 from framebridge_plugin.errors import FrameBridgeError, UsageError, print_lines, say
-from framebridge_plugin.evaluation.clips import Clip, TrueClips
+from framebridge_plugin.evaluation.clips import Clip, Images, Inputs, TrueClips
 from framebridge_plugin.evaluation.measuring import measure
 from framebridge_plugin.evaluation.networks import load_fvd
 from framebridge_plugin.evaluation.parts import Part, Parts
 from framebridge_plugin.evaluation.report import Looked, write_report
+from framebridge_plugin.evaluation.vbench import export
 from framebridge_plugin.files import remove_partial_files
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
@@ -39,15 +40,16 @@ from framebridge_plugin.training.rendezvous import met, wait_for_all
 from framebridge_plugin.training.run import package_versions
 
 
-def evaluate(request: EvaluateRequest, content: Mapping[str, Any]) -> None:
+def evaluate(request: EvaluateRequest, content: Mapping[str, Any] | None) -> None:
     """Makes the videos that are not there yet, in this process and the others that were started beside it, and writes
-    the report; `content` is that of the dataset file.
+    the report; `content` is that of the dataset file, None for images alone.
     """
     with FolderLock(request.output) if is_first() else contextlib.nullcontext(), met() as device:
         job = first_alone(lambda: _prepare(request, content, device))
         # Every process uses the list that the first one made.
         missing, protocol = of_all_ranks((job.parts.missing(), job.protocol))[0]
-        job.make(missing[rank() :: process_count()], bool(content["bad_files"].get("policy") == "raise"))
+        raises = content is not None and content["bad_files"].get("policy") == "raise"
+        job.make(missing[rank() :: process_count()], raises)
         wait_for_all()
         looked = Looked({}, {}, {})
         for network in first_alone(lambda: load_networks(request, job.leave_model())):
@@ -56,29 +58,42 @@ def evaluate(request: EvaluateRequest, content: Mapping[str, Any]) -> None:
             paths = write_report(job.parts, protocol, job.clips, looked)
             print_lines(paths[1].read_text(encoding="utf-8"))
             say(f"evaluation: {', '.join(map(str, paths))}")
+            if request.vbench is not None:
+                command = export(job.parts, job.clips, request.vbench, job.opened.pipeline.config.fps)
+                say(f"VBench-I2V, in its repository: {command}")
 
 
-def _prepare(request: EvaluateRequest, content: Mapping[str, Any], device: torch.device) -> _Job:
+def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device: torch.device) -> _Job:
     """Everything before the first video is made."""
-    datasets = index_datasets(content, "the recipe's data")
-    clips = TrueClips(datasets, request.seed, request.count)
-    classes = None if request.saved is None else request.saved.known_classes
-    if classes is not None:
-        captions = (caption for index, _ in datasets for caption in index.distinct_captions())
-        if problem := next(filter(None, map(classes.problem, captions)), None):
-            raise UsageError(f"the clips: {problem}")
+    datasets = [] if content is None else index_datasets(content, "the recipe's data")
+    if content is not None:
+        clips: Inputs = TrueClips(datasets, request.seed, request.count)
+        classes = None if request.saved is None else request.saved.known_classes
+        if classes is not None:
+            captions = (caption for index, _ in datasets for caption in index.distinct_captions())
+            if problem := next(filter(None, map(classes.problem, captions)), None):
+                raise UsageError(f"the clips: {problem}")
     opened = open_for(request, device)
+    given = (request.num_frames, request.height, request.width)
+    frames, height, width = (one or other for one, other in zip(given, opened.pipeline._default_clip(), strict=True))
+    if isinstance(request, ImagesRequest):
+        clips = Images(request.pairs, request.num_videos, (height, width))
     if request.fvd_features is not None:  # that nothing is made before it is refused
         load_fvd(request.fvd_features, request.fvd_sha256, request.fvd_frames, torch.device("cpu"))
     parts = Parts(request.output, len(clips), max(1, request.batch_size // opened.rows))
     protocol = {}
     if is_first():
-        entries = zip(content["datasets"], datasets, strict=True)
-        data = [
-            {name: entry[name] for name in ("split", "fold") if name in entry} | data_fingerprint(*found)
-            for entry, found in entries
-        ]
-        protocol = _protocol(request, opened, {"count": len(clips), "clips": data})
+        said: dict[str, Any] = {"count": len(clips), "resolution": [height, width], "frames": frames}
+        if isinstance(request, ImagesRequest):
+            listed = [[path.name, file_facts(path).sha256, condition] for path, condition in request.pairs]
+            said |= {"images": short_digest(listed), "videos_of_an_image": request.num_videos}
+        else:
+            entries = [] if content is None else content["datasets"]
+            said["clips"] = [
+                {name: entry[name] for name in ("split", "fold") if name in entry} | data_fingerprint(*found)
+                for entry, found in zip(entries, datasets, strict=True)
+            ]
+        protocol = _protocol(request, opened, said)
         parts.check_protocol(protocol)
         remove_partial_files(request.output)
     return _Job(request, opened, clips, parts, protocol)
@@ -90,7 +105,7 @@ class _Job:
 
     request: EvaluateRequest
     opened: Opened
-    clips: TrueClips
+    clips: Inputs
     parts: Parts
     protocol: dict[str, Any]
 
@@ -119,8 +134,8 @@ class _Job:
     def leave_model(self) -> torch.device:
         """Frees the device's memory of the model, which nothing needs any more; returns the device."""
         device = self.opened.pipeline._execution_device
-        self.opened.pipeline.remove_all_hooks()
-        self.opened.pipeline.to("cpu")
+        if self.request.offload == "none":
+            self.opened.pipeline.to("cpu")
         return device
 
     def _make_part(self, part: int, clips: list[Clip], bad_files: list[Any]) -> None:
@@ -134,13 +149,13 @@ class _Job:
             )
             videos = torch.stack([torch.from_numpy(video).permute(0, 3, 1, 2) for video in made])
             device = self.opened.pipeline._execution_device
-            truth = torch.stack([clip.frames for clip in clips]).to(device)
-            columns = measure(videos.to(device), truth[:, 0], truth)
+            true = torch.stack([clip.frames for clip in clips]).to(device)
+            columns = measure(videos.to(device), true[:, 0], true if self.clips.has_truth else None)
         numbers, conditions = [clip.number for clip in clips], [clip.condition for clip in clips]
         self.parts.write(part, videos, Part(numbers, conditions, columns, bad_files))
 
 
-def _protocol(request: EvaluateRequest, opened: Opened, clips: Mapping[str, Any]) -> dict[str, Any]:
+def _protocol(request: EvaluateRequest, opened: Opened, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """All that the numbers depend on, with which those of two evaluations can be compared."""
     pipeline, saved = opened.pipeline, opened.saved
     sampling: dict[str, Any] = {"one_call": True}
@@ -153,10 +168,8 @@ def _protocol(request: EvaluateRequest, opened: Opened, clips: Mapping[str, Any]
     return {
         "model": type(pipeline).__name__,
         "weights": _weights(request, saved),
-        "resolution": [request.height, request.width],
-        "frames": request.num_frames,
         "crop": "shorter side resized, centre cropped",
-        **clips,
+        **inputs,
         "seed": request.seed,
         "seeds": "clip i: seed + i",
         "sampling": sampling,

@@ -13,7 +13,7 @@ from framebridge_plugin.backbones.fingerprint import short_digest
 from framebridge_plugin.commands.evaluate_request import EvaluateRequest
 from framebridge_plugin.data.bad_files import describe
 from framebridge_plugin.errors import FrameBridgeError
-from framebridge_plugin.evaluation.clips import Clip, TrueClips
+from framebridge_plugin.evaluation.clips import Clip, Inputs
 from framebridge_plugin.evaluation.measuring import Columns, frechet
 from framebridge_plugin.evaluation.networks import Network, load_fvd, load_network
 from framebridge_plugin.evaluation.parts import Parts
@@ -33,7 +33,7 @@ def load_networks(request: EvaluateRequest, device: torch.device) -> list[Networ
     return networks
 
 
-def look(network: Network, parts: Parts, clips: TrueClips, protocol: Mapping[str, Any], looked: Looked) -> None:
+def look(network: Network, parts: Parts, clips: Inputs, protocol: Mapping[str, Any], looked: Looked) -> None:
     """Has a network look at all videos, in this process and the others, and adds to `looked` what it found.
 
     What it finds of the true clips alone is kept in the cache of data sets, for other evaluations with the same clips.
@@ -88,7 +88,7 @@ def _repeated(clip: torch.Tensor) -> torch.Tensor:
     return clip[:1].expand_as(clip)
 
 
-def _true_clip(clips: TrueClips, number: int) -> torch.Tensor:
+def _true_clip(clips: Inputs, number: int) -> torch.Tensor:
     clip = clips.read(number)
     if not isinstance(clip, Clip):
         raise FrameBridgeError(f"cannot read the clip {describe(clip)}; it could be read before")

@@ -1,19 +1,26 @@
-"""The true clips of an evaluation: chosen by a seed, read as a run reads its own, and never replaced by others."""
+"""What videos are made of: true clips, chosen by a seed and never replaced by others, or images alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 
 from framebridge_plugin.data.bad_files import BadFile
 from framebridge_plugin.data.clips import ClipSettings
+from framebridge_plugin.data.decoding.errors import ClipError
+from framebridge_plugin.data.decoding.exact import read_first_picture
 from framebridge_plugin.data.folders import ClipIndex
+from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.data.permutation import KeyedPermutation
 from framebridge_plugin.data.stream import ClipStream
-from framebridge_plugin.errors import UsageError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
+from framebridge_plugin.media import picture_levels
+from framebridge_plugin.resizing import resize_and_crop
 
 
 class Clip(NamedTuple):
@@ -30,6 +37,26 @@ class Clip(NamedTuple):
     source: str
     condition: Any
     frames: torch.Tensor
+
+
+class Inputs(Protocol):
+    """What videos are made of, by number.
+
+    Attributes:
+        has_truth: Whether there is a true clip for each.
+    """
+
+    has_truth: bool
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> Clip | BadFile:
+        """What a number is made of, or why it cannot be read."""
+        ...
+
+    def source(self, number: int) -> str:
+        """The file of a number."""
+        ...
 
 
 class TrueClips:
@@ -67,3 +94,38 @@ class TrueClips:
     def source(self, number: int) -> str:
         """The file of a number."""
         return os.path.abspath(self._stream.rows[self._order[number]][0])
+
+
+class Images:
+    """Pictures and the first frames of videos, each several times, one after the other.
+
+    Args:
+        pairs: File and condition of each.
+        times: Videos of each.
+        size: Height and width to which they are resized and cropped as clips are.
+    """
+
+    has_truth = False
+
+    def __init__(self, pairs: Sequence[tuple[Path, Any]], times: int, size: tuple[int, int]) -> None:
+        self._pairs, self._times, self._size = pairs, times, size
+
+    def __len__(self) -> int:
+        return len(self._pairs) * self._times
+
+    def read(self, number: int) -> Clip | BadFile:
+        """The image of a number, or why it cannot be read."""
+        path, condition = self._pairs[number // self._times]
+        try:
+            picture = Image.fromarray(read_first_picture(str(path))) if is_video(path.name) else path
+            levels = torch.from_numpy(picture_levels(picture)).permute(2, 0, 1)
+        except ClipError as error:
+            return {"path": self.source(number), "kind": error.kind, "reason": error.reason}
+        except FrameBridgeError as error:
+            return {"path": self.source(number), "kind": "no_picture", "reason": str(error)}
+        pixels = (resize_and_crop(levels[None], *self._size) * 255).round().to(torch.uint8)
+        return Clip(number, self.source(number), condition, pixels)
+
+    def source(self, number: int) -> str:
+        """The file of a number."""
+        return os.path.abspath(self._pairs[number // self._times][0])

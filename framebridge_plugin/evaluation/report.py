@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from framebridge_plugin.errors import FrameBridgeError, escaped
-from framebridge_plugin.evaluation.clips import Clip, TrueClips
+from framebridge_plugin.evaluation.clips import Clip, Inputs
 from framebridge_plugin.evaluation.measuring import OF_TRUTH, Columns, summarise
 from framebridge_plugin.evaluation.parts import Part, Parts
 from framebridge_plugin.files import write_whole, writing
@@ -50,7 +52,7 @@ ROWS = {
 """The lines of the table, and what they are called there."""
 
 
-def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips, looked: Looked) -> list[Path]:
+def write_report(parts: Parts, protocol: Mapping[str, Any], clips: Inputs, looked: Looked) -> list[Path]:
     """Writes `evaluation.json`, `.md` and `.png` into the folder of an evaluation.
 
     Args:
@@ -87,7 +89,7 @@ def write_report(parts: Parts, protocol: Mapping[str, Any], clips: TrueClips, lo
     return paths
 
 
-def _of_clips(found: Part, protocol: Mapping[str, Any], clips: TrueClips) -> Iterator[dict[str, Any]]:
+def _of_clips(found: Part, protocol: Mapping[str, Any], clips: Inputs) -> Iterator[dict[str, Any]]:
     single = {name: values.tolist() for name, values in found.columns.items() if values.ndim == 1}
     for row, (number, condition) in enumerate(zip(found.numbers, found.conditions, strict=True)):
         said = {"number": number, "source": clips.source(number), "condition": condition}
@@ -99,12 +101,15 @@ def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part)
     how = "one call of the network" if "steps" not in sampling else f"{sampling['steps']} steps"
     if "guidance_scale" in sampling:
         how += f", guidance {sampling['guidance_scale']:g}, {sampling.get('sampler') or sampling['scheduler']}"
-    splits = {f", split {clips['split']}, fold {clips['fold']}" for clips in protocol["clips"] if "split" in clips}
+    sets = protocol.get("clips", ())
+    splits = {f", split {clips['split']}, fold {clips['fold']}" for clips in sets if "split" in clips}
     yield f"# {len(found.numbers)} videos of {protocol['frames']} frames of {width}x{height}"
     yield ""
     yield f"{protocol['model']}: {how}; seeds {protocol['seed']} + clip's number{''.join(sorted(splits))}."
     if found.bad_files:
         yield f"{len(found.bad_files)} of {protocol['count']} clips cannot be read and are left out."
+    if f"{OF_TRUTH}motion" not in summary:
+        yield "Of images alone: what compares with true clips is left out."
     yield "Means, with standard errors over clips. All settings and all clips are in evaluation.json."
     yield ""
     yield "| | samples | true clips | image repeated |"
@@ -127,19 +132,23 @@ def figure_text(figure: Mapping[str, float | None] | None) -> str:
     return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _picture(parts: Parts, found: Part, clips: TrueClips, path: Path) -> None:
-    """Of the clips with the largest, the median and the smallest error: the true one above the sampled one."""
-    values = found.columns["psnr" if "psnr" in found.columns else "first_psnr"]
+def _picture(parts: Parts, found: Part, clips: Inputs, path: Path) -> None:
+    """Of the clips with the largest, the median and the smallest error: image, true clip and, below it, the sample."""
+    name = "psnr" if clips.has_truth else "first_psnr"
+    values = found.columns[name]
     order = values.argsort(stable=True).tolist()
-    chosen = {name: order[place] for name, place in (("worst", 0), ("median", len(order) // 2), ("best", -1))}
-    videos, labels = [], []
-    for name, row in chosen.items():
-        number = found.numbers[row]
-        clip = clips.read(number)
-        said = escaped(f"{name} of {len(order)}: clip {number}, {found.conditions[row]}, {values[row]:.1f} dB")
+    videos, labels, images = [], [], []
+    for rank, place in (("worst", 0), ("median", len(order) // 2), ("best", -1)):
+        row = order[place]
+        number, clip = found.numbers[row], clips.read(found.numbers[row])
         if isinstance(clip, Clip):
-            videos.append(clip.frames.permute(0, 2, 3, 1))
-            labels.append(f"{said}; true, and sampled")
-        videos.append(parts.video(number).permute(0, 2, 3, 1))
-        labels.append("" if isinstance(clip, Clip) else said)
-    contact_sheet(videos, path, labels=labels)
+            shown = [clip.frames] if clips.has_truth else []
+            image = Image.fromarray(clip.frames[0].permute(1, 2, 0).numpy())
+            said = f"{rank} of {len(order)}: {number}, {found.conditions[row]}, {name} {values[row]:.1f} dB"
+            for video in (*shown, parts.video(number)):
+                videos.append(video.permute(0, 2, 3, 1))
+                labels.append(escaped(said))
+                images.append(image)
+                said = "sampled"
+    if videos:
+        contact_sheet(videos, path, labels=labels, images=images)

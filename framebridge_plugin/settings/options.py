@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ def add_options(
     names: Mapping[str, str] | None = None,
     *,
     dashes: bool = False,
-    without: Collection[str] = (),
 ) -> None:
     """Adds an option for each setting; what is not given is None.
 
@@ -29,11 +28,8 @@ def add_options(
         names: Options that have another name than their setting.
         dashes: Name them as this package's command does, `--num-frames`; else as finetrainers does, `--num_frames`,
             and each switch with `--no_` in front, too.
-        without: Settings that have no option.
     """
     for name, field in settings.model_fields.items():
-        if name in without:
-            continue
         option = (names or {}).get(name, name)
         option = option.replace("_", "-") if dashes else option
         kind, choices = _kind(field)

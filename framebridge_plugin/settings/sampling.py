@@ -108,7 +108,10 @@ NETWORKS = ("stlpips", "vmaf", "transnetv2", "efficientnet_lite0")
 class EvaluateSection(CallSection):
     """The options of `finetrainers evaluate`, besides the model, its clips and its output."""
 
-    count: Count | None = Field(default=None, description="clips (default: as many as there are, 64 at most)")
+    count: Count | None = Field(
+        default=None, description="clips (default: as many as there are, 64 at most) or images"
+    )
+    num_videos: Count = Field(default=1, description="videos of each of --images (default: 1; VBench-I2V: 5)")
     batch_size: Count = Field(
         default=16,
         description="inputs in a call of the network, two for a video with guidance; the videos of a call are a file "

@@ -203,6 +203,79 @@ def test_what_is_wrong_is_refused_in_one_line(run_folder, tmp_path, capsys, monk
     assert message in errors[0]
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two pictures, and a table of these and a clip."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        picture = Image.fromarray(moving_square(number, 1, SIZE, SIZE + 16)[0])
+        picture.save(tmp_path / f"pictures/{number}.png")
+    return tmp_path / "pictures"
+
+
+def test_images_alone_and_their_export_for_vbench(run_folder, tmp_path, pictures, capsys):
+    rows = [("up", pictures / "0.png"), ("up", pictures / "1.png"), ("left", run_folder / "clips/left/0.mp4")]
+    table = tmp_path / "images.csv"
+    table.write_text("\n".join(["caption,image_path", *(f"{caption},{path}" for caption, path in rows)]))
+    arguments = ["evaluate", f"--model={run_folder / 'run'}", f"--output={tmp_path / 'out'}", "--steps=2"]
+    more = [f"--images={table}", "--num-videos=2", f"--vbench={tmp_path / 'vbench'}"]
+    assert main([*arguments, *more]) == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [clip["source"] for clip in found["clips"]] == [str(path) for _, path in rows for _ in range(2)]
+    assert {"first_psnr", "motion", "block_residual"} < found["measures"].keys()
+    assert not {"psnr", "error", "shift_correlation", "true.motion"} & found["measures"].keys()
+    assert "what compares with true clips is left out" in (tmp_path / "out/evaluation.md").read_text()
+    names = sorted(path.name for path in (tmp_path / "vbench").glob("*/*"))
+    videos = [f"{name}-{index}.mp4" for name in ("left", "up 0", "up 1") for index in range(2)]
+    assert names == sorted([*videos, "left.jpg", "up 0.jpg", "up 1.jpg"])
+    said = capsys.readouterr().err
+    assert f"--ratio 1-1 --videos_path {tmp_path / 'vbench/videos'} --custom_image_folder" in said
+    assert main([*arguments, f"--images={pictures}", "--class-name=up", f"--output={tmp_path / 'folder'}"]) == 0
+    assert len(json.loads((tmp_path / "folder/evaluation.json").read_text())["clips"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images={pictures}",), "--class-name: give one for all images, or one for each"),
+        (("--images={pictures}", "--class-name=upp"), "--class-name upp: the model knows no class 'upp'"),
+        (("--images={pictures}", "--label", "0", "1", "2"), "--images: 3 conditions for 2 images"),
+        (("--images={pictures}", "--label=0", "--also=vmaf"), "--also: needs true clips"),
+        (("--images={pictures}", "--label=0", "--count=3"), "--count 3: there are 2 images"),
+        (("--images={pictures}", "--label=0", "--num-frames=5"), "--num-frames: this model was trained on 4"),
+        (("--images={pictures}/2.png", "--label=0"), "2.png: no such file"),
+        (("--images={pictures}/..", "--label=0"), "no pictures or videos are in it"),
+        (("--images={pictures}", "framebridge.data.split=test"), "leave --recipe and overrides out"),
+        (("--class-name=up",), "--class-name: clips have their own; leave it out"),
+        (("--num-videos=2",), "--num-videos: is for --images"),
+        (("--height=64",), "--height: of clips it is framebridge.data.height=..."),
+        (("--preset=ucf101",), "--preset ucf101: is for FVD of clips; give --fvd-features"),
+    ],
+)
+def test_what_does_not_go_with_images_or_clips(run_folder, tmp_path, pictures, capsys, options, message):
+    arguments = ["evaluate", f"--model={run_folder / 'run'}", f"--output={tmp_path / 'out'}", "--steps=1"]
+    assert main([*arguments, *(option.format(pictures=pictures) for option in options)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_preset_says_what_it_sets(run_folder, tmp_path, capsys):
+    detector = tmp_path / "i3d.pt"
+    options = [
+        f"--fvd-features={detector}",
+        f"--fvd-sha256={write_detector(detector)}",
+        "--preset=msrvtt",
+        "--count=4",
+    ]
+    size = [f"framebridge.data.{name}={SIZE}" for name in ("height", "width")]
+    found = evaluate(run_folder, tmp_path / "out", "--steps=1", *options, *size)
+    said = "preset msrvtt: --count 2048 --fvd-frames 16 framebridge.data.height=256 framebridge.data.width=256"
+    assert said in capsys.readouterr().err
+    assert found["networks"]["fvd"]["frames"] == 16
+    assert found["protocol"]["count"] == 4
+
+
 def test_a_model_alone_does_not_say_where_clips_are(run_folder, capsys):
     assert main(["evaluate", f"--model={run_folder / 'prior'}", "--output=out"]) == 2
     assert "say by --recipe where the clips are" in capsys.readouterr().err

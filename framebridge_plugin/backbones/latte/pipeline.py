@@ -167,7 +167,7 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
             if name not in self._callback_tensor_inputs:
                 raise FrameBridgeError(f"the callback can have {', '.join(self._callback_tensor_inputs)}, not {name}")
         config = self._network.config
-        height, width = (size * self.vae_scale_factor for size in (config.sample_height, config.sample_width))
+        _, height, width = self._default_clip()
         image_BCHW = images_to_pixels(image, height, width)
         classes = class_label if isinstance(class_label, list) else [class_label]
         labels = [_label_of(given, self._network) for given in classes]
@@ -301,6 +301,11 @@ class FrameBridgeLattePipeline(BridgePipeline, DiffusionPipeline, LoraBaseMixin)
         network.load_lora_adapter(
             state_dict, prefix=name, adapter_name=adapter_name, metadata=metadata, hotswap=hotswap, _pipeline=self
         )
+
+    def _default_clip(self) -> tuple[int, int, int]:
+        """Frames, height and width of the videos."""
+        config, scale = self._network.config, self.vae_scale_factor
+        return config.num_frames, config.sample_height * scale, config.sample_width * scale
 
     @property
     def _network(self) -> LatteTransformer:
