@@ -47,6 +47,10 @@ class WeightAverage:
             some = slice(i, i + _TOGETHER)
             torch._foreach_lerp_(averages[some], [tensor.float() for tensor in weights[some]], 1.0 - self.decay)
 
+    def share_of_start(self, steps: int) -> float:
+        """How much of the average after so many updates are the weights before any, or those of `start_step`."""
+        return self.decay ** max(0, steps - self.start_step)
+
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The float32 average, sharded as the weights are, by the network's own names."""

@@ -172,6 +172,13 @@ class FrameBridgeTrainer(SFTTrainer):
         allowed = check_run(self._output_dir, settings, self._allowed)
         if ours.ema_decay > 0.0:
             self.average = WeightAverage(self.transformer, ours.ema_decay, ours.ema_start_step)
+            share = self.average.share_of_start(self.args.train_steps)
+            if share > 0.1 and self._is_main_process:
+                say(
+                    f"warning: framebridge.ema_decay: after {self.args.train_steps} updates the averaged weights, "
+                    f"which are saved and sampled, still hold {share:.0%} of those before any: lower it, or leave the "
+                    "first updates out by ema_start_step"
+                )
         self.checkpointer = Checkpointer(
             root=self._output_dir / "checkpoints",
             model=self.transformer,
