@@ -65,7 +65,7 @@ function bounds(lines, isLog) {
 function plot(box, { name, names, title, isExact, isSmall, isLog: asksForLog }) {
   const svg = make("svg", { role: "img", tabindex: 0 }), output = make("output", { class: "values" });
   box.append(...(isSmall ? [output, svg] : [svg, output]));
-  let cursor = null, move = () => {};
+  let cursor = null, move = () => {}, drawnWidth = 0;
   function draw() {
     const isLog = asksForLog(), lines = linesOf([name], isExact), family = linesOf(names, isExact), [low, high] = bounds(family, isLog);
     const width = box.clientWidth, height = isSmall ? 110 : 230, left = isSmall ? 38 : 48, right = 8, top = 8, bottom = 20;
@@ -75,6 +75,7 @@ function plot(box, { name, names, title, isExact, isSmall, isLog: asksForLog }) 
     const place = isLog ? (value) => Math.log(value / low) / Math.log(high / low) : (value) => (value - low) / (high - low);
     const y = (value) => height - bottom - (height - top - bottom) * place(value);
     const isDrawn = (value) => value !== null && (!isLog || value > 0);
+    drawnWidth = width;
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("height", height);
@@ -123,9 +124,10 @@ function plot(box, { name, names, title, isExact, isSmall, isLog: asksForLog }) 
         return { line, step: line.steps[nearest], value: line.values[nearest], mean: line.mean[nearest] };
       });
       if (found.length) for (const end of ["x1", "x2"]) bar.setAttribute(end, x(found[0].step));
-      output.textContent = found.map(({ line, step, value, mean }) =>
-        (runs.length > 1 ? `${line.run.name} ` : "") + (isSmall ? "" : `at ${step.toLocaleString("en")}: `) + short(value)
-        + (line.isMean ? `, mean ${short(mean)}` : "")).join(" · ");
+      const at = found[0]?.step;
+      output.textContent = (found.length && !isSmall ? `at ${at.toLocaleString("en")}: ` : "") + found.map(({ line, step, value, mean }) =>
+        (runs.length > 1 ? `${line.run.name} ` : "") + short(value) + (line.isMean ? ` (${short(mean)})` : "")
+        + (step === at ? "" : ` at ${step.toLocaleString("en")}`)).join(" · ");
     };
     svg.onpointermove = (event) => {
       const place = (event.clientX - svg.getBoundingClientRect().left - left) / (width - left - right);
@@ -136,11 +138,12 @@ function plot(box, { name, names, title, isExact, isSmall, isLog: asksForLog }) 
       const towards = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!towards) return;
       event.preventDefault();
-      move((cursor ?? (towards > 0 ? first : last)) + towards * Math.max((last - first) / 50, 1));
+      const ahead = towards * Math.max((last - first) / 50, 1);
+      move(cursor === null ? (ahead > 0 ? first : last) : cursor + ahead);
     };
   }
   redraws.push(draw);
-  new ResizeObserver(draw).observe(box);
+  new ResizeObserver(() => box.clientWidth !== drawnWidth && draw()).observe(box);
 }
 
 for (const { title, panels, log, exact } of charts) {

@@ -28,7 +28,7 @@ _CHARTS = {
     "loss": "Loss",
     "heldout/loss": "Held-out loss",
     "heldout/x0_error": "Held-out error of the predicted video",
-    "heldout/x0_error_relative": "Held-out error, that of the repeated image as 1",
+    "heldout/x0_error_relative": "Held-out error, repeated image = 1",
     "lr": "Learning rate",
     "samples_per_second": "Speed, clips a second",
     "grad_norm": "Norm of the gradient before clipping",

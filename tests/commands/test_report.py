@@ -292,7 +292,7 @@ def test_a_browser_draws_it_plays_it_and_fetches_nothing(both, tmp_path):
         label = page.run("return document.querySelector('#charts svg').getAttribute('aria-label')")
         assert label == "Loss: bridge, 6 points, from 1 to 0.1667; twin, 4 points, from 1 to 9"
         page.run("document.querySelector('#charts svg').onkeydown(new KeyboardEvent('keydown', {key: 'ArrowLeft'}))")
-        assert "twin at 4: 9, mean" in page.run("return document.querySelector('#charts output').textContent")
+        assert "at 6: bridge 0.1667 (" in page.run("return document.querySelector('#charts output').textContent")
         paths = "return document.querySelectorAll('#charts svg path:not(.raw)').length"
         assert page.run(paths) == 2 * 26
         page.run("document.querySelector('#legend button').click()")
