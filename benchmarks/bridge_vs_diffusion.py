@@ -28,13 +28,14 @@ from typing import Any
 import diffusers
 import torch
 from comparison_report import draw, table
-from heldout_clips import HeldOut, figure, measured, sample
+from heldout_clips import HeldOut, figure, measured, motion_distance, sample
 from reports import environment
 
 from framebridge_plugin.commands.sample import open_pipeline
 from framebridge_plugin.recipe import Recipe, resolve_recipe
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.settings.data import ClipSection
+from framebridge_plugin.training.precomputation.store import read_manifest
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/bridge_vs_diffusion"
@@ -85,6 +86,8 @@ class Part:
     seeds: Sequence[int] = SEEDS
     calls: Sequence[int] = CALLS
     checkpoints: int = 4
+    variants: int = 1
+    """Windows of each clip that are encoded."""
     overrides: Sequence[str] = ()
 
 
@@ -126,6 +129,7 @@ PARTS = {
         {"data_root": "quickstart-data/heldout"},
         rates=(1e-3, 2e-3, 4e-3),
         updates=400,
+        variants=14,
         overrides=("validation.validation_dataset_file=null", "dataset=null"),
     ),
     "flow": Part(
@@ -134,6 +138,7 @@ PARTS = {
         {"data_root": "quickstart-data/heldout"},
         rates=(1e-4, 3e-4, 1e-3),
         updates=400,
+        variants=14,
         overrides=("validation.validation_dataset_file=null",),
     ),
 }
@@ -213,8 +218,10 @@ class Comparison:
             recipe, _ = resolve_recipe(self.part.recipe, overrides)
             store = self.folder / f"store-{self.name}-{job.seed}"
             command, commands = ["--recipe", self.part.recipe, *overrides], []
-            if not (store / "manifest.json").is_file():  # the clips of a seed, encoded once for all arms
-                commands.append(["precompute", *command, "--output", str(store)])
+            manifest = read_manifest(store)  # of the clips of a seed, encoded once for all arms
+            if manifest is None or any(manifest.missing(store)):
+                variants = f"--variants={self.part.variants}"
+                commands.append(["precompute", *command, "--output", str(store), variants])
             if not recipe.result_folder.exists():
                 commands.append(["train", *command, f"framebridge.precomputed={store}"])
             for words in commands:
@@ -257,11 +264,10 @@ class Comparison:
         heldout = HeldOut.read(self.part.heldout, cut, self.part.clips)
         protocol = {"heldout": dict(self.part.heldout), "clips": len(heldout.conditions), "updates": self.part.updates}
         arm = self.part.arms[job.arm]
-        if not arm.is_trained:
-            found = measured(heldout.clips[:, :1].expand_as(heldout.clips), heldout)
-            return {"protocol": protocol, "headline": found}
         if not arm.samplers:
-            found = measured(sample(open_quietly(output), heldout), heldout)
+            still = heldout.clips[:, :1].expand_as(heldout.clips)
+            videos = sample(open_quietly(output), heldout) if arm.is_trained else still
+            found = measured(videos, heldout) | {"motion_distance": motion_distance(videos, heldout)}
             return {"protocol": protocol, "headline": found}
         middle = min(self.part.calls, key=lambda calls: abs(calls - HEADLINE_CALLS))
         of_calls: dict[str, dict[str, Any]] = {name: {} for name in arm.samplers}
@@ -270,6 +276,8 @@ class Comparison:
             pipeline = sampled_by(open_quietly(output), arm.samplers[name])
             videos = sample(pipeline, heldout, num_inference_steps=calls, guidance_scale=1.0)
             of_calls[name][str(calls)] = measured(videos, heldout)
+            if calls == middle:
+                of_calls[name][str(calls)]["motion_distance"] = motion_distance(videos, heldout)
 
         for name in arm.samplers:
             for calls in self.part.calls:

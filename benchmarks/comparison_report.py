@@ -9,8 +9,8 @@ from typing import Any
 
 from heldout_clips import figure, paired
 
-FIGURES = ("error", "shift_correlation", "block_residual", "motion_ratio", "first_psnr")
-HEADS = ("squared error", "shift correlation", "block residual", "motion", "first frame, dB")
+FIGURES = ("error", "shift_correlation", "block_residual", "motion_distance", "motion_ratio", "first_psnr")
+HEADS = ("squared error", "shift correlation", "block residual", "FD TransNetV2", "motion", "first frame, dB")
 ALONG = ("error", "shift_correlation", "block_residual")
 
 
@@ -63,7 +63,7 @@ def _headline(comparison: Any) -> Iterator[str]:
             yield f"| {name} | missing |{' |' * (len(HEADS) + 2)}"
             continue
         samplers = " / ".join(dict.fromkeys(run["protocol"].get("headline_sampler", "-") for run in runs))
-        cells = [_of_seeds([run["headline"][key]["mean"] for run in runs]) for key in FIGURES]
+        cells = [_of_seeds([run["headline"][key].get("mean") for run in runs]) for key in FIGURES]
         rate = f"{runs[0]['rate']:g}" if arm.is_trained else "-"
         yield f"| {name} | {rate} | {len(runs)} of {wanted} | {samplers} | {' | '.join(cells)} |"
 

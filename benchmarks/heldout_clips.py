@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from framebridge_plugin.data import ClipSettings, index_dataset, read_clip
-from framebridge_plugin.evaluation.measuring import measure, summarise
+from framebridge_plugin.evaluation.measuring import frechet, measure, summarise
+from framebridge_plugin.evaluation.networks import load_network
+from framebridge_plugin.evaluation.requirements import network_problem
 
 AT_ONCE = 16
 
@@ -65,6 +67,14 @@ def measured(videos: torch.Tensor, heldout: HeldOut) -> dict[str, Any]:
     names = ("error", "first_psnr", "shift_correlation", "block_residual", "motion_ratio")
     found: dict[str, Any] = {name: summary[name] for name in names}
     return found | {"errors": [round(value, 6) for value in columns["error"].tolist()]}
+
+
+def motion_distance(videos: torch.Tensor, heldout: HeldOut) -> dict[str, float | None]:
+    """Frechet distance to the true clips on TransNetV2's features, which see motion; {} without extra `evaluate`."""
+    if network_problem("transnetv2") is not None:
+        return {}
+    network = load_network("transnetv2", torch.device("cpu"))
+    return frechet(*(torch.stack([network.of(clip) for clip in clips]) for clips in (videos, heldout.clips)))
 
 
 def paired(errors: Sequence[float], others: Sequence[float]) -> dict[str, float]:
