@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,6 +16,7 @@ from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
 from framebridge_plugin.evaluation.requirements import detector_problem, network_problem
 from framebridge_plugin.files import local_path, writing_problem
+from framebridge_plugin.processes import STORE, is_first
 from framebridge_plugin.recipe import load_recipe
 from framebridge_plugin.settings.data import dataset_entries
 from framebridge_plugin.settings.sampling import EvaluateSection
@@ -149,7 +151,9 @@ def read_request(given: Mapping[str, Any]) -> tuple[EvaluateRequest, dict[str, A
         own |= {name: value for name, value in preset.options.items() if own.get(name) is None}
         overrides = [*preset.overrides, *overrides]
         said = [f"--{name.replace('_', '-')} {value}" for name, value in preset.options.items()]
-        say(f"preset {given['preset']}: {' '.join([*said, *preset.overrides])}; what is given here goes before it")
+        _say_once(
+            f"preset {given['preset']}: {' '.join([*said, *preset.overrides])}; what is given here goes before it"
+        )
         if own.get("fvd_features") is None or own.get("images"):
             raise UsageError(f"--preset {given['preset']}: is for FVD of clips; give --fvd-features, and no --images")
     if own.get("images"):
@@ -183,9 +187,15 @@ def _load_clip_data(model: str, recipe: str | None, overrides: list[str]) -> dic
             f"--model {model} is not in the folder of a run with a recipe.yaml; say by --recipe where the clips are"
         )
     if recipe is None and not overrides:
-        say("these clips are what the run was trained on; name others, such as framebridge.data.split=test")
+        _say_once("these clips are what the run was trained on; name others, such as framebridge.data.split=test")
     content = load_recipe(path, overrides, needed=lambda where: where.startswith(_DATA)).dataset_config()
     entries = [
         {name: value for name, value in entry.items() if name != "horizontal_flip"} for entry in content["datasets"]
     ]
     return content | {"datasets": entries}
+
+
+def _say_once(line: str) -> None:
+    """Says it in one process of a command, be it the one that starts the others."""
+    if is_first() and STORE not in os.environ:
+        say(line)

@@ -122,7 +122,7 @@ class Images:
         except ClipError as error:
             return {"path": self.source(number), "kind": error.kind, "reason": error.reason}
         except FrameBridgeError as error:
-            return {"path": self.source(number), "kind": "no_picture", "reason": str(error)}
+            return {"path": self.source(number), "kind": "no_picture", "reason": str(error).removeprefix(f"{path}: ")}
         pixels = (resize_and_crop(levels[None], *self._size) * 255).round().to(torch.uint8)
         return Clip(number, self.source(number), condition, pixels)
 

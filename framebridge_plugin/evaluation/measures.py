@@ -95,7 +95,7 @@ def block_residual(videos: torch.Tensor) -> torch.Tensor:
 
 
 def _block_residual(videos: torch.Tensor) -> torch.Tensor:
-    before, after = videos[:, :-1].flatten(0, 1).double(), videos[:, 1:].flatten(0, 1).double()
+    before, after = videos[:, :-1].flatten(0, 1), videos[:, 1:].flatten(0, 1)
     height, width = (side // BLOCK * BLOCK for side in before.shape[-2:])
     padded = F.pad(before, (REACH,) * 4, mode="replicate")
     shifts = range(2 * REACH + 1)
@@ -108,7 +108,7 @@ def _block_residual(videos: torch.Tensor) -> torch.Tensor:
     ).mean(2)
     changed = errors[REACH * len(shifts) + REACH]  # by no shift at all
     residual, changed = (
-        values.unflatten(0, (len(videos), -1)).flatten(1).sum(1) for values in (errors.amin(0), changed)
+        values.unflatten(0, (len(videos), -1)).flatten(1).double().sum(1) for values in (errors.amin(0), changed)
     )
     return torch.where(changed > 0, residual / changed.clamp(min=1e-300), torch.zeros_like(changed))
 
