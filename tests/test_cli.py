@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy(arguments):
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'numpy', 'yaml', 'PIL', 'finetrainers'} & set(sys.modules)\n"
         "heavy |= {'importlib.metadata'} & set(sys.modules) if sys.argv[1] == '--help' else set()\n"
-        "heavy |= {'pydantic'} & set(sys.modules) if sys.argv[1] not in ('sample', 'evaluate') else set()\n"  # settings
+        "heavy |= {'pydantic'} & set(sys.modules) if sys.argv[1] not in ('sample', 'evaluate') else set()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
