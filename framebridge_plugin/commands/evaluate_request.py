@@ -65,7 +65,11 @@ class EvaluateRequest(EvaluateSection, ModelRequest):
     def _input_problems(self) -> list[str]:
         given = {"prompt": self.prompts, "class-name": self.class_names, "label": self.labels}
         problems = [f"--{name}: clips have their own; leave it out" for name, values in given.items() if values]
-        return problems + (["--num-videos: is for --images; leave it out"] if self.num_videos > 1 else [])
+        if self.num_videos > 1:
+            problems.append("--num-videos: is for --images; leave it out")
+        if (self.fvd_frames or 0) > (self.num_frames or 0):
+            problems.append(f"--fvd-frames {self.fvd_frames}: the clips have {self.num_frames} frames; take no more")
+        return problems
 
     def _file_problems(self) -> list[str]:
         folders = {"output": self.output, "vbench": self.vbench}

@@ -30,7 +30,8 @@ def detector_file(source: str) -> Path:
     path = local_path(source)
     if path is not None:
         return path
-    found = sorted(download(source, "--fvd-features", allow_patterns=["*.pt", "*.torchscript"]).glob("*.*"))
+    folder = download(source, "--fvd-features", allow_patterns=["*.pt"])
+    found = sorted(folder.glob("*.pt"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UsageError(f"--fvd-features {source}: should hold one .pt file, not {names}; name the file itself")

@@ -262,18 +262,15 @@ def test_what_does_not_go_with_images_or_clips(run_folder, tmp_path, pictures, c
 
 def test_a_preset_says_what_it_sets(run_folder, tmp_path, capsys):
     detector = tmp_path / "i3d.pt"
-    options = [
-        f"--fvd-features={detector}",
-        f"--fvd-sha256={write_detector(detector)}",
-        "--preset=msrvtt",
-        "--count=4",
-    ]
-    size = [f"framebridge.data.{name}={SIZE}" for name in ("height", "width")]
-    found = evaluate(run_folder, tmp_path / "out", "--steps=1", *options, *size)
+    options = [f"--fvd-features={detector}", f"--fvd-sha256={write_detector(detector)}", "--preset=msrvtt"]
+    options += ["--count=4", "--steps=1", *(f"framebridge.data.{name}={SIZE}" for name in ("height", "width"))]
+    found = evaluate(run_folder, tmp_path / "out", *options, "--fvd-frames=3")
     said = "preset msrvtt: --count 2048 --fvd-frames 16 framebridge.data.height=256 framebridge.data.width=256"
     assert said in capsys.readouterr().err
-    assert found["networks"]["fvd"]["frames"] == 16
+    assert found["networks"]["fvd"]["frames"] == 3
     assert found["protocol"]["count"] == 4
+    assert main(["evaluate", f"--model={run_folder / 'run'}", f"--output={tmp_path / 'other'}", *options]) == 2
+    assert "error: --fvd-frames 16: the clips have 4 frames; take no more" in capsys.readouterr().err
 
 
 def test_a_model_alone_does_not_say_where_clips_are(run_folder, capsys):

@@ -101,6 +101,21 @@ def test_another_file_is_refused(tmp_path):
         load_fvd(str(tmp_path / "nowhere.pt"), digest, None, CPU)
 
 
+def test_a_file_of_the_hub(videos, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "hub/models--tiny--i3d", "0123456789" * 4
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    digest = write_detector(snapshot / "i3d.pt")
+    (snapshot / "README.md").write_text("what it is")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_fvd("tiny/i3d", digest, None, CPU).of(videos[0]).shape == (24,)
+    (snapshot / "other.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match="should hold one .pt file, not i3d.pt, other.pt; name the file itself"):
+        load_fvd("tiny/i3d", digest, None, CPU)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_wheels(videos, name):
     if (problem := network_problem(name)) is not None:
