@@ -5,11 +5,12 @@
     python benchmarks/bridge_vs_diffusion.py --quick
 
 Part `latte` trains from scratch on the clips of examples/doom; part `text` fine-tunes a text-to-video diffusion model
-to image-to-video on the clips of the quickstart, and `flow` a flow-matching one (`--base`). Every arm runs at three
-learning rates from one seed, and from two more at the best of the three. A run that time ends is taken up by the same
-command; each that is done writes its own file into benchmarks/results/bridge_vs_diffusion, and the table, which says
-what is missing, is made of these files. The quality of an arm is that of the best of its samplers, so that the twin
-has what it can have: DDIM, DDIM with z_0 clamped, DPM-Solver++ of order 2. No guidance anywhere.
+to image-to-video on the clips of the quickstart, and `flow` a flow-matching one (which the override
+model.pretrained_model_name_or_path names); part `made` is `latte` on small made clips, in minutes. Every arm runs at
+three learning rates from one seed, and from two more at the best of the three. A run that time ends is taken up by the
+same command; each that is done writes its own file into benchmarks/results/bridge_vs_diffusion, and the table, which
+says what is missing, is made of these files. The quality of an arm is that of the best of its samplers, so that the
+twin has what it can have: DDIM, DDIM with z_0 clamped, DPM-Solver++ of order 2. No guidance anywhere.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def _command(arguments: Sequence[str], seconds: float | None, in_process: bool) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Makes runs until all are done or time is up, and the table; 1 if a quick one has another result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(PARTS), default="latte")
+    parser.add_argument("--part", choices=[*PARTS, "made"], default="latte")
     parser.add_argument("--folder", type=Path, default=Path("runs/comparison"), help="of the runs and stores")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--minutes", type=float, default=100, help="after which nothing new begins (default: 100)")
@@ -358,14 +359,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         from quick_comparison import run_quickly
 
         return run_quickly()
-    part = PARTS[arguments.part]
+    if is_made := arguments.part == "made":
+        from quick_comparison import made_part
+
+        part: Part = made_part((arguments.folder / "made").absolute())
+    else:
+        part = PARTS[arguments.part]
     changes = {
         name: getattr(arguments, name) for name in ("updates", "clips", "rates", "calls") if getattr(arguments, name)
     }
     if arguments.arms:
         changes["arms"] = {name: part.arms[name] for name in arguments.arms}
     part = replace(part, **changes)
-    comparison = Comparison(arguments.part, part, arguments.folder, arguments.results, arguments.overrides)
+    comparison = Comparison(arguments.part, part, arguments.folder, arguments.results, arguments.overrides, is_made)
     end = time.monotonic() + 60 * arguments.minutes
     for job in () if arguments.table else comparison.plan():
         if time.monotonic() >= end or not comparison.run(job, end - time.monotonic()):

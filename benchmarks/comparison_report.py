@@ -95,15 +95,19 @@ def _pairs(comparison: Any) -> Iterator[str]:
 def _rates(comparison: Any) -> Iterator[str]:
     rates, seed = comparison.part.rates, comparison.part.seeds[0]
     found = {(job.arm, job.rate): run for job, run in comparison.found.items() if job.seed == seed}
-    yield f"Squared error by learning rate, seed {seed}."
+    yield f"By learning rate, seed {seed}: squared error, shift correlation, block residual."
     yield ""
     yield f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |"
     yield "|---" * (len(rates) + 1) + "|"
     for name, arm in comparison.part.arms.items():
         if arm.is_trained:
             runs = [found.get((name, rate)) for rate in rates]
-            cells = ["missing" if run is None else f"{run['headline']['error']['mean']:.4f}" for run in runs]
+            cells = ["missing" if run is None else _in_short(run["headline"]) for run in runs]
             yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _in_short(found: dict[str, Any]) -> str:
+    return ", ".join(_of_seeds([found[name]["mean"]], 3) for name in ALONG)
 
 
 def _calls(comparison: Any) -> Iterator[str]:
