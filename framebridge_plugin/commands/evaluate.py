@@ -55,7 +55,8 @@ def evaluate(request: EvaluateRequest, content: Mapping[str, Any] | None) -> Non
         for network in first_alone(lambda: load_networks(request, job.leave_model())):
             look(network, job.parts, job.clips, protocol, looked)
         if is_first():
-            paths = write_report(job.parts, protocol, job.clips, looked)
+            about = {"model": request.model, "data": [] if content is None else content["datasets"]}
+            paths = write_report(job.parts, protocol, job.clips, looked, about)
             print_lines(paths[1].read_text(encoding="utf-8"))
             say(f"evaluation: {', '.join(map(str, paths))}")
             if request.vbench is not None:
@@ -90,7 +91,7 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
         else:
             entries = [] if content is None else content["datasets"]
             said["clips"] = [
-                {name: entry[name] for name in ("split", "fold") if name in entry} | data_fingerprint(*found)
+                {"split": entry.get("split", "all"), "fold": entry.get("fold")} | data_fingerprint(*found)
                 for entry, found in zip(entries, datasets, strict=True)
             ]
         protocol = _protocol(request, opened, said)

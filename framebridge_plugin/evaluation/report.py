@@ -52,7 +52,9 @@ ROWS = {
 """The lines of the table, and what they are called there."""
 
 
-def write_report(parts: Parts, protocol: Mapping[str, Any], clips: Inputs, looked: Looked) -> list[Path]:
+def write_report(
+    parts: Parts, protocol: Mapping[str, Any], clips: Inputs, looked: Looked, about: Mapping[str, Any]
+) -> list[Path]:
     """Writes `evaluation.json`, `.md` and `.png` into the folder of an evaluation.
 
     Args:
@@ -60,6 +62,7 @@ def write_report(parts: Parts, protocol: Mapping[str, Any], clips: Inputs, looke
         protocol: What they were made by.
         clips: What they are compared with.
         looked: What trained networks found of them.
+        about: What else the JSON begins with: where model and data were.
 
     Returns:
         The files.
@@ -74,6 +77,7 @@ def write_report(parts: Parts, protocol: Mapping[str, Any], clips: Inputs, looke
     found = found._replace(columns=found.columns | looked.columns)
     summary = summarise(found.columns) | looked.figures
     content = {
+        **about,
         "protocol": dict(protocol),
         "networks": looked.facts,
         "evaluated": len(found.numbers),
@@ -102,7 +106,7 @@ def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part)
     if "guidance_scale" in sampling:
         how += f", guidance {sampling['guidance_scale']:g}, {sampling.get('sampler') or sampling['scheduler']}"
     sets = protocol.get("clips", ())
-    splits = {f", split {clips['split']}, fold {clips['fold']}" for clips in sets if "split" in clips}
+    splits = {f", split {clips['split']}, fold {clips['fold']}" for clips in sets if clips["split"] != "all"}
     yield f"# {len(found.numbers)} videos of {protocol['frames']} frames of {width}x{height}"
     yield ""
     yield f"{protocol['model']}: {how}; seeds {protocol['seed']} + clip's number{''.join(sorted(splits))}."

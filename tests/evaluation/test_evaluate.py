@@ -72,6 +72,9 @@ def test_it_writes_what_it_found_and_the_whole_protocol(run_folder, tmp_path, ca
     assert table.startswith(f"# {CLIPS} videos of {FRAMES} frames of {SIZE}x{SIZE}\n")
     assert "| squared error to the true clip" in table
     protocol = found["protocol"]
+    assert found["model"] == str(run_folder / "run")
+    assert found["data"][0]["class_root"] == str(run_folder / "clips")
+    assert protocol["clips"][0]["split"] == "all"
     assert (protocol["resolution"], protocol["frames"], protocol["count"]) == ([SIZE, SIZE], FRAMES, CLIPS)
     assert (protocol["sampling"]["steps"], protocol["sampling"]["sampler"], protocol["seed"]) == (2, "sde", 5)
     assert protocol["clips"][0]["clip"]["horizontal_flip"] is False
