@@ -68,7 +68,7 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
     """Everything before the first video is made."""
     datasets = [] if content is None else index_datasets(content, "the recipe's data")
     if content is not None:
-        clips: Inputs = TrueClips(datasets, request.seed, request.count)
+        clips: Inputs = TrueClips(datasets, request.clip_seed, request.count)
         classes = None if request.saved is None else request.saved.known_classes
         if classes is not None:
             captions = (caption for index, _ in datasets for caption in index.distinct_captions())
@@ -90,6 +90,7 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
             said |= {"images": short_digest(listed), "videos_of_an_image": request.num_videos}
         else:
             entries = [] if content is None else content["datasets"]
+            said["clip_seed"] = request.clip_seed
             said["clips"] = [
                 {"split": entry.get("split", "all"), "fold": entry.get("fold")} | data_fingerprint(*found)
                 for entry, found in zip(entries, datasets, strict=True)

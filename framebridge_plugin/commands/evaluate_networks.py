@@ -22,7 +22,7 @@ from framebridge_plugin.processes import is_first, of_all_ranks, process_count, 
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.training.rendezvous import wait_for_all
 
-_OF_CLIPS = ("clips", "count", "seed", "resolution", "frames")
+_OF_CLIPS = ("clips", "count", "clip_seed", "resolution", "frames")
 
 
 def load_networks(request: EvaluateRequest, device: torch.device) -> list[Network]:

@@ -133,7 +133,10 @@ class ImagesRequest(EvaluateRequest):
 
     def _input_problems(self) -> list[str]:
         compares = {"also": self.also, "fvd-features": self.fvd_features}
-        return [f"--{name}: needs true clips, which images alone are not" for name, given in compares.items() if given]
+        problems = [
+            f"--{name}: needs true clips, which images alone are not" for name in filter(compares.get, compares)
+        ]
+        return problems + (["--clip-seed: is for clips; leave it out"] if self.clip_seed else [])
 
     def _condition_problems(self, saved: SavedModel) -> list[str]:
         problems = super()._condition_problems(saved)

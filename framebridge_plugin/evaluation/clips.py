@@ -64,7 +64,7 @@ class TrueClips:
 
     Args:
         datasets: Rows and clip settings, as `index_datasets` returns them.
-        seed: The evaluation's seed.
+        seed: What chooses them.
         count: How many; None takes all, `DEFAULT_COUNT` at most.
 
     Raises:

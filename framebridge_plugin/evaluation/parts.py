@@ -133,7 +133,9 @@ class Parts(PartFiles):
     def video(self, number: int) -> torch.Tensor:
         """One video, uint8 [F, 3, H, W]."""
         part = number // self.size
-        return self.videos(part)[self.read(part).numbers.index(number)]
+        with self._open(part) as file:
+            row = file.get_tensor(_NUMBERS).tolist().index(number)
+            return file.get_slice(_VIDEOS)[row]
 
     def all(self) -> Part:
         """What all parts together hold, in the order of their numbers."""

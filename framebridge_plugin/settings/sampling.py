@@ -111,6 +111,7 @@ class EvaluateSection(CallSection):
     count: Count | None = Field(
         default=None, description="clips (default: as many as there are, 64 at most) or images"
     )
+    clip_seed: int = Field(default=0, ge=0, description="chooses the clips and their windows (default: 0)")
     num_videos: Count = Field(default=1, description="videos of each of --images (default: 1; VBench-I2V: 5)")
     batch_size: Count = Field(
         default=16,

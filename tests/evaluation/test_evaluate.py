@@ -108,10 +108,15 @@ def test_a_clip_is_the_same_whatever_the_others_are(run_folder, tmp_path):
     for one, other in zip(whole, alone, strict=True):
         assert one["source"] == other["source"]
         assert one["psnr"] == pytest.approx(other["psnr"], abs=0.02)
+    others = evaluate(run_folder, tmp_path / "others", *options, "--count=4", "--clip-seed=1")["clips"]
+    assert [clip["source"] for clip in others] != [clip["source"] for clip in first]
+    again = evaluate(run_folder, tmp_path / "again", *options, "--count=4", "--seed=9")["clips"]
+    assert [clip["true.motion"] for clip in again] == [clip["true.motion"] for clip in first]
+    assert [clip["psnr"] for clip in again] != [clip["psnr"] for clip in first]
 
 
 def test_a_killed_evaluation_in_two_processes_becomes_an_unbroken_one_in_one(run_folder, tmp_path):
-    options = ("--steps=20", "--batch-size=2")
+    options = ("--steps=14", "--batch-size=2")
     evaluate(run_folder, tmp_path / "whole", *options)
     killed, recipe = tmp_path / "killed", f"--recipe={run_folder / 'run/recipe.yaml'}"
     command = ["evaluate", f"--model={run_folder / 'run'}", recipe, f"--output={killed}", *options, "--nproc=2"]
@@ -244,6 +249,7 @@ def test_images_alone_and_their_export_for_vbench(run_folder, tmp_path, pictures
         (("--images={pictures}", "--class-name=upp"), "--class-name upp: the model knows no class 'upp'"),
         (("--images={pictures}", "--label", "0", "1", "2"), "--images: 3 conditions for 2 images"),
         (("--images={pictures}", "--label=0", "--also=vmaf"), "--also: needs true clips"),
+        (("--images={pictures}", "--label=0", "--clip-seed=3"), "--clip-seed: is for clips"),
         (("--images={pictures}", "--label=0", "--count=3"), "--count 3: there are 2 images"),
         (("--images={pictures}", "--label=0", "--num-frames=5"), "--num-frames: this model was trained on 4"),
         (("--images={pictures}/2.png", "--label=0"), "2.png: no such file"),
