@@ -4,7 +4,8 @@
     python benchmarks/bridge_vs_diffusion.py --part latte --table
     python benchmarks/bridge_vs_diffusion.py --quick
 
-Part `latte` trains from scratch on the clips of examples/doom; part `text` fine-tunes a text-to-video diffusion model
+Part `latte` trains from scratch on the clips of examples/doom, `choices` the bridge with one thing changed at a time
+(what is predicted, the schedule, where sampling starts); part `text` fine-tunes a text-to-video diffusion model
 to image-to-video on the clips of the quickstart, and `flow` a flow-matching one (which the override
 model.pretrained_model_name_or_path names); part `made` is `latte` on small made clips, in minutes. Every arm runs at
 three learning rates from one seed, and from two more at the best of the three. A run that time ends is taken up by the
@@ -22,12 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from comparison_parts import PARTS, Part
 from comparison_report import draw, table
 from heldout_clips import HeldOut, figure, measured, motion_distance, sample
 from reports import environment
@@ -40,109 +42,9 @@ from framebridge_plugin.training.precomputation.store import read_manifest
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/bridge_vs_diffusion"
-SEEDS = (42, 43, 44)
 HEADLINE_CALLS = 20
-CALLS = (2, 4, 8, 20, 50)
-"""All divide 1000: CogVideoX's DDIM takes wrong steps where they do not."""
-CLAMP = 3.0
-"""Of z_0, whose standard deviation an autoencoder's scaling factor makes 1."""
 PATIENCE = 300
 """Seconds that a run has to save itself."""
-
-OF_BRIDGE: Mapping[str, dict[str, Any]] = {
-    "sde": {"sampler": "sde", "order": 1, "eta": None},
-    "dbim 2": {"sampler": "dbim", "order": 2, "eta": None, "grid": "lambda"},
-    "dbim 2, eta .5": {"sampler": "dbim", "order": 2, "eta": 0.5, "grid": "lambda"},
-}
-OF_DIFFUSION: Mapping[str, dict[str, Any]] = {
-    "ddim": {"class": "CogVideoXDDIMScheduler"},
-    "ddim, z_0 clamped": {"class": "DDIMScheduler", "clip_sample": True, "clip_sample_range": CLAMP},
-    "dpm 2": {"class": "DPMSolverMultistepScheduler"},
-}
-OF_TEXT_DIFFUSION = {"ddim": OF_DIFFUSION["ddim"], "dpm 2": {"class": "CogVideoXDPMScheduler"}}
-OF_FLOW = {"euler": {"class": "FlowMatchEulerDiscreteScheduler"}}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What an arm adds to the recipe of its part, and how its model is sampled; without samplers, in one call."""
-
-    overrides: Sequence[str] = ()
-    samplers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    after: str | None = None
-    """The arm of the same seed whose run `{after}` in the overrides stands for."""
-    is_trained: bool = True
-
-
-@dataclass(frozen=True)
-class Part:
-    """The arms that have everything else in common."""
-
-    recipe: str
-    arms: Mapping[str, Arm]
-    heldout: Mapping[str, Any]
-    rates: Sequence[float]
-    updates: int
-    clips: int = 60
-    seeds: Sequence[int] = SEEDS
-    calls: Sequence[int] = CALLS
-    checkpoints: int = 4
-    variants: int = 1
-    """Windows of each clip that are encoded."""
-    overrides: Sequence[str] = ()
-
-
-TWIN, BRIDGE = "framebridge.objective=diffusion", "framebridge.objective=bridge"
-FULL, LORA = "training.training_type=full-finetune", "training.training_type=lora"
-STILL = {"image repeated": Arm(is_trained=False)}
-
-
-def of_text(twin: Mapping[str, dict[str, Any]]) -> dict[str, Arm]:
-    """The arms of a pretrained text-to-video model."""
-    saf, plain = "framebridge.snr_aligned=true", "framebridge.snr_aligned=false"
-    arms = {}
-    for name, kind in (("full", FULL), ("LoRA", LORA)):
-        arms[f"diffusion, {name}"] = Arm((TWIN, kind), twin)
-        arms[f"bridge without SAF, {name}"] = Arm((BRIDGE, plain, kind), OF_BRIDGE)
-        arms[f"bridge with SAF, {name}"] = Arm((BRIDGE, saf, kind), OF_BRIDGE)
-    return arms | STILL
-
-
-LATTE_ARMS = {
-    "diffusion": Arm((TWIN, "framebridge.target=noise"), OF_DIFFUSION),
-    "diffusion, v": Arm((TWIN, "framebridge.target=v"), OF_DIFFUSION),
-    "bridge": Arm((BRIDGE,), OF_BRIDGE),
-    "neural prior": Arm(("model.model_name=latte_neural_prior",)),
-    "bridge on a neural prior": Arm((BRIDGE, "framebridge.neural_prior={after}"), OF_BRIDGE, after="neural prior"),
-    **STILL,
-}
-PARTS = {
-    "latte": Part(
-        "recipes/doom_bridge.yaml",
-        LATTE_ARMS,
-        {"class_root": "doom-data/clips", "split": "test"},
-        rates=(5e-4, 1e-3, 2e-3),
-        updates=2000,
-    ),
-    "text": Part(
-        "recipes/quickstart.yaml",
-        of_text(OF_TEXT_DIFFUSION),
-        {"data_root": "quickstart-data/heldout"},
-        rates=(1e-3, 2e-3, 4e-3),
-        updates=400,
-        variants=14,
-        overrides=("validation.validation_dataset_file=null", "dataset=null"),
-    ),
-    "flow": Part(
-        "recipes/wan_bridge.yaml",
-        of_text(OF_FLOW),
-        {"data_root": "quickstart-data/heldout"},
-        rates=(1e-4, 3e-4, 1e-3),
-        updates=400,
-        variants=14,
-        overrides=("validation.validation_dataset_file=null",),
-    ),
-}
 
 
 @dataclass(frozen=True)

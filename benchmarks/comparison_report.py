@@ -69,26 +69,27 @@ def _headline(comparison: Any) -> Iterator[str]:
 
 
 def _pairs(comparison: Any) -> Iterator[str]:
-    """Each arm less each twin, clip by clip, for the seeds that both have."""
-    twins = [name for name in comparison.part.arms if name.startswith("diffusion")]
+    """Each arm less each twin, or less the first arm where there is none, clip by clip."""
+    arms = comparison.part.arms
+    twins = [name for name in arms if name.startswith("diffusion")] or list(arms)[:1]
     yield "Squared error less that of the twin, clip by clip: mean and standard error over clips, seed by seed; in how"
     yield "many clips it is lower."
     yield ""
     yield f"| arm | {' | '.join(f'less {twin}' for twin in twins)} |"
     yield "|---" * (len(twins) + 1) + "|"
-    for name in comparison.part.arms:
-        if name in twins or not (runs := runs_of(comparison, name)):
+    for name, arm in arms.items():
+        runs = {run["seed"]: run for run in runs_of(comparison, name)}
+        if name in twins or not runs:
             continue
         cells = []
         for twin in twins:
-            theirs, differences = {run["seed"]: run for run in runs_of(comparison, twin)}, []
-            for run in runs if len(runs) > 1 else runs * len(theirs):
-                seed = run["seed"] if run["seed"] in theirs and len(runs) > 1 else None
-                other = theirs.get(seed) if seed is not None else next(iter(theirs.values()), None)
-                if other is not None:
-                    found = paired(run["headline"]["errors"], other["headline"]["errors"])
+            differences = []
+            for theirs in runs_of(comparison, twin):
+                ours = runs.get(theirs["seed"]) if arm.is_trained else next(iter(runs.values()))
+                if ours is not None:
+                    found = paired(ours["headline"]["errors"], theirs["headline"]["errors"])
                     differences.append(f"{figure(found)} ({found['lower']} of {found['of']})")
-            cells.append("; ".join(dict.fromkeys(differences)) or "missing")
+            cells.append("; ".join(differences) or "missing")
         yield f"| {name} | {' | '.join(cells)} |"
 
 

@@ -10,17 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from bridge_vs_diffusion import (
-    LATTE_ARMS,
-    OF_BRIDGE,
-    OF_DIFFUSION,
-    REPOSITORY,
-    STILL,
-    Arm,
-    Comparison,
-    Part,
-    report,
-)
+from bridge_vs_diffusion import REPOSITORY, Comparison, report
+from comparison_parts import LATTE_ARMS, OF_BRIDGE, OF_DIFFUSION, STILL, Arm, Part
 from comparison_report import runs_of
 from diffusers import AutoencoderKL
 from heldout_clips import figure, paired
