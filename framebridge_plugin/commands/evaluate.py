@@ -20,10 +20,10 @@ from framebridge_plugin.backbones.manifest import file_facts
 from framebridge_plugin.backbones.opening import find_folder, find_model
 from framebridge_plugin.backbones.sampling_loop import call_defaults
 from framebridge_plugin.commands.evaluate_networks import load_networks, look
-from framebridge_plugin.commands.evaluate_request import EvaluateRequest, ImagesRequest
+from framebridge_plugin.commands.evaluate_request import EvaluateRequest, ImagesRequest, clips_trained_on
 from framebridge_plugin.commands.sample import Opened, open_for
 from framebridge_plugin.data.bad_files import describe
-from framebridge_plugin.data.folders import index_datasets
+from framebridge_plugin.data.folders import files_among, index_datasets
 from framebridge_plugin.errors import FrameBridgeError, UsageError, print_lines, say
 from framebridge_plugin.evaluation.clips import Clip, Images, Inputs, TrueClips
 from framebridge_plugin.evaluation.measuring import measure
@@ -55,7 +55,8 @@ def evaluate(request: EvaluateRequest, content: Mapping[str, Any] | None) -> Non
         for network in first_alone(lambda: load_networks(request, job.leave_model())):
             look(network, job.parts, job.clips, protocol, looked)
         if is_first():
-            about = {"model": request.model, "data": [] if content is None else content["datasets"]}
+            data = [] if content is None else content["datasets"]
+            about = {"model": request.model, "data": data, "trained_on": job.trained_on}
             paths = write_report(job.parts, protocol, job.clips, looked, about)
             print_lines(paths[1].read_text(encoding="utf-8"))
             say(f"evaluation: {', '.join(map(str, paths))}")
@@ -82,8 +83,10 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
     if request.fvd_features is not None:  # that nothing is made before it is refused
         load_fvd(request.fvd_features, request.fvd_sha256, request.fvd_frames, torch.device("cpu"))
     parts = Parts(request.output, len(clips), max(1, request.batch_size // opened.rows))
-    protocol = {}
+    protocol, trained_on = {}, None
     if is_first():
+        if content is not None:
+            trained_on = _trained_on(request.model, clips)
         said: dict[str, Any] = {"count": len(clips), "resolution": [height, width], "frames": frames}
         if isinstance(request, ImagesRequest):
             listed = [[path.name, file_facts(path).sha256, condition] for path, condition in request.pairs]
@@ -98,7 +101,19 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
         protocol = _protocol(request, opened, said)
         parts.check_protocol(protocol)
         remove_partial_files(request.output)
-    return _Job(request, opened, clips, parts, protocol)
+    return _Job(request, opened, clips, parts, protocol, trained_on)
+
+
+def _trained_on(model: str, clips: Inputs) -> int | None:
+    """How many of the clips the model's run was trained on, which is said; None where that is not to be seen."""
+    if (datasets := clips_trained_on(model)) is None:
+        return None
+    sources = [clips.source(number) for number in range(len(clips))]
+    known = set(files_among(datasets, sources))
+    if count := sum(source in known for source in sources):
+        what = f"{count} of these {len(sources)} clips are what the run was trained on"
+        say(f"warning: {what}; name others, such as framebridge.data.split=test")
+    return count
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class _Job:
     clips: Inputs
     parts: Parts
     protocol: dict[str, Any]
+    trained_on: int | None
+    """How many of the clips the model has seen, if that is known; in the first process."""
 
     def make(self, parts: list[int], raises: bool) -> None:
         """Makes the videos of some parts; of a clip that cannot be read there is none, or an error."""

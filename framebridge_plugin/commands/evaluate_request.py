@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 from framebridge_plugin.backbones.examination import SavedModel
 from framebridge_plugin.backbones.folders import place_problem
 from framebridge_plugin.commands.model_request import ModelRequest, file_of_run
+from framebridge_plugin.data.clips import ClipSettings
+from framebridge_plugin.data.folders import ClipIndex, index_datasets
 from framebridge_plugin.data.listing import is_video
 from framebridge_plugin.data.validation_rows import read_validation_rows
 from framebridge_plugin.errors import FrameBridgeError, UsageError, say
@@ -184,6 +186,16 @@ def read_request(given: Mapping[str, Any]) -> tuple[EvaluateRequest, dict[str, A
     return EvaluateRequest(**own, **shape), content
 
 
+def clips_trained_on(model: str) -> list[tuple[ClipIndex, ClipSettings]] | None:
+    """What the run that a model belongs to was trained on, by its recipe; None where that is not to be seen here."""
+    if (path := file_of_run(model, "recipe.yaml")) is None:
+        return None
+    try:
+        return index_datasets(_load_content(path, ()), str(path))
+    except FrameBridgeError:
+        return None
+
+
 def _load_clip_data(model: str, recipe: str | None, overrides: list[str]) -> dict[str, Any]:
     """The content of the dataset file that a recipe, or that of the model's run, stands for; no clip is mirrored."""
     folder, path = local_path(model), recipe or file_of_run(model, "recipe.yaml")
@@ -193,9 +205,7 @@ def _load_clip_data(model: str, recipe: str | None, overrides: list[str]) -> dic
         raise UsageError(
             f"--model {model} is not in the folder of a run with a recipe.yaml; say by --recipe where the clips are"
         )
-    if recipe is None and not overrides:
-        _say_once("these clips are what the run was trained on; name others, such as framebridge.data.split=test")
-    content = load_recipe(path, overrides, needed=lambda where: where.startswith(_DATA)).dataset_config()
+    content = _load_content(path, overrides)
     entries = [
         {name: value for name, value in entry.items() if name != "horizontal_flip"} for entry in content["datasets"]
     ]
@@ -206,3 +216,9 @@ def _say_once(line: str) -> None:
     """Says it in one process of a command, be it the one that starts the others."""
     if is_first() and STORE not in os.environ:
         say(line)
+
+
+def _load_content(recipe: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The content of the dataset file that a recipe stands for, in which nothing need be held out."""
+    overrides = [*overrides, "validation.heldout=null"]
+    return load_recipe(recipe, overrides, needed=lambda where: where.startswith(_DATA)).dataset_config()

@@ -171,12 +171,20 @@ def index_heldout(
         return None
     source = HeldoutSource(**content["heldout"])
     index = _index(source, Path.cwd())
-    heldout = {path for paths, _ in index.batches() for path in paths}
-    for rows, _ in datasets:
-        if trained_on := [path for paths, _ in rows.batches() for path in paths if path in heldout]:
-            what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
-            raise UsageError(f"validation.heldout: {what}; name others, or train on one half of a split")
+    if trained_on := files_among(datasets, [path for paths, _ in index.batches() for path in paths]):
+        what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
+        raise UsageError(f"validation.heldout: {what}; name others, or train on one half of a split")
     return index, datasets[0][1], source.clips
+
+
+def files_among(datasets: Iterable[tuple[ClipIndex, ClipSettings]], paths: Iterable[str]) -> list[str]:
+    """Which of some files are those of rows of data sets, by links of the same name as well: each once."""
+    wanted = {path: os.path.realpath(path) for path in paths}
+    # Of millions of rows only those with a name in common are looked up on the disk.
+    names = {os.path.basename(path) for pair in wanted.items() for path in pair}
+    rows = (path for index, _ in datasets for found, _ in index.batches() for path in found)
+    found = {os.path.realpath(path) for path in rows if os.path.basename(path) in names}
+    return [path for path, real in wanted.items() if real in found]
 
 
 def common_clip_shape(loaded: Iterable[tuple[ClipIndex, ClipSettings]]) -> tuple[int, int, int]:

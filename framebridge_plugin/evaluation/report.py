@@ -62,7 +62,7 @@ def write_report(
         protocol: What they were made by.
         clips: What they are compared with.
         looked: What trained networks found of them.
-        about: What else the JSON begins with: where model and data were.
+        about: What else the JSON begins with: where model and data were, and how many clips are `trained_on`.
 
     Returns:
         The files.
@@ -88,7 +88,7 @@ def write_report(
     paths = [parts.output / f"evaluation.{suffix}" for suffix in ("json", "md", "png")]
     with writing(parts.output):
         write_whole(paths[0], json.dumps(content, indent=1, allow_nan=False) + "\n")
-        write_whole(paths[1], "\n".join(_table(summary, protocol, found)) + "\n")
+        write_whole(paths[1], "\n".join(_table(summary, protocol, found, about["trained_on"])) + "\n")
         _picture(parts, found, clips, paths[2])
     return paths
 
@@ -100,7 +100,9 @@ def _of_clips(found: Part, protocol: Mapping[str, Any], clips: Inputs) -> Iterat
         yield said | {"seed": protocol["seed"] + number} | {name: values[row] for name, values in single.items()}
 
 
-def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part) -> Iterator[str]:
+def _table(
+    summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part, trained_on: int | None
+) -> Iterator[str]:
     sampling, (height, width) = protocol["sampling"], protocol["resolution"]
     how = "one call of the network" if "steps" not in sampling else f"{sampling['steps']} steps"
     if "guidance_scale" in sampling:
@@ -112,6 +114,8 @@ def _table(summary: Mapping[str, Any], protocol: Mapping[str, Any], found: Part)
     yield f"{protocol['model']}: {how}; seeds {protocol['seed']} + clip's number{''.join(sorted(splits))}."
     if found.bad_files:
         yield f"{len(found.bad_files)} of {protocol['count']} clips cannot be read and are left out."
+    if trained_on:
+        yield f"The model was trained on {trained_on} of the clips."
     if f"{OF_TRUTH}motion" not in summary:
         yield "Of images alone: what compares with true clips is left out."
     yield "Means, with standard errors over clips. All settings and all clips are in evaluation.json."

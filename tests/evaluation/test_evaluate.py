@@ -42,6 +42,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {"training_type": "full-finetune"},
         "checkpoints": {"output_dir": str(folder / "run")},
         "framebridge": {"data": data | {"horizontal_flip": True}},
+        "validation": {"heldout": {"clips": 2}},  # of a fold's other half, which other data have not
     }
     (folder / "run/recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -75,6 +76,9 @@ def test_it_writes_what_it_found_and_the_whole_protocol(run_folder, tmp_path, ca
     assert found["model"] == str(run_folder / "run")
     assert found["data"][0]["class_root"] == str(run_folder / "clips")
     assert protocol["clips"][0]["split"] == "all"
+    assert found["trained_on"] == CLIPS
+    assert f"The model was trained on {CLIPS} of the clips." in table
+    assert f"warning: {CLIPS} of these {CLIPS} clips are what the run was trained on" in said.err
     assert (protocol["resolution"], protocol["frames"], protocol["count"]) == ([SIZE, SIZE], FRAMES, CLIPS)
     assert (protocol["sampling"]["steps"], protocol["sampling"]["sampler"], protocol["seed"]) == (2, "sde", 5)
     assert protocol["clips"][0]["clip"]["horizontal_flip"] is False
@@ -144,6 +148,7 @@ def test_clips_that_cannot_be_read_are_left_out_and_said(run_folder, tmp_path, c
     found = evaluate(run_folder, tmp_path / "out", "--steps=1", f"framebridge.data.class_root={clips}")
     assert [entry["path"] for entry in found["left_out"]] == [str(broken)]
     assert len(found["clips"]) == CLIPS - 1
+    assert found["trained_on"] == 0
     assert str(broken) not in [clip["source"] for clip in found["clips"]]
     assert f"1 of {CLIPS} clips cannot be read and are left out." in (tmp_path / "out/evaluation.md").read_text()
     for path in clips.glob("*/*.mp4"):

@@ -16,7 +16,7 @@ from framebridge_plugin.bridge.schedule import BridgeCoefficients, as_float64, b
 from framebridge_plugin.bridge.targets import compute_target
 from framebridge_plugin.data import BadFilePolicy, load_dataset_config
 from framebridge_plugin.data.folders import index_heldout
-from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.errors import FrameBridgeError, UsageError
 from framebridge_plugin.randomness import derive_seed
 from framebridge_plugin.schedulers import FrameBridgeScheduler
 from framebridge_plugin.training import CogVideoXBridgeSpecification
@@ -170,6 +170,9 @@ def test_what_cannot_be_read_is_replaced_or_refused(clips_folder, tmp_path, capl
     (tmp_path / "data.json").write_text(json.dumps({"datasets": [data]}))
     trained_on = load_dataset_config(tmp_path / "data.json")
     clips = make_clips(tmp_path / "clips", count=4, frames=9, size=SIZE, captions=("0", "1", "2", "3"))
+    (tmp_path / "link").symlink_to(clips_folder)
+    with pytest.raises(UsageError, match="validation.heldout: .* clips are trained on, such as .*link/"):
+        index_heldout(content_of(tmp_path / "link"), trained_on)
     first = next(clips.glob("*0.mp4"))
     first.write_bytes(b"")
     rows = index_heldout(content_of(clips, clips=2), trained_on)
