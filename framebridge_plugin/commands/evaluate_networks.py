@@ -40,6 +40,8 @@ def look(network: Network, parts: Parts, clips: Inputs, protocol: Mapping[str, A
     """
     own = parts.like(parts.output / "networks" / f"{network.name}-{short_digest(network.facts)}")
     key = {name: protocol[name] for name in _OF_CLIPS} | {"network": network.facts, "size": parts.size}
+    # Which of the clips could be read, too: another evaluation may have had fewer, or more.
+    key["read"] = short_digest([parts.read(part).numbers for part in range(len(parts))])
     truth = parts.like(Path(HF_DATASETS_CACHE, "framebridge-features", f"{network.name}-{short_digest(key)}"))
     files = (own,) if network.compares else (own, truth)
     missing = of_all_ranks([some.missing() for some in files])[0]

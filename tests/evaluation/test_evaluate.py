@@ -179,6 +179,14 @@ def test_fvd_and_what_is_known_of_the_true_clips(run_folder, tmp_path):
     assert other["measures"]["repeated.fvd"] == found["measures"]["repeated.fvd"]
     assert other["measures"]["fvd"] != found["measures"]["fvd"]
 
+    clips = shutil.copytree(run_folder / "clips", tmp_path / "clips")
+    broken = clips / "up/0.mp4"
+    broken.write_bytes(bytes(broken.stat().st_size))  # which is all that is seen of it without reading it
+    fewer = evaluate(run_folder, tmp_path / "third", *options, f"framebridge.data.class_root={clips}")
+    assert fewer["evaluated"] == CLIPS - 1
+    assert fewer["protocol"]["clips"] == found["protocol"]["clips"]
+    assert fewer["measures"]["repeated.fvd"] != found["measures"]["repeated.fvd"]
+
 
 @pytest.mark.parametrize("model", ["prior", "diffusion"])
 def test_models_of_other_kinds(run_folder, tmp_path, model):
