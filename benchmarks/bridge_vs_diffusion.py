@@ -137,7 +137,9 @@ class Comparison:
         about = environment(torch.device("cpu"))
         result |= {"environment": about, "seconds": round(time.monotonic() - started)}
         self.results.mkdir(parents=True, exist_ok=True)
-        (self.results / f"{self.name}-{job.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        # Wherever the runs are: the file is to be published.
+        text = json.dumps(result, indent=1).replace(str(self.folder.absolute()), "FOLDER")
+        (self.results / f"{self.name}-{job.name}.json").write_text(text + "\n")
         self.found[job] = result
         print(f"{job.name}: error {figure(result['headline']['error'])}", flush=True)
         return True

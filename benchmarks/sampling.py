@@ -200,7 +200,12 @@ def as_good(ours: Any, theirs: Any) -> bool:
     """No farther away; of clips, worse by no figure, two standard errors allowed: blur alone would lower the error."""
     if not isinstance(ours, dict):
         return ours <= theirs
-    for name, sign in (("error", 1), ("shift_correlation", -1), ("block_residual", 1)):
+    from heldout_clips import paired
+
+    farther = paired(ours["errors"], theirs["errors"])
+    if farther["mean"] > 2 * farther["standard_error"]:
+        return False
+    for name, sign in (("shift_correlation", -1), ("block_residual", 1)):
         errors = (cell[name]["standard_error"] for cell in (ours, theirs))
         if sign * (ours[name]["mean"] - theirs[name]["mean"]) > 2 * math.hypot(*errors):
             return False
