@@ -5,6 +5,7 @@ Layouts: B batch, T latent frames, C channels, H and W height and width (of late
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -21,6 +22,7 @@ from framebridge_plugin.backbones.facts import BackboneFacts
 from framebridge_plugin.backbones.folders import config_problem
 from framebridge_plugin.errors import FrameBridgeError, say
 from framebridge_plugin.media import pictures_levels
+from framebridge_plugin.processes import is_first
 from framebridge_plugin.progress import Progress
 from framebridge_plugin.resizing import resize_and_crop
 from framebridge_plugin.schedulers import FrameBridgeScheduler
@@ -32,6 +34,8 @@ Times = Sequence[float] | torch.Tensor | np.ndarray
 Generators = torch.Generator | list[torch.Generator]
 
 
+_WHOLE_STEPS = (CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler)
+"""Schedulers that step by num_train_timesteps // num_inference_steps, wherever the next time is."""
 _HOST = torch.device("cpu")
 """Where times are: schedulers look at each, and an accelerator's values have to be waited for."""
 
@@ -192,6 +196,9 @@ def sample_latents(
         if not is_bridge:
             grid = pipeline.adapter.baseline_times(scheduler, num_inference_steps, prior.shape)
         scheduler.set_timesteps(**grid, device=_HOST)
+        if isinstance(scheduler, _WHOLE_STEPS) and scheduler.config.timestep_spacing == "trailing":
+            count = scheduler.config.num_train_timesteps
+            _warn_of_uneven_steps(type(scheduler).__name__, count, num_inference_steps)
     elif is_bridge:
         scheduler.set_timesteps(timesteps=timesteps, device=_HOST)
     else:
@@ -249,6 +256,16 @@ def sample_latents(
             progress_bar.update()
     pipeline._current_timestep = None
     return latents
+
+
+@functools.cache
+def _warn_of_uneven_steps(name: str, count: int, steps: int) -> None:
+    """Says once that diffusers' own steps miss the times that it calls the network at by a hundredth or more."""
+    stride = count // steps
+    if is_first() and stride and count / steps >= 1.01 * stride:
+        near = min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - steps))
+        short = f"diffusers' {name} takes each {1 - stride * steps / count:.0%} too short"
+        say(f"warning: {steps} steps do not divide {count}: {short}, and the videos keep noise; take {near} steps")
 
 
 def _check_latents(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:

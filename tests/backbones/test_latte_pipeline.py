@@ -226,7 +226,7 @@ def test_the_diffusion_baseline_starts_from_noise(latte_folders, scheduler):
     assert noise.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_diffusion_baseline_takes_diffusers_own_samplers(latte_folders):
+def test_the_diffusion_baseline_takes_diffusers_own_samplers(latte_folders, capsys):
     pipeline = open_folder(latte_folders["diffusion"])
     config = pipeline.scheduler.config
 
@@ -244,6 +244,14 @@ def test_the_diffusion_baseline_takes_diffusers_own_samplers(latte_folders):
     clamped = run(DDIMScheduler.from_config(config, clip_sample=True, clip_sample_range=3.0))
     assert clamped.abs().max() <= 3.0 < default.abs().max()
     assert not torch.allclose(run(DPMSolverMultistepScheduler.from_config(config)), default)
+
+    said = []
+    for name, steps in ((DPMSolverMultistepScheduler, 24), (DDIMScheduler, 25), (DDIMScheduler, 24)):
+        pipeline.scheduler = name.from_config(config)
+        latents_of(pipeline, num_inference_steps=steps, guidance_scale=1.0)
+        said.append(capsys.readouterr().err.partition("warning: ")[2])
+    assert said[:2] == ["", ""]
+    assert said[2].startswith("24 steps do not divide 1000: diffusers' DDIMScheduler takes each 2% too short")
 
 
 def test_a_callback_sees_and_replaces_tensors(latte_folders):
