@@ -52,6 +52,8 @@ def write_report(folders: Sequence[Path], output: Path) -> str:
     if len(set(names)) < len(names):
         names = list(map(str, folders))
     runs = [read_run(folder, escaped(name)) for folder, name in zip(folders, names, strict=True)]
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name a file")
     rows, notes = collect_rows(runs)
     page = _render(runs, rows=rows, notes=notes, sheets=[sheet for run in runs for sheet in collect_sheets(run)])
     with writing(output):

@@ -136,6 +136,7 @@ def _read_recipe(run: RunRecord) -> None:
 
 def _read_evaluations(run: RunRecord) -> None:
     paths = sorted(path.relative_to(run.folder) for pattern in _EVALUATIONS for path in run.folder.glob(pattern))
+    known = _digests_of_model(run) if paths else {}
     for path in paths:
         from framebridge_plugin.evaluation.measuring import OF_TRUTH
         from framebridge_plugin.evaluation.report import ROWS, figure_text
@@ -143,7 +144,10 @@ def _read_evaluations(run: RunRecord) -> None:
         where = f"{path.parent}: " if len(paths) > 1 else ""
         content = _read(run, path, read_json)
         try:
-            measures, protocol = content["measures"], {"evaluated": content["evaluated"], **content["protocol"]}
+            measures, protocol = content["measures"], dict(content["protocol"])
+            if any(known.get(name, digest) != digest for name, digest in protocol.get("weights", {}).items()):
+                run.notes.append(f"{path} is of other weights than the run's model: of a checkpoint, or of before")
+            protocol = {name: content[name] for name in ("evaluated", "trained_on") if name in content} | protocol
             for name, title in ROWS.items():
                 for prefix, whose in zip(("", OF_TRUTH, "repeated."), _WHOSE, strict=True):
                     if prefix + name in measures:
@@ -153,6 +157,15 @@ def _read_evaluations(run: RunRecord) -> None:
         else:
             run.evaluations.append(path)
             run.protocol |= {where + name: text for name, text in flat(protocol).items()}
+
+
+def _digests_of_model(run: RunRecord) -> dict[str, str]:
+    """The SHA-256 of the files of what the run has trained, as far as it says them."""
+    for name in ("model", "lora"):
+        content = _read(run, f"{name}/manifest.json", read_json)
+        with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError):
+            return {file: facts[1] for file, facts in content["files"].items()}
+    return {}
 
 
 def _read(run: RunRecord, name: str | Path, read: Callable[[Path], Any]) -> Any:
@@ -179,7 +192,9 @@ def _summary(run: RunRecord) -> Iterator[tuple[str, str]]:
     if run.recipe:
         model, kind = run.recipe.get("model.model_name", "?"), run.recipe.get("training.training_type", "?")
         objective, target = (run.recipe.get(f"framebridge.{key}", "?") for key in ("objective", "target"))
-        yield "trained", f"{model}, {kind}: {objective}, target {target}"
+        # The bridge's own target says nothing of a baseline, which predicts what its backbone does.
+        said = "" if objective == "diffusion" and target == "eps_psi" else f", target {target}"
+        yield "trained", f"{model}, {kind}: {objective}{said}"
     if loss := list(run.series.get("loss", {}).values())[-_RECENT:]:
         yield f"loss, mean of the last {len(loss)}", f"{fmean(loss):.4g}"
     for key, values in run.series.items():

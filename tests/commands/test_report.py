@@ -128,7 +128,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "psnr": {"mean": 20.5, "standard_error": 0.25},
         "repeated.psnr": {"mean": 21.0, "standard_error": None},
     }
-    evaluation = {"protocol": {"sampling": {"steps": 25}}, "evaluated": 8, "measures": measures, "clips": []}
+    protocol = {"sampling": {"steps": 25}, "weights": {"transformer/x.safetensors": "00", "vae/x.safetensors": "11"}}
+    evaluation = {"protocol": protocol, "evaluated": 8, "trained_on": 3, "measures": measures, "clips": []}
+    (twin / "model").mkdir()
+    files = {"transformer/x.safetensors": [1, "22"], "vae/x.safetensors": [1, "11"]}
+    (twin / "model/manifest.json").write_text(json.dumps({"files": files}))
     for run, content in (("twin", evaluation), ("bridge", {"psnr": 1.0})):
         (folder / f"runs/{run}/evaluation").mkdir()
         (folder / f"runs/{run}/evaluation/evaluation.json").write_text(json.dumps(content))
@@ -157,6 +161,9 @@ def test_two_runs_side_by_side(both):
     assert page.row("PSNR to the true clip, dB") == ["-", "20.50 ± 0.25"]
     assert page.row("PSNR to the true clip, dB; of the image repeated") == ["-", "21.0"]
     assert page.row("sampling.steps") == ["-", "25"]
+    assert page.row("trained_on") == ["-", "3"]
+    other = "evaluation/evaluation.json is of other weights than the run's model: of a checkpoint, or of before"
+    assert other in page.notes
     assert any(
         note.endswith("evaluation.json is no file of `finetrainers evaluate`, and left out") for note in page.notes
     )
@@ -269,6 +276,8 @@ def test_what_is_no_run(folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["report", "--run", run, "--output", str(tmp_path / "file/page.html")]) == 1
     assert "cannot write" in capsys.readouterr().err
+    assert main(["report", "--run", run, "--output", str(tmp_path)]) == 2
+    assert f"error: --output {tmp_path}: is a folder; name a file" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
