@@ -74,9 +74,12 @@ def of_text(twin: Mapping[str, dict[str, Any]]) -> dict[str, Arm]:
 LATTE_ARMS = {
     "diffusion": Arm((TWIN, "framebridge.target=noise"), OF_DIFFUSION),
     "diffusion, v": Arm((TWIN, "framebridge.target=v"), OF_DIFFUSION),
-    "bridge": Arm((BRIDGE,), OF_BRIDGE),
+    "bridge": Arm((BRIDGE, "framebridge.target=eps_psi"), OF_BRIDGE),
+    "bridge, v": Arm((BRIDGE, "framebridge.target=v"), OF_BRIDGE),
     "neural prior": Arm(("model.model_name=latte_neural_prior", "framebridge.target=null")),
-    "bridge on a neural prior": Arm((BRIDGE, "framebridge.neural_prior={after}"), OF_BRIDGE, after="neural prior"),
+    "bridge on a neural prior, v": Arm(
+        (BRIDGE, "framebridge.target=v", "framebridge.neural_prior={after}"), OF_BRIDGE, after="neural prior"
+    ),
     **STILL,
 }
 CHOICES = {

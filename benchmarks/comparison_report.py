@@ -11,6 +11,8 @@ from heldout_clips import figure, paired
 
 FIGURES = ("error", "shift_correlation", "block_residual", "motion_distance", "motion_ratio", "first_psnr")
 HEADS = ("squared error", "shift correlation", "block residual", "FD TransNetV2", "motion", "first frame, dB")
+LEARNED = 0.2
+"""Shift correlation from which on videos move as the true clips do, if little."""
 ALONG = ("error", "shift_correlation", "block_residual")
 
 
@@ -54,6 +56,7 @@ def _about(comparison: Any) -> Iterator[str]:
 
 
 def _headline(comparison: Any) -> Iterator[str]:
+    rates, correlations = comparison.part.rates, []
     yield f"| arm | learning rate | runs | sampler | {' | '.join(HEADS)} |"
     yield "|---" * (len(HEADS) + 4) + "|"
     for name, arm in comparison.part.arms.items():
@@ -65,7 +68,16 @@ def _headline(comparison: Any) -> Iterator[str]:
         samplers = " / ".join(dict.fromkeys(run["protocol"].get("headline_sampler", "-") for run in runs))
         cells = [_of_seeds([run["headline"][key].get("mean") for run in runs]) for key in FIGURES]
         rate = f"{runs[0]['rate']:g}" if arm.is_trained else "-"
+        if len(comparison.part.rates) > 1 and runs[0]["rate"] in (min(rates), max(rates)):
+            rate += " (the end of those tried)"
         yield f"| {name} | {rate} | {len(runs)} of {wanted} | {samplers} | {' | '.join(cells)} |"
+        correlations += [run["headline"]["shift_correlation"]["mean"] or 0 for run in runs]
+    if correlations and max(correlations) < LEARNED:
+        yield ""
+        yield (
+            f"No run has a shift correlation of {LEARNED}: none has learned how the clips move, and where none has, "
+            "the squared error is the lower the blurrier the videos are."
+        )
 
 
 def _pairs(comparison: Any) -> Iterator[str]:

@@ -26,7 +26,7 @@ FRAMES, SIZE, OF_TRAINING, HELDOUT = 8, 32, 32, 12
 PICTURE = 8
 """Pixels between the knots of a scene."""
 UPDATES, RATE, SEED, CALLS = 40, 3e-3, 1, 10
-TWIN, BRIDGE = "diffusion, v", "bridge"
+TWIN, BRIDGE = "diffusion, v", "bridge, v"
 
 
 def scenes(count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:

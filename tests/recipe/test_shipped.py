@@ -187,7 +187,8 @@ def test_the_ucf101_runs_are_the_references(name):
     assert (data.frame_sampling, data.window_frames, data.window, data.horizontal_flip) == (
         *("linspace", 48, "random", True),
     )
-    assert (ours.latte_size, ours.objective, ours.target, ours.snr_aligned) == ("S/2", objective, "eps_psi", False)
+    target = "v" if objective == "diffusion" else "eps_psi"
+    assert (ours.latte_size, ours.objective, ours.target, ours.snr_aligned) == ("S/2", objective, target, False)
     assert (ours.beta_min, ours.beta_max) == (0.01, 50.0)
     assert (ours.image_noise, ours.prior_noise, ours.caption_dropout) == (False, False, 0.1)
     assert (ours.ema_decay, ours.ema_start_step) == (0.9999, 0)
@@ -209,6 +210,8 @@ def test_a_baseline_differs_from_the_bridge_in_its_objective_only(name):
     bridge, baseline = resolve_recipe(bridge_name)[0], resolve_recipe(name)[0]
     assert baseline.framebridge.objective == "diffusion"
     same = [f"checkpoints.output_dir={baseline.checkpoints.output_dir}", "framebridge.objective=diffusion"]
+    # Whatever the bridge of a network from scratch predicts, its twin predicts v.
+    same += ["framebridge.target=v"]
     assert resolve_recipe(bridge_name, same)[0] == baseline
     assert bridge != baseline
 
