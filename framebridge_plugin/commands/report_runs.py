@@ -104,6 +104,8 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
                 run.series.setdefault(key, {})[step] = number
             for key, value in entry.items():
                 if key == "heldout/clips":
+                    if run.heldout not in ("", value):
+                        run.notes.append(f"held-out losses are of others from update {step} on, before: {run.heldout}")
                     run.heldout = str(value)
                 elif isinstance(value, str):
                     texts.setdefault(f"{key}: {value}", []).append(step)

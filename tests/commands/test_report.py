@@ -120,8 +120,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_video(moving_square(number, 9, 64, 64), path)
     twin = folder / "runs/twin"
     lines = (twin / "metrics.jsonl").read_text().splitlines(keepends=True)
-    # Killed in update 6; the run went back to update 3 and was killed in the line of update 5.
+    # Killed in update 6; the run went back to update 3, took other clips, and was killed in the line of update 5.
     again = [json.dumps({"step": step, "loss": 9.0}) + "\n" for step in (4, 5)]
+    again.insert(1, json.dumps({"step": 4, "heldout/clips": "2 clips of digest other, weights: raw"}) + "\n")
     (twin / "metrics.jsonl").write_text("".join([*lines, "no JSON\n", *again])[:-9])
     (twin / "bad_files.jsonl").write_text(json.dumps({"path": "/<b>.mp4", "kind": "empty", "reason": "it is empty"}))
     measures = {
@@ -153,7 +154,9 @@ def test_two_runs_side_by_side(both):
     assert page.row("state") == ["done", "incomplete"]
     assert page.row("updates") == ["6 of 6", "4 of 6"]
     assert page.row("held-out loss") == ["0.9167, lowest 0.9167 at 6", "2.75, lowest 2.75 at 2"]
-    assert page.row("held-out clips")[1] == "1 clips of digest twin, weights: raw"
+    assert page.row("held-out clips")[1] == "2 clips of digest other, weights: raw"
+    before = "held-out losses are of others from update 4 on, before: 1 clips of digest twin, weights: raw"
+    assert before in page.notes
     assert page.row("framebridge.objective") == ["bridge", "diffusion"]
     names = [first for first, *_ in page.rows]
     assert names.index("framebridge.objective") < names.index("PSNR to the true clip, dB")
