@@ -30,7 +30,7 @@ from framebridge_plugin.evaluation.measuring import measure
 from framebridge_plugin.evaluation.networks import load_fvd
 from framebridge_plugin.evaluation.parts import Part, Parts
 from framebridge_plugin.evaluation.report import Looked, write_report
-from framebridge_plugin.evaluation.vbench import export
+from framebridge_plugin.evaluation.vbench import export, names_of
 from framebridge_plugin.files import remove_partial_files
 from framebridge_plugin.folder_lock import FolderLock
 from framebridge_plugin.processes import first_alone, is_first, of_all_ranks, process_count, rank
@@ -80,7 +80,10 @@ def _prepare(request: EvaluateRequest, content: Mapping[str, Any] | None, device
     frames, height, width = (one or other for one, other in zip(given, opened.pipeline._default_clip(), strict=True))
     if isinstance(request, ImagesRequest):
         clips = Images(request.pairs, request.num_videos, (height, width))
-    if request.fvd_features is not None:  # that nothing is made before it is refused
+    # That nothing is made before it is refused:
+    if request.vbench is not None:
+        names_of(*([of(number) for number in range(len(clips))] for of in (clips.condition, clips.source)))
+    if request.fvd_features is not None:
         load_fvd(request.fvd_features, request.fvd_sha256, request.fvd_frames, torch.device("cpu"))
     parts = Parts(request.output, len(clips), max(1, request.batch_size // opened.rows))
     protocol, trained_on = {}, None

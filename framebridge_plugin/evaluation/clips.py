@@ -58,6 +58,10 @@ class Inputs(Protocol):
         """The file of a number."""
         ...
 
+    def condition(self, number: int) -> Any:
+        """The caption or class of a number."""
+        ...
+
 
 class TrueClips:
     """The first clips of an order of all rows that a seed decides, each with the window that it decides.
@@ -95,6 +99,10 @@ class TrueClips:
         """The file of a number."""
         return os.path.abspath(self._stream.rows[self._order[number]][0])
 
+    def condition(self, number: int) -> Any:
+        """The caption or class of a number."""
+        return self._stream.rows[self._order[number]][1]
+
 
 class Images:
     """Pictures and the first frames of videos, each several times, one after the other.
@@ -129,3 +137,7 @@ class Images:
     def source(self, number: int) -> str:
         """The file of a number."""
         return os.path.abspath(self._pairs[number // self._times][0])
+
+    def condition(self, number: int) -> Any:
+        """The prompt, class or label of a number."""
+        return self._pairs[number // self._times][1]

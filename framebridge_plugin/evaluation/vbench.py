@@ -33,7 +33,7 @@ def export(parts: Parts, clips: Inputs, folder: Path, fps: float) -> str:
     """
     found = parts.all()
     sources = [clips.source(number) for number in found.numbers]
-    names = _names(found.conditions, sources)
+    names = names_of(found.conditions, sources)
     seen: Counter[str] = Counter()
     with writing(folder):
         for inner in ("videos", "images"):
@@ -54,7 +54,8 @@ def export(parts: Parts, clips: Inputs, folder: Path, fps: float) -> str:
     return f"for dimension in {' '.join(DIMENSIONS)}; do {command}; done"
 
 
-def _names(conditions: Sequence[Any], sources: Sequence[str]) -> list[str]:
+def names_of(conditions: Sequence[Any], sources: Sequence[str]) -> list[str]:
+    """The names of videos by their conditions and images; a `FrameBridgeError` where one cannot be a file's."""
     images: dict[str, list[str]] = {}
     for condition, source in zip(map(str, conditions), sources, strict=True):
         if "/" in condition or "\0" in condition or not 0 < len(condition.encode()) < _LONGEST:

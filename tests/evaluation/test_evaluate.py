@@ -17,6 +17,8 @@ import yaml
 from PIL import Image
 
 from framebridge_plugin.cli import main
+from framebridge_plugin.errors import FrameBridgeError
+from framebridge_plugin.evaluation.vbench import names_of
 from tests.evaluation.test_networks import write_detector
 from tests.tiny_models import CLASS_NAMES, make_tiny_latte, moving_square, write_video
 from tests.training.conftest import LAUNCH_VARIABLES
@@ -253,6 +255,13 @@ def test_images_alone_and_their_export_for_vbench(run_folder, tmp_path, pictures
     assert f"--ratio 1-1 --videos_path {tmp_path / 'vbench/videos'} --custom_image_folder" in said
     assert main([*arguments, f"--images={pictures}", "--class-name=up", f"--output={tmp_path / 'folder'}"]) == 0
     assert len(json.loads((tmp_path / "folder/evaluation.json").read_text())["clips"]) == 2
+
+
+@pytest.mark.parametrize("caption", ["a/b", "x" * 241, ""])
+def test_captions_that_vbench_cannot_have_as_names(caption):
+    assert names_of(["cat", "cat", "100%"], ["a.png", "b.png", "a.png"]) == ["cat 0", "cat 1", "100%"]
+    with pytest.raises(FrameBridgeError, match="--vbench: .* cannot be the name of a file"):
+        names_of(["cat", caption], ["a.png", "b.png"])
 
 
 @pytest.mark.parametrize(
