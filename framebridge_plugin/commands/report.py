@@ -15,7 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from framebridge_plugin import __version__
-from framebridge_plugin.commands.report_runs import RunRecord, read_run, thinned
+from framebridge_plugin.commands.report_runs import RunRecord, note_other_clips, read_run, thinned
 from framebridge_plugin.commands.report_videos import collect_rows, collect_sheets
 from framebridge_plugin.errors import UsageError, escaped
 from framebridge_plugin.files import write_whole, writing
@@ -52,6 +52,7 @@ def write_report(folders: Sequence[Path], output: Path) -> str:
     if len(set(names)) < len(names):
         names = list(map(str, folders))
     runs = [read_run(folder, escaped(name)) for folder, name in zip(folders, names, strict=True)]
+    note_other_clips(runs)
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file")
     rows, notes = collect_rows(runs)

@@ -27,6 +27,7 @@ _EVALUATIONS = ("evaluation.json", "*/evaluation.json", "evaluations/*/evaluatio
 _RECENT = 100  # logged updates, of which the summary's loss is the mean
 _WENT_BACK = re.compile(r"\d+-after-step-(\d+)")
 _STARTED = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+_OF_CLIPS = ("evaluated", "count", "clips", "clip_seed", "resolution", "frames")
 _WHOSE = ("", "; of the true clips", "; of the image repeated")
 
 
@@ -77,6 +78,20 @@ def read_run(folder: Path, name: str) -> RunRecord:
     run.bad_files = _read(run, "bad_files.jsonl", read_bad_files) or []
     run.summary = dict(_summary(run))
     return run
+
+
+def note_other_clips(runs: list[RunRecord]) -> None:
+    """Adds to the notes of runs whose figures are of other clips than those of a run before them."""
+    for number, run in enumerate(runs):
+        for other in runs[:number]:
+            names = [name for name in _OF_CLIPS if name in run.protocol and name in other.protocol]
+            if differing := [name for name in names if run.protocol[name] != other.protocol[name]]:
+                run.notes.append(
+                    f"its evaluation is of other clips than {other.name}'s: another {', '.join(differing)}"
+                )
+            digests = [each.heldout.partition(",")[0] for each in (run, other)]
+            if all(digests) and digests[0] != digests[1]:
+                run.notes.append(f"its held-out losses are of other clips than {other.name}'s")
 
 
 def _read_metrics(run: RunRecord, path: Path) -> None:

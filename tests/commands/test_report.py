@@ -17,7 +17,7 @@ from PIL import Image
 from framebridge_plugin import register
 from framebridge_plugin.cli import main
 from framebridge_plugin.commands.report import write_report
-from framebridge_plugin.commands.report_runs import read_run, thinned
+from framebridge_plugin.commands.report_runs import RunRecord, note_other_clips, read_run, thinned
 from framebridge_plugin.commands.report_videos import collect_rows
 from framebridge_plugin.media import write_video
 from framebridge_plugin.recipe import load_recipe
@@ -165,6 +165,7 @@ def test_two_runs_side_by_side(both):
     assert page.row("PSNR to the true clip, dB; of the image repeated") == ["-", "21.0"]
     assert page.row("sampling.steps") == ["-", "25"]
     assert page.row("trained_on") == ["-", "3"]
+    assert "its held-out losses are of other clips than bridge's" in page.notes
     other = "evaluation/evaluation.json is of other weights than the run's model: of a checkpoint, or of before"
     assert other in page.notes
     assert any(
@@ -318,3 +319,13 @@ def test_a_browser_draws_it_plays_it_and_fetches_nothing(both, tmp_path):
         assert len(said) == 2
         assert all("Content Security Policy" in line for line in said)
         assert page.run("return document.title") != "taken"
+
+
+def test_evaluations_of_other_clips_are_said():
+    runs = [
+        RunRecord(Path(name), name, protocol={"count": count, "seed": name})
+        for name, count in zip("abc", "225", strict=True)
+    ]
+    note_other_clips(runs)
+    assert [run.notes for run in runs[:2]] == [[], []]
+    assert runs[2].notes == [f"its evaluation is of other clips than {name}'s: another count" for name in "ab"]
