@@ -206,8 +206,9 @@ def as_good(ours: Any, theirs: Any) -> bool:
     if farther["mean"] > 2 * farther["standard_error"]:
         return False
     for name, sign in (("shift_correlation", -1), ("block_residual", 1)):
-        errors = (cell[name]["standard_error"] for cell in (ours, theirs))
-        if sign * (ours[name]["mean"] - theirs[name]["mean"]) > 2 * math.hypot(*errors):
+        # A still picture has no shifts, which are as good as shifts by chance.
+        means, errors = ([cell[name][of] or 0.0 for cell in (ours, theirs)] for of in ("mean", "standard_error"))
+        if sign * (means[0] - means[1]) > 2 * math.hypot(*errors):
             return False
     return True
 

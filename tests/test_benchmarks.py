@@ -125,6 +125,20 @@ def test_sampling_is_compared_with_diffusers_own_pipeline_at_equal_calls(tmp_pat
     assert 0 < in_turn["gib"] <= alone["gib"] < two["gib"]
 
 
+def test_of_clips_a_still_picture_is_not_as_good_as_one_that_moves_rightly(benchmark_modules):
+    from sampling import as_good
+
+    same = {"errors": [0.1, 0.2, 0.3], "block_residual": {"mean": 0.1, "standard_error": 0.01}}
+    moving = same | {"shift_correlation": {"mean": 0.6, "standard_error": 0.1}}
+    still = same | {"shift_correlation": {"mean": None, "standard_error": None}}
+    assert [as_good(ours, theirs) for ours in (moving, still) for theirs in (moving, still)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
 def test_few_calls_are_compared_where_the_best_prediction_is_known(tmp_path, benchmark_modules):
     from sampling import main
 
