@@ -161,7 +161,8 @@ def index_heldout(
         datasets: What is trained on.
 
     Returns:
-        The rows, the clip settings of the first data set, and how many clips are wanted; None without the key.
+        The rows, the clip settings of the first data set but for the mirroring, and how many clips are wanted; None
+        without the key.
 
     Raises:
         UsageError: A key or value is wrong, or clips are trained on.
@@ -174,7 +175,7 @@ def index_heldout(
     if trained_on := files_among(datasets, [path for paths, _ in index.batches() for path in paths]):
         what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
         raise UsageError(f"validation.heldout: {what}; name others, or train on one half of a split")
-    return index, datasets[0][1], source.clips
+    return index, datasets[0][1].model_copy(update={"horizontal_flip": False}), source.clips
 
 
 def files_among(datasets: Iterable[tuple[ClipIndex, ClipSettings]], paths: Iterable[str]) -> list[str]:

@@ -114,13 +114,14 @@ def test_it_is_the_mean_of_what_the_network_loses_at_its_times(train, model_fold
     clips = make_clips(tmp_path / "heldout", count=3, frames=12, size=SIZE, captions=("first", "not this", "third"))
     measuring = (f"validation.heldout.data_root={clips}", "validation.heldout.clips=2")
     options = ("optimization.train_steps=2", "validation.validation_steps=1", "training.batch_size=3")
-    assert succeeded(train(*options, *measuring))
+    assert succeeded(train(*options, *measuring, "framebridge.data.horizontal_flip=true"))
     assert list(heldout(tmp_path / "run")) == [0, 1, 2]
 
     content = json.loads((tmp_path / "run/dataset_config.json").read_text())
     trained_on = load_dataset_config(tmp_path / "run/dataset_config.json")
     index, settings, count = index_heldout(content, trained_on)
     assert count == 2
+    assert (trained_on[0][1].horizontal_flip, settings.horizontal_flip) == (True, False)
     read = HeldoutClips(index, settings, count, BadFilePolicy())
     assert read.captions == {"first", "not this"}
     found = by_hand(make_specification(model_folder), read)
