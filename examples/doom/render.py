@@ -284,6 +284,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the places and directions")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="levels that are rendered at a time")
     arguments = parser.parse_args()
+    if arguments.levels <= FIRST_HELD_OUT:
+        parser.error(f"--levels {arguments.levels}: the first that is held out is the {FIRST_HELD_OUT + 1}rd")
     output = arguments.output
     for folder in ("levels", *(f"clips/{name}" for name in CLASSES)):
         (output / folder).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from framebridge_plugin.data.layouts import find_clips, local_data_root
 from framebridge_plugin.data.tables import read_json
 from framebridge_plugin.data.ucf101 import load_ucf101
 from framebridge_plugin.data.webvid import load_webvid
-from framebridge_plugin.errors import UsageError, escaped, get_logger
+from framebridge_plugin.errors import FrameBridgeError, UsageError, escaped, get_logger
 from framebridge_plugin.settings.data import DatasetSource, HeldoutSource, dataset_entries
 
 logger = get_logger(__name__)
@@ -171,7 +171,11 @@ def index_heldout(
     if "heldout" not in content:
         return None
     source = HeldoutSource(**content["heldout"])
-    index = _index(source, Path.cwd())
+    try:
+        index = _index(source, Path.cwd())
+    except FrameBridgeError as error:
+        error.args = (f"validation.heldout: {error}",)
+        raise
     if trained_on := files_among(datasets, [path for paths, _ in index.batches() for path in paths]):
         what = f"{len(trained_on)} of its {len(index)} clips are trained on, such as {trained_on[0]}"
         raise UsageError(f"validation.heldout: {what}; name others, or train on one half of a split")

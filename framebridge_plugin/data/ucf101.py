@@ -66,7 +66,7 @@ def load_ucf101(
         listed = {_key(name): name for name in read_split(path)}
         labels = {file: label for file, label in labels.items() if _key(file) in listed}
         if not labels:
-            raise FrameBridgeError(f"{folder}: none of its videos is in {path}")
+            raise FrameBridgeError(f"{folder}: none of its videos is in {path}; the {split} half is what that lists")
         missing = [listed[key] for key in sorted(listed.keys() - set(map(_key, labels)))]
         if missing:
             notes.append(

@@ -223,7 +223,7 @@ def sample_line(recipe: Recipe) -> str:
             if scale is not None and "scheduler" in facts.parts and scale != facts.default_call["guidance_scale"]:
                 options += ["--guidance-scale", f"{scale:g}"]
             break
-    output = str(Path(output_dir, "sample.mp4"))
+    output = str(Path(output_dir, "new_sample.mp4"))
     return shlex.join(["finetrainers", "sample", "--model", output_dir, *options, "--output", output])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,12 @@ def test_what_cannot_be_read_is_replaced_or_refused(clips_folder, tmp_path, capl
     (tmp_path / "link").symlink_to(clips_folder)
     with pytest.raises(UsageError, match="validation.heldout: .* clips are trained on, such as .*link/"):
         index_heldout(content_of(tmp_path / "link"), trained_on)
+    (tmp_path / "classes/Walk").mkdir(parents=True)
+    shutil.copy(next(clips.glob("*0.mp4")), tmp_path / "classes/Walk/v_Walk_g01_c01.mp4")
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    (tmp_path / "ucfTrainTestlist/testlist01.txt").write_text("Walk/v_Walk_g03_c01.mp4\n")
+    with pytest.raises(FrameBridgeError, match="validation.heldout: .*none of its videos is in .*/testlist01.txt"):
+        index_heldout({"heldout": {"class_root": str(tmp_path / "classes"), "split": "test"}}, trained_on)
     first = next(clips.glob("*0.mp4"))
     first.write_bytes(b"")
     rows = index_heldout(content_of(clips, clips=2), trained_on)

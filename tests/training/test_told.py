@@ -101,19 +101,19 @@ def test_the_last_lines_name_the_model_and_a_command_that_samples_from_it(told):
     assert model == f"model: {told.folder / 'lora'}"
     _, _, line = command.partition(": ")
     assert shlex.split(line)[:4] == ["finetrainers", "sample", "--model", str(told.folder)]
-    assert shlex.split(line)[-2:] == ["--output", str(told.folder / "sample.mp4")]
+    assert shlex.split(line)[-2:] == ["--output", str(told.folder / "new_sample.mp4")]
     assert "--prompt null" in line
     script = f'finetrainers() {{ {sys.executable} -m framebridge_plugin "$@"; }}; {line} --steps 2'
     result = subprocess.run(["bash", "-c", script], env=command_environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (told.folder / "sample.mp4").is_file()
-    with Image.open(told.folder / "sample.png") as sheet:
+    assert (told.folder / "new_sample.mp4").is_file()
+    with Image.open(told.folder / "new_sample.png") as sheet:
         assert sheet.convert("RGB").getpixel((20, 20)) == (200, 30, 30)
     said = result.stderr.splitlines()
     assert [said[0].partition(" [")[0], *said[1:]] == [
         "Video 1 of 1: 100 %, 2 of 2",
-        f"video: {told.folder / 'sample.mp4'}",
-        f"contact sheet: {told.folder / 'sample.png'}",
+        f"video: {told.folder / 'new_sample.mp4'}",
+        f"contact sheet: {told.folder / 'new_sample.png'}",
     ]
 
 
