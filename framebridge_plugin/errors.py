@@ -66,7 +66,8 @@ def masked(text: str) -> str:
 
 def print_line(line: object = "", *, file: TextIO | None = None) -> None:
     """Prints one `escaped` line, at once: the one way to standard output, or to another stream."""
-    print(escaped(line), file=file, flush=True)
+    # With its end in one piece: several processes write to one terminal or file.
+    print(f"{escaped(line)}\n", end="", file=file, flush=True)
 
 
 def print_lines(text: str, *, file: TextIO | None = None) -> None:

@@ -51,9 +51,9 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match="--compile: needs a C\\+\\+ compiler"):
-        check_compiler("--compile")
     training = SimpleNamespace(pp_degree=1, cp_degree=1, tp_degree=1, compile_modules=["transformer"])
-    with pytest.raises(UsageError, match="^compile_modules: needs a C\\+\\+ compiler"):
-        refuse_unsupported(training)
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(UsageError, match="--compile: needs a C\\+\\+ compiler"):
+            check_compiler("--compile")
+        with pytest.raises(UsageError, match="^compile_modules: needs a C\\+\\+ compiler"):
+            refuse_unsupported(training)
